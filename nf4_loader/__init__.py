@@ -1,0 +1,9 @@
+"""From a safetensors file to a ComfyUI Flux model whose Linears hold 4-bit weights.
+
+Knows files, bitsandbytes and ComfyUI's model classes; knows nothing of streaming. In the order of use:
+
+>>> catalogue = read_catalogue(path)  # the header only; every check on the file
+>>> model = build_flux(catalogue)  # ComfyUI's model on meta tensors, nothing allocated
+>>> ...  # the caller gives the model its memory
+>>> fill(model, catalogue, progress)  # the file's bytes, by several threads
+"""

@@ -1,0 +1,13 @@
+"""The one exception that leaves this package."""
+
+from pathlib import Path
+
+
+class CheckpointError(Exception):
+    """A file that cannot be loaded, with what was found, what was expected and what to do.
+
+    The message starts with the file's name, so it can be shown to a person as it is.
+    """
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(f"{path.name}: {problem}")

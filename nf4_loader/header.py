@@ -1,0 +1,179 @@
+"""The header of a safetensors file, checked in full before a byte of it is trusted.
+
+Format: https://github.com/huggingface/safetensors#format - eight bytes (little endian) with the
+length of a JSON object, the JSON object, then the tensors' bytes without gaps.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from .errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000
+"""The safetensors library refuses longer headers."""
+
+BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "U16": 16,
+    "I16": 16,
+    "U32": 32,
+    "I32": 32,
+    "U64": 64,
+    "I64": 64,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "F16": 16,
+    "BF16": 16,
+    "F32": 32,
+    "F64": 64,
+    "C64": 64,
+}
+"""Bits of one element, by safetensors dtype name."""
+
+_DAMAGED = "The file is damaged or cut short: download it again."
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of the file: its bytes are ``[offset, offset + nbytes)`` of the whole file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file holds. ``tensors`` maps full names to entries, in file order."""
+
+    path: Path
+    tensors: Mapping[str, TensorEntry]
+    metadata: Mapping[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of ``path``; no tensor is read.
+
+    Raises:
+        CheckpointError: the file is missing, is not safetensors, or its header is not consistent
+            with itself and with the size of the file.
+    """
+    if not path.is_file():
+        raise CheckpointError(path, f"there is no such file ({path}). Refresh the page (key R) and pick another.")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        _refuse_other_formats(path, prefix)
+        length = int.from_bytes(prefix, "little")
+        if length > MAX_HEADER_BYTES:
+            raise CheckpointError(
+                path,
+                f"its first bytes give a header of {length:,} bytes, more than the {MAX_HEADER_BYTES:,} that a "
+                "safetensors file may have. This is no safetensors file, or it is damaged: download it again.",
+            )
+        if 8 + length > size:
+            raise CheckpointError(
+                path, f"the header should be {length:,} bytes long, the whole file has {size:,}. {_DAMAGED}"
+            )
+        raw = file.read(length)
+    return Header(path, *_parse(path, raw, data_start=8 + length, file_size=size))
+
+
+def _refuse_other_formats(path: Path, start: bytes) -> None:
+    if start[:4] == b"GGUF":
+        raise CheckpointError(
+            path, "this is a GGUF file. Load it with 'Unet Loader (GGUF)' of the ComfyUI-GGUF package."
+        )
+    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
+        raise CheckpointError(
+            path,
+            "this is a PyTorch pickle (.ckpt or .pt). This node reads .safetensors files: convert or download one.",
+        )
+    if len(start) < 8:
+        raise CheckpointError(path, f"it has {len(start)} bytes, too few for a safetensors file. {_DAMAGED}")
+
+
+def _parse(
+    path: Path, raw: bytes, data_start: int, file_size: int
+) -> tuple[Mapping[str, TensorEntry], Mapping[str, str]]:
+    try:
+        document = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(path, f"its header is not readable as JSON ({error}). {_DAMAGED}") from None
+    if not isinstance(document, dict):
+        raise CheckpointError(path, f"its header is a JSON {type(document).__name__}, not an object. {_DAMAGED}")
+    metadata = document.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        metadata = {}
+    tensors = [_entry(path, name, fields, data_start) for name, fields in document.items()]
+    tensors.sort(key=lambda entry: (entry.offset, entry.nbytes))
+    _check_cover(path, tensors, data_start, file_size)
+    return {entry.name: entry for entry in tensors}, {str(k): str(v) for k, v in metadata.items()}
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name is there twice")
+    return result
+
+
+def _entry(path: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
+    dtype = fields.get("dtype") if isinstance(fields, dict) else None
+    shape = fields.get("shape") if isinstance(fields, dict) else None
+    offsets = fields.get("data_offsets") if isinstance(fields, dict) else None
+    if not (_is_sizes(shape) and _is_sizes(offsets) and len(offsets) == 2 and isinstance(dtype, str)):
+        raise CheckpointError(path, f"{name}: its header entry is malformed ({str(fields)[:120]}). {_DAMAGED}")
+    if dtype not in BITS:
+        raise CheckpointError(
+            path, f"{name}: unknown dtype {dtype!r}; known are {', '.join(BITS)}. Update this package, or the file."
+        )
+    begin, end = offsets
+    expected = (math.prod(shape) * BITS[dtype] + 7) // 8
+    if end - begin != expected:
+        raise CheckpointError(
+            path,
+            f"{name}: {dtype} of shape {tuple(shape)} needs {expected:,} bytes; "
+            f"the header gives it {end - begin:,} ([{begin}, {end})). {_DAMAGED}",
+        )
+    return TensorEntry(name, dtype, tuple(shape), data_start + begin, end - begin)
+
+
+def _is_sizes(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _check_cover(path: Path, tensors: list[TensorEntry], data_start: int, file_size: int) -> None:
+    position = data_start
+    for entry in tensors:
+        if entry.offset < position:
+            raise CheckpointError(path, f"{entry.name}: its bytes overlap those of the tensor before it. {_DAMAGED}")
+        if entry.offset > position:
+            raise CheckpointError(
+                path, f"{entry.name}: {entry.offset - position:,} bytes before it belong to no tensor. {_DAMAGED}"
+            )
+        position += entry.nbytes
+    if position != file_size:
+        raise CheckpointError(
+            path, f"its tensors end at byte {position:,}; the file has {file_size:,} bytes. {_DAMAGED}"
+        )
+
+
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts ``blocks.2`` before ``blocks.10``."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,148 @@
+"""4-bit dequantisation and matmul: bitsandbytes' kernels where they work, a table look-up elsewhere.
+
+Both give the same bits: ``code[nibble] * absmax`` in fp32, rounded once to the wanted dtype.
+"""
+
+import functools
+import logging
+from typing import Protocol
+
+import torch
+
+from .quant_state import CODES, QuantType
+
+logger = logging.getLogger(__name__)
+
+_CHUNK_BYTES = 1 << 22
+
+
+class Dequantise(Protocol):
+    """Packed codes and fp32 absmax to a dense weight of ``shape`` and ``dtype`` on the same device."""
+
+    def __call__(
+        self,
+        packed: torch.Tensor,
+        absmax: torch.Tensor,
+        shape: tuple[int, int],
+        blocksize: int,
+        quant_type: QuantType,
+        dtype: torch.dtype,
+    ) -> torch.Tensor: ...
+
+
+def dequantise(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    shape: tuple[int, int],
+    blocksize: int,
+    quant_type: QuantType,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Expand a 4-bit weight.
+
+    Args:
+        packed: uint8, ((out * in + 1) // 2,); two codes a byte, the first in the high nibble.
+        absmax: fp32, (ceil(out * in / blocksize),).
+        shape: Logical (out, in).
+        blocksize: Elements that share one absmax.
+        quant_type: Which code table.
+        dtype: fp32, fp16 or bf16.
+
+    Returns:
+        A fresh tensor of ``shape`` and ``dtype`` on the device of ``packed``.
+    """
+    return _dequantise_for(packed.device.type)(packed, absmax, shape, blocksize, quant_type, dtype)
+
+
+def linear(
+    input: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    shape: tuple[int, int],
+    blocksize: int,
+    quant_type: QuantType,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """``input @ weight.T + bias`` with a 4-bit weight (arguments as in `dequantise`), in input's dtype.
+
+    ``gemm_4bit`` (bitsandbytes 0.50) takes its fused kernel for few rows and dequantises for many. On the
+    CPU its fused path rounds differently, so there it is always dequantise, then `torch.nn.functional.linear`.
+    """
+    if input.device.type != "cpu" and _has_gemm_4bit(input.device.type):
+        return torch.ops.bitsandbytes.gemm_4bit.default(
+            input, packed.view(-1, 1), shape, absmax, blocksize, quant_type, bias=bias
+        )
+    weight = dequantise(packed, absmax, shape, blocksize, quant_type, input.dtype)
+    return torch.nn.functional.linear(input, weight, bias)
+
+
+def dequantise_by_table(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    shape: tuple[int, int],
+    blocksize: int,
+    quant_type: QuantType,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """`dequantise` in plain torch, for any device; in chunks, so that the fp32 intermediate stays small."""
+    numel = shape[0] * shape[1]
+    code = torch.tensor(CODES[quant_type], dtype=torch.float32, device=packed.device)
+    out = torch.empty(numel, dtype=dtype, device=packed.device)
+    for start in range(0, packed.numel(), _CHUNK_BYTES):
+        chunk = packed[start : start + _CHUNK_BYTES]
+        nibbles = torch.stack((chunk >> 4, chunk & 15), dim=1).flatten()
+        first = 2 * start
+        last = min(first + nibbles.numel(), numel)
+        scales = absmax[first // blocksize : -(-last // blocksize)].repeat_interleave(blocksize)
+        out[first:last] = code[nibbles[: last - first].int()] * scales[: last - first]
+    return out.view(shape)
+
+
+def _dequantise_by_bitsandbytes(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    shape: tuple[int, int],
+    blocksize: int,
+    quant_type: QuantType,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return torch.ops.bitsandbytes.dequantize_4bit.default(packed, absmax, blocksize, quant_type, shape, dtype)
+
+
+@functools.cache
+def _dequantise_for(device_type: str) -> Dequantise:
+    problem = _bitsandbytes_problem(device_type)
+    if problem is None:
+        return _dequantise_by_bitsandbytes
+    logger.warning(
+        "NF4: no bitsandbytes kernel for %s (%s): dequantising in plain PyTorch, which is exact but slower. "
+        "For full speed: pip install 'bitsandbytes>=0.50' into ComfyUI's Python.",
+        device_type,
+        problem,
+    )
+    return dequantise_by_table
+
+
+@functools.cache
+def _has_gemm_4bit(device_type: str) -> bool:
+    return _dequantise_for(device_type) is _dequantise_by_bitsandbytes and hasattr(torch.ops.bitsandbytes, "gemm_4bit")
+
+
+def _bitsandbytes_problem(device_type: str) -> str | None:
+    """Why bitsandbytes cannot be used on a device, or None.
+
+    Importing it can fail in any way that a native library can, and it can also succeed without a kernel for
+    this device, so one small weight is tried and compared.
+    """
+    try:
+        import bitsandbytes  # noqa: F401
+
+        packed = torch.arange(256, dtype=torch.uint8, device=device_type)
+        absmax = torch.linspace(0.01, 1, 8, device=device_type)
+        for quant_type in CODES:
+            arguments = (packed, absmax, (8, 64), 64, quant_type, torch.float32)
+            if not torch.equal(_dequantise_by_bitsandbytes(*arguments), dequantise_by_table(*arguments)):
+                return f"its {quant_type} kernel gives other values than the format says"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None

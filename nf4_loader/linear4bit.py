@@ -1,0 +1,115 @@
+"""The Linear that holds a 4-bit weight as plain tensors."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from . import kernels
+from .quant_state import QuantType
+
+
+class Linear4bit(nn.Module):
+    """A Linear of logical shape (out, in) whose weight stays packed.
+
+    Buffers ``packed`` (uint8, ((out * in + 1) // 2,)) and ``absmax`` (fp32, (ceil(out * in / blocksize),)),
+    parameter ``bias`` ((out,) or None). Plain tensors, so that whoever owns the memory may rebind them at
+    will; bitsandbytes' ``Params4bit`` moves its quant state in place, synchronously, and loses attributes.
+
+    ``weight`` reads as the dense weight wherever its shape, dtype or values are looked at. ``weight_function``
+    and ``bias_function`` are ComfyUI's: each takes a fresh dense tensor in compute dtype and returns the patched one.
+    """
+
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    bias: nn.Parameter | None
+    weight_function: list[Callable[[torch.Tensor], torch.Tensor]]
+    bias_function: list[Callable[[torch.Tensor], torch.Tensor]]
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        quant_type: QuantType,
+        blocksize: int,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.shape = shape
+        self.quant_type: QuantType = quant_type
+        self.blocksize = blocksize
+        self.dtype = dtype
+        self.weight_function = []
+        self.bias_function = []
+        numel = shape[0] * shape[1]
+        self.register_buffer("packed", torch.empty((numel + 1) // 2, dtype=torch.uint8, device=device))
+        self.register_buffer("absmax", torch.empty(-(-numel // blocksize), dtype=torch.float32, device=device))
+        value = nn.Parameter(torch.empty(shape[0], dtype=dtype, device=device), requires_grad=False) if bias else None
+        self.register_parameter("bias", value)
+
+    @property
+    def weight(self) -> "DenseView":
+        return DenseView(self)
+
+    def dequantise(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight as a fresh dense tensor of the logical shape on the device of the packed bytes."""
+        return kernels.dequantise(self.packed, self.absmax, self.shape, self.blocksize, self.quant_type, dtype)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        bias: torch.Tensor | None = self.bias
+        if bias is not None:
+            bias = bias.to(input.dtype, copy=bool(self.bias_function))
+            for function in self.bias_function:
+                bias = function(bias)
+        if self.weight_function:
+            weight = self.dequantise(input.dtype)
+            for function in self.weight_function:
+                weight = function(weight)
+            return nn.functional.linear(input, weight, bias)
+        return kernels.linear(input, self.packed, self.absmax, self.shape, self.blocksize, self.quant_type, bias)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        # ComfyUI takes a LoRA's keys from the state dict: the weight has to be in it under its usual name.
+        destination[prefix + "weight"] = self.weight
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def extra_repr(self) -> str:
+        return f"{self.shape}, {self.quant_type}, blocksize={self.blocksize}, bias={self.bias is not None}"
+
+
+class DenseView(torch.Tensor):
+    """Reads as the dense weight of a `Linear4bit`: shape, dtype and device cost nothing, any use of the
+    values dequantises. It owns no memory and cannot be written to."""
+
+    linear: Linear4bit
+
+    @staticmethod
+    def __new__(cls: type[torch.Tensor], linear: Linear4bit) -> "DenseView":
+        # A wrapper subclass: https://pytorch.org/docs/stable/notes/extending.html#subclassing-torch-tensor
+        wrapper: DenseView = torch.Tensor._make_wrapper_subclass(  # type: ignore[assignment]
+            cls, linear.shape, dtype=linear.dtype, device=linear.packed.device, requires_grad=False
+        )
+        return wrapper
+
+    def __init__(self, linear: Linear4bit) -> None:
+        self.linear = linear
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"DenseView({self.linear})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func._schema.is_mutable and isinstance(args[0], cls):
+            raise RuntimeError(f"{func}: a 4-bit weight cannot be written to; patch a dequantised copy instead")
+
+        def dense(value: Any) -> Any:
+            return value.linear.dequantise(value.dtype) if isinstance(value, cls) else value
+
+        return func(*tree_map(dense, args), **tree_map(dense, kwargs or {}))

