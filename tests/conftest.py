@@ -8,6 +8,8 @@ import sys
 import types
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 COMFYUI_PATH = os.environ.get("COMFYUI_PATH")
 
@@ -29,6 +31,14 @@ def _enter_comfyui(tree: str) -> None:
     sys.argv = arguments
 
 
+@pytest.fixture(scope="session")
+def comfyui():
+    """The ComfyUI tree under test."""
+    assert COMFYUI_PATH, "run the tests with: python3 tools/test.py (it sets COMFYUI_PATH)"
+    return Path(COMFYUI_PATH)
+
+
+sys.path.insert(0, str(ROOT / "tools"))
 _alias_package()
 if COMFYUI_PATH:
     _enter_comfyui(COMFYUI_PATH)

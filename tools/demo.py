@@ -49,13 +49,10 @@ def main() -> None:
 
 
 def _small_checkpoint() -> Path:
-    path = environment.CACHE / "checkpoints" / "flux1-dev-bnb-nf4-v2-tiny.safetensors"
-    if not path.exists():
-        print("Making a small checkpoint with random weights (1 GB, about a minute, only this time)", flush=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        maker = environment.ROOT / "tools" / "make_checkpoint.py"
-        subprocess.run([sys.executable, str(maker), str(path)], check=True, stdout=subprocess.DEVNULL)
-    return path
+    print("Making a small checkpoint with random weights (1 GB, about a minute; only the first time)", flush=True)
+    from make_checkpoint import Recipe, cached_checkpoint
+
+    return cached_checkpoint(environment.CACHE / "checkpoints", Recipe())
 
 
 def _workflow(name: str, given: argparse.Namespace, size: int, steps: int) -> dict[str, Any]:
@@ -83,9 +80,9 @@ def _run(comfyui: Path, checkpoint: Path, workflow: dict[str, Any], output: Path
         link_model(checkpoint, base, "checkpoints")
         print(f"Starting ComfyUI ({comfyui})", flush=True)
         with ComfyServer(comfyui, base, () if _has_gpu() else ("--cpu",)) as server:
-            names = {identifier: node["class_type"] for identifier, node in workflow.items()}
+            progress = _Progress({identifier: node["class_type"] for identifier, node in workflow.items()})
             started = time.monotonic()
-            history = server.run(workflow, lambda message: _show(message, names))
+            history = server.run(workflow, progress.show)
             seconds = time.monotonic() - started
             if history["status"]["status_str"] != "success":
                 raise SystemExit(_failure(history))
@@ -101,12 +98,21 @@ def _run(comfyui: Path, checkpoint: Path, workflow: dict[str, Any], output: Path
         shutil.rmtree(base, ignore_errors=True)
 
 
-def _show(message: Any, names: dict[str, str]) -> None:
-    data = message["data"]
-    if message["type"] == "executing" and data.get("node"):
-        print(f"\n{names.get(data['node'], data['node'])}", end="", flush=True)
-    elif message["type"] == "progress":
-        print(f"\r{names.get(data['node'], data['node'])} {100 * data['value'] // data['max']} %", end="", flush=True)
+class _Progress:
+    """A line for each node; within it, each tenth of the way."""
+
+    def __init__(self, names: dict[str, str]) -> None:
+        self.names = names
+        self.tenth = 0
+
+    def show(self, message: Any) -> None:
+        data = message["data"]
+        if message["type"] == "executing" and data.get("node"):
+            self.tenth = 0
+            print(f"\n{self.names.get(data['node'], data['node'])}", end="", flush=True)
+        elif message["type"] == "progress" and 10 * data["value"] // data["max"] > self.tenth:
+            self.tenth = 10 * data["value"] // data["max"]
+            print(f" {10 * self.tenth}%", end="", flush=True)
 
 
 def _failure(history: dict[str, Any]) -> str:

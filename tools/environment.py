@@ -28,6 +28,7 @@ _TOOLS = (
     "hypothesis==6.170.15",
     "ruff==0.17.6",
     "mypy==2.4.1",
+    "requests",  # ComfyUI imports it and leaves it to others to install
 )
 _NOT_NEEDED = ("comfyui-workflow-templates", "comfyui-embedded-docs", "torch", "torchvision", "torchaudio")
 _ENTERED = "FLUX_NF4_ENTERED"

@@ -9,6 +9,7 @@ also writes the dense twin: the same transformer with every 4-bit weight dequant
 
 import argparse
 import functools
+import hashlib
 import math
 import zlib
 from collections.abc import Callable
@@ -57,6 +58,18 @@ def make_checkpoint(path: Path, recipe: Recipe, say: Callable[[str], None] = lam
     if not recipe.unet_only:
         tensors |= text_encoders_and_vae(recipe)
     _save(tensors, path)
+
+
+def cached_checkpoint(folder: Path, recipe: Recipe) -> Path:
+    """The checkpoint for ``recipe`` in ``folder``, made if it is not there; a changed maker makes a new one."""
+    made_by = "".join(Path(source).read_text("utf-8") for source in (__file__, layout.__file__))
+    key = hashlib.sha256(f"{recipe}{made_by}".encode()).hexdigest()[:8]
+    style = "v1" if recipe.nested else "v2"
+    path = folder / f"flux1-{recipe.variant}-bnb-{recipe.quant_type}-{style}-tiny-{key}.safetensors"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        make_checkpoint(path, recipe)
+    return path
 
 
 def make_twin(path: Path, recipe: Recipe, dtype: torch.dtype, say: Callable[[str], None] = lambda _: None) -> None:

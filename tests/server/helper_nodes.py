@@ -1,0 +1,56 @@
+"""A custom node package that the tests drop in beside ours: what a test needs to do inside the server."""
+
+import comfy.model_management
+import psutil
+import torch
+
+_get_free_memory = comfy.model_management.get_free_memory
+_swap_memory = psutil.swap_memory
+
+
+class AnyType(str):
+    """Links to any input."""
+
+    def __ne__(self, other):
+        return False
+
+
+class AnyName:
+    """A file name that no list was asked about."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"name": ("STRING", {})}}
+
+    RETURN_TYPES = (AnyType("*"),)
+    FUNCTION = "run"
+    CATEGORY = "tests"
+
+    def run(self, name):
+        return (name,)
+
+
+class SetFreeRam:
+    """Makes ComfyUI see this much free RAM (bytes, no swap); 0: what there is."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"nbytes": ("INT", {"min": 0, "max": 2**60})}}
+
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "run"
+    CATEGORY = "tests"
+
+    def run(self, nbytes):
+        def get_free_memory(dev=None, torch_free_too=False):
+            real = _get_free_memory(dev, torch_free_too)
+            is_cpu = isinstance(dev, torch.device) and dev.type == "cpu"
+            return nbytes if is_cpu and not torch_free_too else real
+
+        comfy.model_management.get_free_memory = get_free_memory if nbytes else _get_free_memory
+        psutil.swap_memory = (lambda: type("Swap", (), {"free": 0})) if nbytes else _swap_memory
+        return {}
+
+
+NODE_CLASS_MAPPINGS = {"TestAnyName": AnyName, "TestSetFreeRam": SetFreeRam}

@@ -1,0 +1,71 @@
+"""The drop-in node in the real server."""
+
+import json
+
+OLD_NODE = "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload"
+
+
+def test_the_node_has_the_contract_of_the_original(server):
+    info = json.loads(server.get(f"/object_info/{OLD_NODE}"))[OLD_NODE]
+    required = info["input"]["required"]
+    assert list(required) == ["ckpt_name", "double_blocks_cuda_size", "single_blocks_cuda_size"]
+    assert not info["input"].get("optional")
+    double, single = required["double_blocks_cuda_size"], required["single_blocks_cuda_size"]
+    assert (double[0], double[1]["default"], double[1]["min"], double[1]["max"]) == ("INT", 7, 0, 16)
+    assert (single[0], single[1]["default"], single[1]["min"], single[1]["max"]) == ("INT", 7, 0, 37)
+    assert info["output"] == ["MODEL", "CLIP", "VAE"]
+    assert info["display_name"] != OLD_NODE
+    assert info["description"]
+    assert all(options[1]["tooltip"] for options in required.values())
+    assert len(info["output_tooltips"]) == 3
+
+
+def test_every_file_of_the_checkpoints_folder_is_listed(server, checkpoint):
+    info = json.loads(server.get(f"/object_info/{OLD_NODE}"))[OLD_NODE]
+    assert checkpoint.name in info["input"]["required"]["ckpt_name"][0]
+
+
+def test_the_progress_bar_moves_while_the_file_is_read(server, workflow):
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    seen = []
+
+    def on_message(message):
+        if message["type"] == "progress" and message["data"]["node"] == "1":
+            seen.append((message["data"]["value"], message["data"]["max"]))
+
+    history = server.run(workflow(double_blocks_cuda_size=2), on_message)
+    assert history["status"]["status_str"] == "success"
+    values = [value for value, _ in seen]
+    assert values == sorted(values)
+    assert values[-1] == seen[-1][1]
+    assert len(set(values)) > 5
+
+
+def test_a_second_run_and_other_block_counts_give_the_same_picture(workflow, picture):
+    first = picture(workflow(seed=5))
+    assert picture(workflow(seed=6)) != first
+    assert picture(workflow(seed=5)) == first
+    for double, single in ((0, 0), (16, 37), (1, 0)):
+        again = workflow(seed=5, double_blocks_cuda_size=double, single_blocks_cuda_size=single)
+        assert picture(again) == first
+
+
+def test_block_counts_above_the_depth_are_clamped_and_logged(server, workflow, picture):
+    picture(workflow(double_blocks_cuda_size=16, single_blocks_cuda_size=37))
+    log = server.log.read_text("utf-8")
+    assert "double_blocks_cuda_size is 16; the model has 1" in log
+    assert "single_blocks_cuda_size is 37; the model has 1" in log
+
+
+def test_an_interrupted_prompt_leaves_the_next_picture_right(server, workflow, picture):
+    expected = picture(workflow(seed=7))
+
+    def interrupt(message):
+        if message["type"] == "progress" and message["data"]["node"] == "6":
+            server.post("/interrupt", {})
+
+    history = server.run(workflow(seed=8, steps=30), interrupt)
+    kinds = [kind for kind, _ in history["status"]["messages"]]
+    assert "execution_interrupted" in kinds
+    server.post("/free", {"unload_models": False, "free_memory": True})  # forgets cached outputs
+    assert picture(workflow(seed=7)) == expected
