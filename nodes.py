@@ -2,9 +2,12 @@
 
 import gc
 import logging
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import comfy.model_base
 import comfy.model_management
 import comfy.utils
 import folder_paths
@@ -88,11 +91,17 @@ class FluxNF4CheckpointLoader:
         return _load_all_in_one(catalogue, wanted)
 
 
-def _load_all_in_one(catalogue: Catalogue, wanted: dict[str, int]) -> tuple[Any, Any, Any]:
+def _load_all_in_one(catalogue: Catalogue, wanted: Mapping[str, int]) -> tuple[Any, Any, Any]:
     gc.collect()  # an earlier model that only cycles keep alive must not count against this one
     model = build_flux(catalogue)
     _require_ram(catalogue)
     clip, vae = load_clip_and_vae(catalogue, folder_paths.get_folder_paths("embeddings"))
+    return _load_transformer(model, catalogue, wanted), clip, vae
+
+
+def _load_transformer(
+    model: comfy.model_base.BaseModel, catalogue: Catalogue, wanted: Mapping[str, int]
+) -> StreamedModelPatcher:
     groups = block_groups(model)
     attach_streaming(model, groups)
     materialise(model.diffusion_model)
@@ -104,7 +113,7 @@ def _load_all_in_one(catalogue: Catalogue, wanted: dict[str, int]) -> tuple[Any,
         offload_device=comfy.model_management.unet_offload_device(),
     )
     patcher.resident = {kind: _clamped(kind, wanted[kind], len(group)) for kind, group in groups.items()}
-    return patcher, clip, vae
+    return patcher
 
 
 def _clamped(kind: str, wanted: int, depth: int) -> int:
@@ -126,6 +135,13 @@ def _require_ram(catalogue: Catalogue) -> None:
 
 
 _OLD_NAME = "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload"
+
+if _OLD_NAME in getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {}):
+    logger.warning(
+        "NF4: another package has registered the node %s already; this one takes its place. To keep the other, "
+        "remove or disable one of the two in custom_nodes.",
+        _OLD_NAME,
+    )
 
 NODE_CLASS_MAPPINGS: dict[str, type] = {_OLD_NAME: FluxNF4CheckpointLoader}
 NODE_DISPLAY_NAME_MAPPINGS = {_OLD_NAME: "Load Flux NF4 Checkpoint (streamed)"}

@@ -117,7 +117,7 @@ def _check_complete(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> 
     if missing:
         raise CheckpointError(
             catalogue.path,
-            f"{len(missing)} tensors of the Flux transformer are missing: {', '.join(missing[:4])}"
+            f"tensors of the Flux transformer are missing ({len(missing)}): {', '.join(missing[:4])}"
             f"{', ...' if len(missing) > 4 else ''}. The file is incomplete: download it again.",
         )
     for name in wanted:

@@ -39,6 +39,7 @@ class Recipe:
     single_blocks: int = 1
     t5_layers: int = 1
     in_channels: int = 64
+    hidden: int = 3072
     unet_only: bool = False
     prefix: str = TRANSFORMER
     seed: int = 0
@@ -127,7 +128,7 @@ def text_encoders_and_vae(recipe: Recipe) -> Tensors:
 
 def _transformer_shapes(recipe: Recipe) -> layout.Shapes:
     guidance = recipe.variant == "dev"
-    return layout.flux(recipe.double_blocks, recipe.single_blocks, guidance=guidance, in_channels=recipe.in_channels)
+    return layout.flux(recipe.double_blocks, recipe.single_blocks, guidance=guidance, in_channels=recipe.in_channels, hidden=recipe.hidden)
 
 
 def _is_linear_weight(name: str, shape: tuple[int, ...]) -> bool:

@@ -64,7 +64,7 @@ def picture(server):
 
 @pytest.fixture(scope="session")
 def error_of(server):
-    """A function: run a workflow, which must fail in the loader, and return the message that arrives in the history."""
+    """A function: run a workflow, which must fail in the loader, and return the message in its history."""
 
     def run(workflow):
         history = server.run(workflow)

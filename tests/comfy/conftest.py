@@ -1,0 +1,104 @@
+"""A tiny Flux in an NF4 file, loaded and sampled by ComfyUI in process."""
+
+import comfy.model_detection
+import comfy.sample
+import comfy.supported_models
+import pytest
+import torch
+from comfy.ldm.flux.model import FluxParams
+
+from flux_nf4 import nodes
+from flux_nf4.nf4_loader.catalogue import read_catalogue
+from flux_nf4.nf4_loader.flux import build_flux
+from flux_nf4.offload import patcher as patcher_module
+from flux_nf4.offload.copies import InlineCopies
+from flux_nf4.offload.patcher import StreamedModelPatcher
+from make_checkpoint import Recipe, make_checkpoint
+
+HIDDEN, DOUBLES, SINGLES = 256, 4, 10
+CPU = torch.device("cpu")
+
+
+class CountingCopies(InlineCopies):
+    """Copies on the CPU "device"; ``nbytes`` is what they moved since it was set to 0."""
+
+    def __init__(self):
+        super().__init__(CPU)
+        self.nbytes = 0
+
+    def copy(self, destination, source, *, after, done):
+        self.nbytes += source.nbytes
+        super().copy(destination, source, after=after, done=done)
+
+
+@pytest.fixture(scope="session")
+def tiny_file(tmp_path_factory):
+    """A dev file with hidden size 256, which ComfyUI's detection of some versions does not take: see `load`."""
+    path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
+    recipe = Recipe(double_blocks=DOUBLES, single_blocks=SINGLES, hidden=HIDDEN, unet_only=True)
+    make_checkpoint(path, recipe)
+    return path
+
+
+@pytest.fixture
+def tiny_config(monkeypatch):
+    """ComfyUI "detects" the tiny model."""
+    config = {
+        "image_model": "flux",
+        "in_channels": 16,
+        "out_channels": 16,
+        "patch_size": 2,
+        "vec_in_dim": 768,
+        "context_in_dim": 4096,
+        "hidden_size": HIDDEN,
+        "mlp_ratio": 4.0,
+        "num_heads": 2,
+        "depth": DOUBLES,
+        "depth_single_blocks": SINGLES,
+        "axes_dim": [16, 56, 56],
+        "theta": 10000,
+        "qkv_bias": True,
+        "guidance_embed": True,
+    }
+    if "txt_ids_dims" in FluxParams.__dataclass_fields__:
+        config["txt_ids_dims"] = []
+    monkeypatch.setattr(
+        comfy.model_detection, "model_config_from_unet", lambda *_: comfy.supported_models.Flux(dict(config))
+    )
+
+
+@pytest.fixture
+def load(tiny_file, tiny_config):
+    """A function: a fresh patcher of the tiny file with these block counts."""
+
+    def make(double=0, single=0):
+        catalogue = read_catalogue(tiny_file)
+        return nodes._load_transformer(build_flux(catalogue), catalogue, {"double": double, "single": single})
+
+    return make
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """Makes patchers stream on the CPU, through the `CountingCopies` that this is."""
+    counting = CountingCopies()
+    monkeypatch.setattr(StreamedModelPatcher, "_computes_from_host", False)
+    monkeypatch.setattr(patcher_module, "copies_to", lambda device: counting)
+    return counting
+
+
+def sample(patcher, seed=1, steps=2, **options):
+    """Latents of a small picture."""
+    generator = torch.Generator().manual_seed(0)
+    cond = [[torch.randn(1, 8, 4096, generator=generator), {"pooled_output": torch.randn(1, 768, generator=generator)}]]
+    latent = torch.zeros(1, 16, 8, 8)
+    noise = comfy.sample.prepare_noise(latent, seed)
+    with torch.inference_mode():
+        return comfy.sample.sample(
+            patcher, noise, steps, 1.0, "euler", "simple", cond, cond, latent, seed=seed, **options
+        ).clone()
+
+
+@pytest.fixture(name="sample")
+def sample_fixture():
+    return sample

@@ -1,0 +1,128 @@
+"""Output never depends on residency: ComfyUI samples, our patcher streams on a CPU "device" that counts its copies."""
+
+import gc
+import weakref
+
+import comfy.model_management
+import pytest
+import torch
+
+DOUBLES, SINGLES = 4, 10
+
+
+@pytest.fixture
+def expected(load, sample):
+    """Latents of the model whose blocks compute straight from host memory."""
+    return sample(load())
+
+
+@pytest.mark.parametrize("double", [0, 1, 7, DOUBLES])
+@pytest.mark.parametrize("single", [0, 1, 7, SINGLES])
+def test_every_pair_of_block_counts_gives_the_same_latents(double, single, load, sample, expected, copies):
+    patcher = load(double, single)
+    streamer = patcher.model.streaming.streamer
+    sample(patcher, steps=1)
+    plan = streamer.plan
+    kinds = [size.kind for size in streamer.sizes]
+    if plan.streamed:
+        assert sum(kinds[i] == "double" for i in plan.resident) == min(double, DOUBLES)
+        assert sum(kinds[i] == "single" for i in plan.resident) == min(single, SINGLES)
+    copies.nbytes = 0
+    assert torch.equal(sample(patcher, steps=2), expected)
+    assert copies.nbytes == 2 * plan.bytes_per_forward
+    assert plan.bytes_per_forward == sum(streamer.sizes[i].nbytes for i in plan.streamed)
+    assert streamer.device_bytes == plan.device_bytes
+
+
+def test_sampling_writes_nothing_to_host_memory(load, sample, copies):
+    patcher = load(1, 1)
+    records = patcher.model.streaming.streamer.arena.records
+    before = [record.clone() for record in records]
+    sample(patcher)
+    assert all(torch.equal(record, was) for record, was in zip(records, before, strict=True))
+
+
+class Interrupt(BaseException):
+    """As ComfyUI's own: raised from inside any layer."""
+
+
+@pytest.mark.parametrize("block", [0, 3, 4, 13])
+def test_an_interrupted_run_leaves_the_next_one_equal(block, load, sample, expected, copies):
+    patcher = load(1, 2)
+    transformer = patcher.model.diffusion_model
+    layer = [*transformer.double_blocks, *transformer.single_blocks][block]
+    inner = layer.img_mlp[2] if hasattr(layer, "img_mlp") else layer.linear2
+
+    def interrupt(*_):
+        raise Interrupt
+
+    handle = inner.register_forward_pre_hook(interrupt)
+    with pytest.raises(Interrupt):
+        sample(patcher)
+    handle.remove()
+    assert torch.equal(sample(patcher), expected)
+
+
+def test_changed_block_counts_take_effect_without_reading_the_file_again(load, sample, expected, copies):
+    patcher = load(0, 0)
+    streamer = patcher.model.streaming.streamer
+    sample(patcher)
+    hooks = len(streamer._hooks)
+    for double, single in ((2, 5), (4, 10), (0, 3), (0, 0)):
+        changed = patcher.clone()
+        changed.resident = {"double": double, "single": single}
+        assert torch.equal(sample(changed), expected)
+        assert streamer.plan == changed.plan
+        patcher = changed
+    assert len(streamer._hooks) == hooks
+
+
+def test_two_clones_with_their_own_settings_can_be_sampled_in_turn(load, sample, expected, copies):
+    first = load(0, 0)
+    second = first.clone()
+    second.resident = {"double": 3, "single": 4}
+    for _ in range(2):
+        for patcher in (first, second):
+            assert torch.equal(sample(patcher), expected)
+            assert patcher.model.streaming.streamer.plan == patcher.plan
+
+
+def test_the_size_that_comfyui_sees_is_what_is_on_the_device(load, sample, copies):
+    patcher = load(2, 3)
+    streaming = patcher.model.streaming
+    sample(patcher)
+    assert patcher.model_size() == streaming.other_bytes + streaming.streamer.device_bytes
+    assert patcher.loaded_size() == patcher.model_size()
+    comfy.model_management.unload_all_models()
+    assert streaming.streamer.device_bytes == 0
+    assert patcher.loaded_size() == 0
+
+
+def test_unloading_and_sampling_again_gives_the_same_latents(load, sample, expected, copies):
+    patcher = load(2, 3)
+    for _ in range(2):
+        assert torch.equal(sample(patcher), expected)
+        comfy.model_management.unload_all_models()
+
+
+def test_the_host_memory_goes_with_the_last_clone(load, sample, copies):
+    patcher = load(1, 1)
+    sample(patcher)
+    clone = patcher.clone()
+    arena = weakref.ref(patcher.model.streaming.streamer.arena)
+    del patcher
+    gc.collect()
+    assert arena() is not None
+    comfy.model_management.unload_all_models()
+    del clone
+    gc.collect()
+    assert arena() is None
+
+
+def test_moving_the_model_from_outside_leaves_the_blocks_in_place(load, sample, expected, copies):
+    patcher = load(1, 1)
+    sample(patcher)
+    patcher.model.diffusion_model.to("meta").to(torch.float32)
+    patcher.model.diffusion_model.double_blocks.to(torch.float64)
+    pointers = {p.data_ptr() for p in patcher.model.diffusion_model.double_blocks[0].parameters()}
+    assert 0 not in pointers
