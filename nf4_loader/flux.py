@@ -169,7 +169,8 @@ def fill(model: comfy.model_base.BaseModel, catalogue: Catalogue, progress: Call
     """Read the transformer's tensors from the file into the host memory that ``model`` is bound to.
 
     Packed bytes and fp32 absmax go straight into place; nested absmax is expanded to fp32 and dense tensors of
-    another dtype are converted on the way. ``progress`` gets byte counts that add up to `transformer_bytes`.
+    another dtype are converted on the way. ``progress`` gets byte counts that add up to `transformer_bytes`, less
+    what the file has and the model does not.
 
     Raises:
         CheckpointError: the file ended early, could not be read, or has another code table than its type says.
@@ -183,8 +184,9 @@ def fill(model: comfy.model_base.BaseModel, catalogue: Catalogue, progress: Call
 
     with torch.inference_mode(False), torch.no_grad():
         for name, weight in catalogue.weights4bit.items():
-            linear = modules[name.removesuffix(".weight")]
-            assert isinstance(linear, Linear4bit)
+            linear = modules.get(name.removesuffix(".weight"))
+            if not isinstance(linear, Linear4bit):
+                continue  # not of this model: `build_flux` has logged it
             direct.append(FileSlice(weight.packed.offset, linear.packed))
             if weight.state.nested is None:
                 direct.append(FileSlice(weight.absmax.offset, linear.absmax))

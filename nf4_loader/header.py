@@ -6,6 +6,7 @@ length of a JSON object, the JSON object, then the tensors' bytes without gaps.
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from .errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors library refuses longer headers."""
+
+_MAX_DIMENSIONS = 64
+"""PyTorch makes no tensor of more."""
 
 BITS = {
     "BOOL": 8,
@@ -73,39 +77,43 @@ def read_header(path: Path) -> Header:
         CheckpointError: the file is missing, is not safetensors, or its header is not consistent
             with itself and with the size of the file.
     """
-    if not path.is_file():
-        raise CheckpointError(path, f"there is no such file ({path}). Refresh the page (key R) and pick another.")
-    size = path.stat().st_size
+    try:
+        raw, size = _read_raw(path)
+    except FileNotFoundError:
+        problem = f"there is no such file ({path}). Refresh the page (key R) and pick another."
+        raise CheckpointError(path, problem) from None
+    except OSError as error:
+        raise CheckpointError(path, f"it cannot be read ({error}). This node needs a readable file.") from error
+    return Header(path, *_parse(path, raw, data_start=8 + len(raw), file_size=size))
+
+
+def _read_raw(path: Path) -> tuple[bytes, int]:
+    """The bytes of the header's JSON, and the size of the file."""
     with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
-        _refuse_other_formats(path, prefix)
+        if len(prefix) < 8:
+            raise CheckpointError(path, f"it has {len(prefix)} bytes, too few for a safetensors file. {_DAMAGED}")
         length = int.from_bytes(prefix, "little")
         if length > MAX_HEADER_BYTES:
-            raise CheckpointError(
-                path,
-                f"its first bytes give a header of {length:,} bytes, more than the {MAX_HEADER_BYTES:,} that a "
-                "safetensors file may have. This is no safetensors file, or it is damaged: download it again.",
-            )
+            raise CheckpointError(path, _what_else_it_is(prefix, length))
         if 8 + length > size:
             raise CheckpointError(
                 path, f"the header should be {length:,} bytes long, the whole file has {size:,}. {_DAMAGED}"
             )
-        raw = file.read(length)
-    return Header(path, *_parse(path, raw, data_start=8 + length, file_size=size))
+        return file.read(length), size
 
 
-def _refuse_other_formats(path: Path, start: bytes) -> None:
-    if start[:4] == b"GGUF":
-        raise CheckpointError(
-            path, "this is a GGUF file. Load it with 'Unet Loader (GGUF)' of the ComfyUI-GGUF package."
-        )
-    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
-        raise CheckpointError(
-            path,
-            "this is a PyTorch pickle (.ckpt or .pt). This node reads .safetensors files: convert or download one.",
-        )
-    if len(start) < 8:
-        raise CheckpointError(path, f"it has {len(start)} bytes, too few for a safetensors file. {_DAMAGED}")
+def _what_else_it_is(prefix: bytes, length: int) -> str:
+    """Of a file whose ``prefix`` gives no possible length: a short one may well begin like a pickle (0x80)."""
+    if prefix.startswith(b"GGUF"):
+        return "this is a GGUF file. Load it with 'Unet Loader (GGUF)' of the ComfyUI-GGUF package."
+    if prefix.startswith((b"PK\x03\x04", b"\x80")):
+        return "this is a PyTorch pickle (.ckpt or .pt). This node reads .safetensors files: convert or download one."
+    return (
+        f"its first bytes give a header of {length:,} bytes, more than the {MAX_HEADER_BYTES:,} that a "
+        "safetensors file may have. This is no safetensors file, or it is damaged: download it again."
+    )
 
 
 def _parse(
@@ -127,9 +135,11 @@ def _parse(
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name is there twice")
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f"{name!r} is there twice")
+        result[name] = value
     return result
 
 
@@ -155,7 +165,11 @@ def _entry(path: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
 
 
 def _is_sizes(value: Any) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return (
+        isinstance(value, list)
+        and len(value) <= _MAX_DIMENSIONS
+        and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
+    )
 
 
 def _check_cover(path: Path, tensors: list[TensorEntry], data_start: int, file_size: int) -> None:

@@ -14,6 +14,7 @@ from .quant_state import CODES, QuantType
 logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 1 << 22
+"""Packed bytes that the table look-up expands at once: whole blocks, of any blocksize."""
 
 
 class Dequantise(Protocol):
@@ -106,6 +107,10 @@ def _dequantise_by_bitsandbytes(
     quant_type: QuantType,
     dtype: torch.dtype,
 ) -> torch.Tensor:
+    # The CPU kernel takes every row to begin a block, which is so only where in is a multiple of blocksize; for
+    # large blocks it leaves the work to torch.compile, anew for each shape.
+    if packed.is_cpu and (shape[1] % blocksize or blocksize >= 2048):
+        return dequantise_by_table(packed, absmax, shape, blocksize, quant_type, dtype)
     return torch.ops.bitsandbytes.dequantize_4bit.default(packed, absmax, blocksize, quant_type, shape, dtype)
 
 

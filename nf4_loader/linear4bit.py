@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from . import kernels
 from .quant_state import QuantType
+
+_READ_ONLY = "a 4-bit weight cannot be written to; patch a dequantised copy instead"
 
 
 class Linear4bit(nn.Module):
@@ -73,6 +75,14 @@ class Linear4bit(nn.Module):
             return nn.functional.linear(input, weight, bias)
         return kernels.linear(input, self.packed, self.absmax, self.shape, self.blocksize, self.quant_type, bias)
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Linear4bit":
+        # ``.to(dtype)`` and the like are about the dense weight and the bias: absmax is fp32 whatever they are.
+        absmax = self.absmax
+        super()._apply(fn, recurse)
+        self.absmax = absmax.to(self.absmax.device) if self.absmax.dtype != absmax.dtype else self.absmax
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=absmax.device)).dtype
+        return self
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         # ComfyUI takes a LoRA's keys from the state dict: the weight has to be in it under its usual name.
         destination[prefix + "weight"] = self.weight
@@ -102,14 +112,20 @@ class DenseView(torch.Tensor):
     def __repr__(self) -> str:  # type: ignore[override]
         return f"DenseView({self.linear})"
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise RuntimeError(_READ_ONLY)  # torch would write to a part of a dequantised copy
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if func._schema.is_mutable and isinstance(args[0], cls):
-            raise RuntimeError(f"{func}: a 4-bit weight cannot be written to; patch a dequantised copy instead")
-
         def dense(value: Any) -> Any:
             return value.linear.dequantise(value.dtype) if isinstance(value, cls) else value
 
-        return func(*tree_map(dense, args), **tree_map(dense, kwargs or {}))
+        kwargs = kwargs or {}
+        for position, argument in enumerate(func._schema.arguments):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            if written and any(isinstance(leaf, cls) for leaf in tree_leaves(value)):
+                raise RuntimeError(_READ_ONLY)
+        return func(*tree_map(dense, args), **tree_map(dense, kwargs))

@@ -49,6 +49,8 @@ CODES: dict[QuantType, tuple[float, ...]] = {"nf4": NF4_CODE, "fp4": FP4_CODE}
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
+_FP32_MAX = torch.finfo(torch.float32).max
+
 
 @dataclass(frozen=True)
 class NestedAbsmax:
@@ -88,18 +90,20 @@ def parse_quant_state(raw: bytes) -> QuantState:
     """
     try:
         fields = json.loads(raw.decode("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"its quant state is not readable as JSON ({error})") from None
     if not isinstance(fields, dict):
         raise ValueError(f"its quant state is a JSON {type(fields).__name__}, not an object")
     quant_type = fields.get("quant_type")
-    if quant_type not in CODES:
+    if quant_type not in tuple(CODES):
         raise ValueError(f"its quant state says quant_type {quant_type!r}; known are nf4 and fp4")
     blocksize = fields.get("blocksize")
-    if blocksize not in BLOCKSIZES:
+    if type(blocksize) is not int or blocksize not in BLOCKSIZES:
         raise ValueError(f"its quant state says blocksize {blocksize!r}; known are {BLOCKSIZES}")
     shape = fields.get("shape")
-    if not (isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)):
+    if not (
+        isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and 0 < size < 1 << 31 for size in shape)
+    ):
         raise ValueError(f"its quant state says shape {shape!r}, not the [out, in] of a Linear")
     return QuantState(cast(QuantType, quant_type), blocksize, (shape[0], shape[1]), _nested(fields))
 
@@ -108,10 +112,10 @@ def _nested(fields: dict[str, Any]) -> NestedAbsmax | None:
     if "nested_blocksize" not in fields:
         return None
     blocksize, offset = fields["nested_blocksize"], fields.get("nested_offset")
-    if type(blocksize) is not int or blocksize <= 0:
-        raise ValueError(f"its quant state says nested_blocksize {blocksize!r}")
-    if not isinstance(offset, int | float):
-        raise ValueError(f"its quant state says nested_offset {offset!r}")
+    if type(blocksize) is not int or blocksize not in BLOCKSIZES:
+        raise ValueError(f"its quant state says nested_blocksize {blocksize!r}; known are {BLOCKSIZES}")
+    if isinstance(offset, bool) or not isinstance(offset, int | float) or not abs(offset) <= _FP32_MAX:
+        raise ValueError(f"its quant state says nested_offset {offset!r}, not a number in fp32")
     return NestedAbsmax(blocksize, float(offset))
 
 

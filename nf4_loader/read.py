@@ -43,8 +43,6 @@ def read_slices(path: Path, slices: Sequence[FileSlice], progress: Callable[[int
     try:
         for done in as_completed([pool.submit(_read_chunk, path, offset, view) for offset, view in chunks]):
             progress(done.result())
-    except OSError as error:
-        raise CheckpointError(path, f"reading it failed ({error}). Check the disk, then try again.") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -55,12 +53,14 @@ def _chunks(item: FileSlice) -> list[tuple[int, memoryview]]:
 
 
 def _read_chunk(path: Path, offset: int, view: memoryview) -> int:
-    with path.open("rb", buffering=0) as file:
-        file.seek(offset)
-        done = 0
-        while done < view.nbytes:
-            count = file.readinto(view[done:])
-            if not count:
-                raise CheckpointError(path, f"it ended at byte {offset + done:,} while it was read. Download it again.")
-            done += count
+    done = 0
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            while done < view.nbytes and (count := file.readinto(view[done:])):
+                done += count
+    except OSError as error:
+        raise CheckpointError(path, f"reading it failed ({error}). Check the disk, then try again.") from error
+    if done < view.nbytes:
+        raise CheckpointError(path, f"it ended at byte {offset + done:,} while it was read. Download it again.")
     return done

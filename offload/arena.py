@@ -25,7 +25,9 @@ class HostArena:
             starts.append(starts[-1] + -(-nbytes // PAGE) * PAGE)
         self.nbytes = starts[-1]
         self.pinned_bytes = 0
-        memory = mmap.mmap(-1, max(self.nbytes, PAGE))
+        # Private where the system knows the difference: shared anonymous memory gets no huge pages.
+        flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+        memory = mmap.mmap(-1, max(self.nbytes, PAGE), **flags)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         with torch.inference_mode(False):

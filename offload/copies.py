@@ -1,5 +1,7 @@
 """How bytes get from host memory to the device: the only place that knows streams and events."""
 
+import functools
+import sys
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +14,10 @@ class Copies(Protocol):
     """
 
     device: torch.device
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        """Uninitialised bytes on the device, (nbytes,) uint8, given back when the tensor goes."""
+        ...
 
     def event(self) -> Any: ...
 
@@ -29,13 +35,19 @@ class Copies(Protocol):
 
 
 class StreamCopies:
-    """Copies on a stream of their own, beside the compute stream that is current on the calling thread."""
+    """Copies on a stream of their own, beside the compute stream that is current on the calling thread.
+
+    One copy stream for each device, whoever streams: a bus has one direction to share.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         # torch.cuda or torch.xpu: the same names in both.
         self._module: Any = getattr(torch, device.type)
         self._copy_stream = self._module.Stream(device)
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        return _empty(nbytes, self.device)
 
     def event(self) -> Any:
         return self._module.Event()
@@ -45,6 +57,8 @@ class StreamCopies:
         with self._module.stream(self._copy_stream):
             destination.copy_(source, non_blocking=True)
         done.record(self._copy_stream)
+        if sys.platform == "win32":
+            self._copy_stream.query()  # WDDM holds submissions back until something asks
 
     def compute_waits(self, event: Any) -> None:
         self._module.current_stream(self.device).wait_event(event)
@@ -59,7 +73,10 @@ class InlineCopies:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def event(self) -> None:
+    def empty(self, nbytes: int) -> torch.Tensor:
+        return _empty(nbytes, self.device)
+
+    def event(self) -> Any:
         return None
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor, *, after: Any, done: Any) -> None:
@@ -72,7 +89,14 @@ class InlineCopies:
         pass
 
 
+@functools.cache
 def copies_to(device: torch.device) -> Copies:
-    """The best kind of copies that ``device`` can do."""
+    """The best kind of copies that ``device`` (with its index) can do."""
     has_streams = device.type in ("cuda", "xpu")
     return StreamCopies(device) if has_streams else InlineCopies(device)
+
+
+def _empty(nbytes: int, device: torch.device) -> torch.Tensor:
+    # An ordinary tensor: forwards may run in inference mode on one thread and outside it on another.
+    with torch.inference_mode(False):
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)

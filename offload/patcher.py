@@ -19,8 +19,8 @@ import torch
 from comfy.cli_args import args as comfy_args
 from torch import nn
 
-from .copies import Copies, copies_to
-from .plan import ResidencyPlan, plan_by_counts
+from .copies import copies_to
+from .plan import STAGING_BYTES, ResidencyPlan, plan_by_counts
 from .streamer import Streamer
 
 logger = logging.getLogger(__name__)
@@ -34,12 +34,6 @@ class Streaming:
 
     streamer: Streamer
     other_bytes: int
-    copies: Copies | None = None
-
-    def copies_to(self, device: torch.device) -> Copies:
-        if self.copies is None or self.copies.device != device:
-            self.copies = copies_to(device)
-        return self.copies
 
 
 def attach_streaming(model: nn.Module, groups: Mapping[str, Sequence[nn.Module]]) -> None:
@@ -48,10 +42,13 @@ def attach_streaming(model: nn.Module, groups: Mapping[str, Sequence[nn.Module]]
     Blocks on the meta device get uninitialised memory, others keep their values.
     """
     streamer = Streamer(groups)
-    tensors = [*model.parameters(), *model.buffers()]
-    total = sum(tensor.nbytes for tensor in tensors)
-    in_blocks = sum(field.nbytes for block in streamer.blocks for field in block.layout.fields)
+    total = sum(tensor.nbytes for tensor in _tensors(model))
+    in_blocks = sum(tensor.nbytes for group in groups.values() for block in group for tensor in _tensors(block))
     model.streaming = Streaming(streamer, other_bytes=total - in_blocks)  # type: ignore[assignment]
+
+
+def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
@@ -63,6 +60,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     """
 
     resident: Mapping[str, int] = {}
+    staging_bytes: int = STAGING_BYTES
 
     def __init__(
         self, model: nn.Module, load_device: torch.device, offload_device: torch.device, *args: Any, **kwargs: Any
@@ -73,12 +71,13 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     def clone(self, *args: Any, **kwargs: Any) -> "StreamedModelPatcher":
         other = super().clone(*args, **kwargs)
         other.resident = self.resident
+        other.staging_bytes = self.staging_bytes
         return other
 
     @property
     def plan(self) -> ResidencyPlan:
         """What this patcher's settings ask for."""
-        return plan_by_counts(self._streaming.streamer.sizes, self.resident)
+        return plan_by_counts(self._streaming.streamer.sizes, self.resident, self.staging_bytes)
 
     def model_size(self) -> int:
         """Bytes that the model wants on the load device. ComfyUI makes this much room, so it must not be the whole."""
@@ -156,17 +155,17 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
             streamer.arena.pin(_pin_limit_bytes(), device)
         if streamer.plan != plan:
             logger.info(
-                "Streaming: %d blocks resident, %d streamed; %.0f MiB on the device (%.0f resident blocks, "
-                "%.0f staging, %.0f other), %.0f MiB over the bus a forward",
+                "Streaming: %d blocks resident, %d streamed; %.0f MiB on the device (%.0f blocks, %.0f staging, "
+                "%.0f other), %.0f MiB over the bus a forward",
                 len(plan.resident),
                 len(plan.streamed),
                 self.model_size() / _MIB,
-                plan.resident_bytes / _MIB,
+                (plan.resident_bytes + plan.small_bytes) / _MIB,
                 plan.staging_bytes / _MIB,
                 self._streaming.other_bytes / _MIB,
                 plan.bytes_per_forward / _MIB,
             )
-        streamer.start(plan, self._streaming.copies_to(device))
+        streamer.start(plan, copies_to(device))
 
     def _set_weight_functions(self, patches: Mapping[str, Any]) -> None:
         """Have each patched layer compute its patched weight from a fresh dense copy, as ComfyUI's lowvram does."""

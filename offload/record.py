@@ -1,18 +1,30 @@
-"""A block's tensors laid out flat in one record, and the block bound to any copy of those bytes."""
+"""A block's tensors laid out flat in one record, and the block bound to any copy of those bytes.
+
+A record is the block's tiles, then its small part. A tile is the large tensors of one layer (for an NF4 Linear:
+packed weight and absmax): what is fetched, waited for and released together. The small part is everything else,
+biases and norms; it is a thousandth of a Flux block, stays on the device, and so costs no waiting.
+"""
 
 import weakref
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from .plan import BlockSize
+
 ALIGNMENT = 256
 """Bytes. CUDA kernels want 16; 256 is what the device allocator itself keeps."""
+
+SMALL_BYTES = 64 << 10
+"""Tensors below this are in the small part."""
 
 
 @dataclass(frozen=True)
 class Field:
-    """One tensor of a record: where it is in the block and where its bytes are in the record."""
+    """One tensor of a record: where it is in the block, and its first byte within its tile or the small part."""
 
     module: str
     name: str
@@ -24,72 +36,149 @@ class Field:
 
 
 @dataclass(frozen=True)
-class RecordLayout:
-    """The fields of a block in order; equal for blocks of equal structure. ``nbytes`` includes padding."""
+class Tile:
+    """Consecutive bytes of a record that one module uses: ``module`` is its path in the block ("" is the block)."""
 
+    module: str
+    offset: int
+    nbytes: int
     fields: tuple[Field, ...]
+
+
+@dataclass(frozen=True)
+class RecordLayout:
+    """Tiles in order of registration, and the small part; equal for blocks of equal structure."""
+
+    tiles: tuple[Tile, ...]
+    small: Tile
     nbytes: int
 
+    def size(self, kind: str) -> BlockSize:
+        return BlockSize(kind, tuple(tile.nbytes for tile in self.tiles), self.small.nbytes)
 
-def layout_of(block: nn.Module) -> RecordLayout:
-    """Lay out every parameter and persistent or other buffer of ``block``.
+
+def layout_of(block: nn.Module, *, whole: bool = False) -> RecordLayout:
+    """Lay out every parameter and buffer of ``block``.
+
+    A tile for each layer; one for the whole block if asked (what a compiled block needs: it is entered and left
+    once), or where large tensors belong to a module that contains others with large tensors.
 
     Raises:
-        ValueError: the block has no tensors.
+        ValueError: the block has no tensors, or two names share one tensor.
     """
-    fields: list[Field] = []
+    owners = dict(_owned_fields(block))
+    _refuse_shared(block)
+    large = {path: [field for field in fields if field.nbytes >= SMALL_BYTES] for path, fields in owners.items()}
+    large = {path: fields for path, fields in large.items() if fields}
+    nested = any(inner != outer and _contains(outer, inner) for outer in large for inner in large)
+    groups: Iterable[tuple[str, list[Field]]] = large.items()
+    if large and (whole or nested):
+        groups = [("", [field for fields in large.values() for field in fields])]
+    tiles: list[Tile] = []
     offset = 0
+    for path, fields in groups:
+        tile = _tile(path, offset, fields)
+        tiles.append(tile)
+        offset += tile.nbytes
+    small = _tile("", offset, [f for fields in owners.values() for f in fields if f.nbytes < SMALL_BYTES])
+    return RecordLayout(tuple(tiles), small, offset + small.nbytes)
+
+
+def _owned_fields(block: nn.Module) -> Iterable[tuple[str, list[Field]]]:
+    found = False
     for path, module in block.named_modules():
+        fields = []
         for is_parameter, tensors in ((True, module._parameters), (False, module._buffers)):
             for name, tensor in tensors.items():
-                if tensor is None:
-                    continue
-                nbytes = tensor.numel() * tensor.element_size()
-                fields.append(Field(path, name, is_parameter, tensor.dtype, tuple(tensor.shape), offset, nbytes))
-                offset += -(-nbytes // ALIGNMENT) * ALIGNMENT
-    if not fields:
+                if tensor is not None:
+                    nbytes = tensor.numel() * tensor.element_size()
+                    fields.append(Field(path, name, is_parameter, tensor.dtype, tuple(tensor.shape), 0, nbytes))
+        found = found or bool(fields)
+        yield path, fields
+    if not found:
         raise ValueError(f"a {type(block).__name__} without parameters or buffers cannot be streamed")
-    return RecordLayout(tuple(fields), offset)
+
+
+def _refuse_shared(block: nn.Module) -> None:
+    names: dict[int, str] = {}
+    for path, module in block.named_modules(remove_duplicate=False):
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None:
+                continue
+            full = f"{path}.{name}".lstrip(".")
+            other = names.setdefault(id(tensor), full)
+            if other != full:
+                raise ValueError(
+                    f"{other} and {full} of a {type(block).__name__} share one tensor: such a block cannot be streamed"
+                )
+
+
+def _contains(outer: str, inner: str) -> bool:
+    return not outer or inner.startswith(outer + ".")
+
+
+def _tile(module: str, offset: int, fields: Sequence[Field]) -> Tile:
+    placed, end = [], 0
+    for field in fields:
+        placed.append(Field(field.module, field.name, field.is_parameter, field.dtype, field.shape, end, field.nbytes))
+        end += -(-field.nbytes // ALIGNMENT) * ALIGNMENT
+    return Tile(module, offset, end, tuple(placed))
 
 
 Views = tuple[torch.Tensor, ...]
 
 
-def views_of(layout: RecordLayout, record: torch.Tensor) -> Views:
-    """The fields of ``layout`` as views into ``record`` (uint8, at least ``layout.nbytes`` long)."""
+def views_of(tile: Tile, memory: torch.Tensor) -> Views:
+    """The fields of ``tile`` as views into ``memory`` (uint8), which starts at the tile's first byte."""
     # Ordinary tensors: inference tensors could not be written by a thread outside inference mode.
     with torch.inference_mode(False), torch.no_grad():
-        return tuple(_view(field, record) for field in layout.fields)
+        return tuple(_view(field, memory) for field in tile.fields)
 
 
-def _view(field: Field, record: torch.Tensor) -> torch.Tensor:
-    view = record[field.offset : field.offset + field.nbytes].view(field.dtype).view(field.shape)
+def _view(field: Field, memory: torch.Tensor) -> torch.Tensor:
+    view = memory[field.offset : field.offset + field.nbytes].view(field.dtype).view(field.shape)
     return nn.Parameter(view, requires_grad=False) if field.is_parameter else view
 
 
-def _keep_in_place(module: nn.Module) -> None:
-    reference = weakref.ref(module)
-    module._apply = lambda fn, recurse=True: reference()  # type: ignore[method-assign]
+class BoundTile:
+    """The tensors of one tile in their modules, swapped between copies of the same bytes.
 
-
-class BoundBlock:
-    """A block whose tensors are views of a record, and can be swapped for those of another.
-
-    ``block.to()`` and the like no longer move it: whoever holds this decides where its bytes are.
+    ``home`` are the views of the host record, which the modules have whenever the tile is not on the device.
     """
 
-    def __init__(self, block: nn.Module, layout: RecordLayout) -> None:
-        self.block = block
-        self.layout = layout
-        modules = dict(block.named_modules())
-        self.targets = tuple(
+    def __init__(self, block: nn.Module, tile: Tile, record: torch.Tensor) -> None:
+        self.tile = tile
+        self.module = block.get_submodule(tile.module)
+        self.source = record[tile.offset : tile.offset + tile.nbytes]
+        self.home = views_of(tile, self.source)
+        modules = {field.module: block.get_submodule(field.module) for field in tile.fields}
+        self._targets: tuple[tuple[dict[str, Any], str], ...] = tuple(
             (modules[field.module]._parameters if field.is_parameter else modules[field.module]._buffers, field.name)
-            for field in layout.fields
+            for field in tile.fields
         )
-        for module in modules.values():
-            _keep_in_place(module)
+        with torch.inference_mode(False), torch.no_grad():
+            for (tensors, name), view in zip(self._targets, self.home, strict=True):
+                tensor = tensors[name]
+                if tensor is not None and not tensor.is_meta:
+                    view.copy_(tensor)
+        self.bind(self.home)
 
     def bind(self, views: Views) -> None:
-        """Make the block use ``views``, as made by `views_of` for its layout."""
-        for (tensors, name), view in zip(self.targets, views, strict=True):
+        """Make the modules use ``views``."""
+        for (tensors, name), view in zip(self._targets, views, strict=True):
             tensors[name] = view
+
+    def is_bound_to(self, views: Views) -> bool:
+        """Whether nobody has put other tensors in their place."""
+        return all(tensors.get(name) is view for (tensors, name), view in zip(self._targets, views, strict=True))
+
+
+def keep_in_place(block: nn.Module) -> None:
+    """Have ``block.to()`` and the like leave the block where it is: who streams it decides that."""
+    for module in block.modules():
+        reference = weakref.ref(module)
+
+        def stay(*_: Any, reference: Any = reference, **__: Any) -> Any:
+            return reference()
+
+        module._apply = stay  # type: ignore[method-assign]

@@ -1,18 +1,20 @@
-"""Fetch, wait, release: the streamed blocks' way through the staging slots.
+"""Fetch, wait, release: the streamed blocks' way through the staging ring.
 
-While block i computes out of one slot, the next streamed block arrives in the other. Three rules make it right
-whatever the caller does - skip, repeat or reorder blocks, stop in the middle, start again:
+While one tile computes, the next ones arrive. Three rules make it right whatever the caller does - skip, repeat or
+reorder blocks, stop in the middle, start again:
 
-- A slot knows whose bytes it holds. A block that finds them in no slot fetches its own.
-- What comes next is derived from the block that is called, never counted.
-- A block left bound to a slot by a forward that did not finish is released by the next one.
+- The ring knows whose bytes it holds. A tile that is not there is fetched when it is called for.
+- What comes next is derived from the tile that is called for, never counted.
+- A tile left in use by a forward that did not finish is released by the next one.
 
-The host waits for nothing: the copy stream waits for "free" (the compute that read the slot), compute waits for
-"ready" (the copy that filled it).
+The host waits for nothing: compute waits on the device for a tile's copy ("ready"), and each copy for all compute
+that was launched before it ("free"), which is what read the bytes that it overwrites.
 """
 
+import logging
 import weakref
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,174 +22,287 @@ from torch.utils.hooks import RemovableHandle
 
 from .arena import HostArena
 from .copies import Copies
-from .plan import BlockSize, ResidencyPlan
-from .record import BoundBlock, RecordLayout, Views, layout_of, views_of
+from .plan import ResidencyPlan, plan_for
+from .record import BoundTile, RecordLayout, Views, keep_in_place, layout_of, views_of
+from .ring import Ring, lay_out
+
+logger = logging.getLogger(__name__)
 
 
-class _Slot:
-    """One staging buffer on the device, with the two events that guard its bytes."""
+class _Block:
+    """A block in host memory, and what of it is on the device."""
 
-    def __init__(self, nbytes: int, layouts: set[RecordLayout], copies: Copies) -> None:
-        self.buffer = _device_bytes(nbytes, copies)
-        self.layouts = layouts
-        self.bytes_of = {layout: self.buffer[: layout.nbytes] for layout in layouts}
-        self.views_of: dict[RecordLayout, Views] = {layout: views_of(layout, self.buffer) for layout in layouts}
-        self.holds: int | None = None
+    def __init__(self, block: nn.Module, layout: RecordLayout, record: torch.Tensor) -> None:
+        self.module = block
+        self.layout = layout
+        self.record = record
+        self.tiles = tuple(BoundTile(block, tile, record) for tile in layout.tiles)
+        self.small = BoundTile(block, layout.small, record)
+        self.buffer: torch.Tensor | None = None
+        self.is_resident = False
+        keep_in_place(block)
+
+    def bytes_for(self, resident: bool) -> torch.Tensor:
+        """What of the record is always on the device: all of it, or the small part."""
+        return self.record if resident else self.record[self.small.tile.offset :]
+
+    def take(self, buffer: torch.Tensor, resident: bool) -> None:
+        """Bind to ``buffer``, a copy of `bytes_for`."""
+        self.buffer, self.is_resident = buffer, resident
+        start = 0 if resident else self.small.tile.offset
+        for part in (*self.tiles, self.small) if resident else (self.small,):
+            part.bind(views_of(part.tile, buffer[part.tile.offset - start :]))
+
+    def drop(self) -> None:
+        """Give the device's bytes up: back to host memory."""
+        self.buffer, self.is_resident = None, False
+        for part in (*self.tiles, self.small):
+            part.bind(part.home)
+
+
+class _Staged:
+    """A streamed tile: its place in the ring, and whether its bytes are there, from its fetch to its use."""
+
+    def __init__(self, tile: BoundTile, place: torch.Tensor, copies: Copies) -> None:
+        self.tile = tile
+        self.place = place
+        self.views: Views = views_of(tile.tile, place)
         self.ready = copies.event()
-        self.free = copies.event()
-        # The allocator may have handed out memory that earlier compute still reads.
-        copies.record(self.free)
+        self.present = False
 
 
 class Streamer:
     """Keeps some blocks of a model resident on a device and streams the rest from host memory.
 
-    ``groups`` maps a kind to its blocks, all in execution order.
-    From construction on the blocks' tensors are views of records in one host arena; tensors that were on the meta
-    device are uninitialised there, others keep their values. `start` puts a plan into effect, `stop` takes
-    everything off the device. The blocks compute the same bits under every plan.
+    ``groups`` maps a kind to its blocks, all in execution order. From construction on their tensors are views of
+    records in one host arena; tensors that were on the meta device are uninitialised there, others keep their
+    values. `start` puts a plan into effect, `stop` takes everything off the device. The blocks compute the same bits
+    under every plan. Who owns the blocks keeps the streamer.
+
+    Raises:
+        ValueError: a block has no tensors, or shares one with itself or another.
     """
 
     def __init__(self, groups: Mapping[str, Sequence[nn.Module]]) -> None:
-        blocks = [block for group in groups.values() for block in group]
+        modules = [block for group in groups.values() for block in group]
         kinds = [kind for kind, group in groups.items() for _ in group]
-        layouts = [layout_of(block) for block in blocks]
-        self.sizes = tuple(BlockSize(kind, layout.nbytes) for kind, layout in zip(kinds, layouts, strict=True))
+        _refuse_shared(modules)
+        layouts = [layout_of(block) for block in modules]
+        self.sizes = tuple(layout.size(kind) for kind, layout in zip(kinds, layouts, strict=True))
         self.arena = HostArena([layout.nbytes for layout in layouts])
-        self.blocks = tuple(BoundBlock(block, layout) for block, layout in zip(blocks, layouts, strict=True))
-        self._host_views = tuple(
-            views_of(layout, record) for layout, record in zip(layouts, self.arena.records, strict=True)
-        )
-        for index in range(len(self.blocks)):
-            self._adopt(index)
+        self.blocks = tuple(map(_Block, modules, layouts, self.arena.records))
         self.plan: ResidencyPlan | None = None
         self._copies: Copies | None = None
-        self._slots: list[_Slot] = []
-        self._residents: dict[int, torch.Tensor] = {}
-        self._following: dict[int, tuple[int, ...]] = {}
-        self._active: tuple[int, _Slot] | None = None
+        self._ring_memory: torch.Tensor | None = None
+        self._ring = Ring((), (), (), ())
+        self._free: Any = None
+        self._staged: list[_Staged] = []
+        self._active: _Staged | None = None
         self._hooks: list[RemovableHandle] = []
+        self._positions: dict[tuple[int, int], int] = {}
+        self._orders: dict[RecordLayout, tuple[int, ...]] = {}
+        self._seen: tuple[int, list[int]] = (-1, [])
 
     @property
     def device_bytes(self) -> int:
-        """Bytes held on the device: residents and staging slots."""
-        return sum(buffer.nbytes for buffer in self._residents.values()) + sum(s.buffer.nbytes for s in self._slots)
+        """Bytes held on the device: residents, small parts, staging."""
+        ring = 0 if self._ring_memory is None else self._ring_memory.nbytes
+        return ring + sum(block.buffer.nbytes for block in self.blocks if block.buffer is not None)
 
     def start(self, plan: ResidencyPlan, copies: Copies) -> None:
-        """Put ``plan`` into effect; of a plan in effect, what both have in common stays where it is."""
+        """Put ``plan`` into effect; of a plan in effect, what both have in common stays where it is.
+
+        Where the device has no room for all residents, as many stay as there is room for; `plan` tells.
+
+        Raises:
+            torch.OutOfMemoryError: not even the staging ring fits. Nothing is left on the device then.
+        """
+        if self._copies is copies and self.plan == plan:
+            return
         if self._copies is not copies:
             self.stop()
-        self._release()
-        self.plan, self._copies = plan, copies
-        self._resize_staging(plan, copies)
-        for index in self._residents.keys() - set(plan.resident):
-            self.blocks[index].bind(self._host_views[index])
-            del self._residents[index]
-        for index in plan.resident:
-            if index not in self._residents:
-                self._make_resident(index, copies)
-        depth = plan.slots + 1
-        self._following = {
-            index: tuple(plan.streamed[(position + step) % len(plan.streamed)] for step in range(depth))
-            for position, index in enumerate(plan.streamed)
-        }
-        self._hook(plan.streamed)
+        self._copies = copies
+        self._end_staging()
+        resident = set(plan.resident)
+        for index, block in enumerate(self.blocks):
+            if block.is_resident != (index in resident):
+                block.drop()
+        try:
+            self._begin_staging(plan)
+        except torch.OutOfMemoryError:
+            self.stop()
+            raise
+        self._grow(plan)
 
     def stop(self) -> None:
         """Bind every block to host memory and free everything on the device. Idempotent."""
-        self._release()
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        for slot in self._slots:
-            # The allocator may hand this memory to compute while a copy into it is under way.
-            self._require_copies().compute_waits(slot.ready)
-        for index in self._residents:
-            self.blocks[index].bind(self._host_views[index])
-        self._slots.clear()
-        self._residents.clear()
-        self._following = {}
+        self._end_staging()
+        self._ring_memory = None
+        for block in self.blocks:
+            block.drop()
         self.plan = self._copies = None
 
-    def _adopt(self, index: int) -> None:
-        block, views = self.blocks[index], self._host_views[index]
-        with torch.inference_mode(False), torch.no_grad():
-            for (tensors, name), view in zip(block.targets, views, strict=True):
-                if not tensors[name].is_meta:
-                    view.copy_(tensors[name])
-        block.bind(views)
+    def _grow(self, plan: ResidencyPlan) -> None:
+        for index in plan.resident:
+            block = self.blocks[index]
+            if block.is_resident:
+                continue
+            try:
+                self._put(block, resident=True)
+            except torch.OutOfMemoryError:
+                held = [i for i, other in enumerate(self.blocks) if other.is_resident]
+                logger.warning(
+                    "Streaming: the device has room for %d of %d resident blocks", len(held), len(plan.resident)
+                )
+                self._end_staging()
+                self._begin_staging(plan_for(self.sizes, held, plan.staging_bytes))
+                return
 
-    def _make_resident(self, index: int, copies: Copies) -> None:
-        record = self.arena.records[index]
-        buffer = _device_bytes(record.nbytes, copies)
-        buffer.copy_(record, non_blocking=True)
-        self.blocks[index].bind(views_of(self.blocks[index].layout, buffer))
-        self._residents[index] = buffer
+    def _put(self, block: _Block, resident: bool) -> None:
+        """Copy what is to be always on the device there, before any compute that comes after this."""
+        copies = self._require_copies()
+        source = block.bytes_for(resident)
+        buffer = copies.empty(source.nbytes)
+        # The allocator may have handed out bytes that earlier compute still reads.
+        free, ready = copies.event(), copies.event()
+        copies.record(free)
+        copies.copy(buffer, source, after=free, done=ready)
+        copies.compute_waits(ready)
+        block.take(buffer, resident)
 
-    def _resize_staging(self, plan: ResidencyPlan, copies: Copies) -> None:
-        layouts = {self.blocks[index].layout for index in plan.streamed}
-        fits = all(slot.buffer.nbytes == plan.slot_bytes and slot.layouts == layouts for slot in self._slots)
-        if fits and len(self._slots) == plan.slots:
-            return
-        for slot in self._slots:
-            copies.compute_waits(slot.ready)
-        self._slots.clear()
-        self._slots.extend(_Slot(plan.slot_bytes, layouts, copies) for _ in range(plan.slots))
+    def _begin_staging(self, plan: ResidencyPlan) -> None:
+        self.plan = plan
+        copies = self._require_copies()
+        memory = self._ring_memory
+        if memory is None or memory.nbytes != plan.staging_bytes:
+            self._ring_memory = memory = None
+            memory = copies.empty(plan.staging_bytes)
+        self._ring_memory = memory
+        self._free = copies.event()
+        for index in plan.streamed:
+            if self.blocks[index].buffer is None:
+                self._put(self.blocks[index], resident=False)
+            self._hook(index)
+        self._place(plan, memory)
+        if self._staged:
+            self._fetch_all((0, *self._ring.beside[0]))
 
-    def _hook(self, streamed: Sequence[int]) -> None:
+    def _place(self, plan: ResidencyPlan, memory: torch.Tensor) -> None:
+        """Give every streamed tile its place in the ring."""
+        order = [(index, local) for index in plan.streamed for local in self._order(index)]
+        tiles = [self.blocks[index].tiles[local] for index, local in order]
+        self._ring = lay_out([tile.tile.nbytes for tile in tiles], plan.staging_bytes)
+        self._staged = [
+            _Staged(tile, memory[offset : offset + tile.tile.nbytes], self._require_copies())
+            for tile, offset in zip(tiles, self._ring.offsets, strict=True)
+        ]
+        self._positions = {tile: position for position, tile in enumerate(order)}
+        self._released()  # what is in the ring now
+
+    def _hook(self, index: int) -> None:
+        # Weak: a block that held its streamer would keep the arena alive until the garbage collector runs.
+        streamer = weakref.proxy(self)
+        for local, tile in enumerate(self.blocks[index].tiles):
+
+            def before(*_: object, key: tuple[int, int] = (index, local)) -> None:
+                streamer._before(key)
+
+            def after(*_: object, key: tuple[int, int] = (index, local)) -> None:
+                streamer._after(key)
+
+            self._hooks += (tile.module.register_forward_pre_hook(before), tile.module.register_forward_hook(after))
+
+    def _end_staging(self) -> None:
+        """Empty the ring, keeping its memory."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        # Weak: a block that held its streamer would keep the arena alive until the garbage collector runs.
-        streamer = weakref.proxy(self)
-        for index in streamed:
-            block = self.blocks[index].block
-            self._hooks.append(block.register_forward_pre_hook(lambda *_, index=index: streamer._before(index)))
-            self._hooks.append(block.register_forward_hook(lambda *_, index=index: streamer._after(index)))
-
-    def _before(self, index: int) -> None:
         self._release()
-        self._prefetch(self._following[index][:-1])
-        slot = self._slot_of(index)
-        assert slot is not None
-        self._require_copies().compute_waits(slot.ready)
-        self.blocks[index].bind(slot.views_of[self.blocks[index].layout])
-        self._active = (index, slot)
+        for staged in self._staged:
+            # Whoever gets this memory next must not meet a copy that is under way.
+            self._require_copies().compute_waits(staged.ready)
+        self._staged = []
+        self._seen = (-1, [])
 
-    def _after(self, index: int) -> None:
+    def _before(self, key: tuple[int, int]) -> None:
         self._release()
-        self._prefetch(self._following[index][1:])
+        position = self._positions[key]
+        staged = self._staged[position]
+        if not staged.tile.is_bound_to(staged.tile.home):
+            raise RuntimeError(
+                f"the tensors of {staged.tile.tile.module or 'a block'} in streamed block {key[0]} were replaced from "
+                "outside. Change weights with a patch (LoRA and the like), or load the model again."
+            )
+        if not staged.present:
+            self._released()
+            self._fetch_all((position, *self._ring.beside[position]))
+        self._require_copies().compute_waits(staged.ready)
+        staged.tile.bind(staged.views)
+        self._active = staged
+
+    def _after(self, key: tuple[int, int]) -> None:
+        self._release()
+        self._learn_order(*key)
+        self._fetch_all(self._ring.ahead[self._positions[key]])
 
     def _release(self) -> None:
-        """Take the block that is computing, or was when its forward was cut short, out of its slot."""
-        if self._active is None:
+        """Take the tile that computes, or was when its forward was cut short, off the ring."""
+        if self._active is not None:
+            self._active.tile.bind(self._active.tile.home)
+            self._active.present = False
+            self._active = None
+            self._released()
+
+    def _released(self) -> None:
+        """All compute launched so far is what the next copies must wait for."""
+        self._require_copies().record(self._free)
+
+    def _fetch_all(self, positions: Sequence[int]) -> None:
+        """See to it that the tiles at ``positions`` are in the ring or on their way there."""
+        copies = self._require_copies()
+        for position in positions:
+            staged = self._staged[position]
+            if not staged.present:
+                for evicted in self._ring.evicted[position]:
+                    self._staged[evicted].present = False
+                copies.copy(staged.place, staged.tile.source, after=self._free, done=staged.ready)
+                staged.present = True
+
+    def _order(self, index: int) -> Sequence[int]:
+        """A block's tiles in the order in which blocks of its structure were seen to use them."""
+        layout = self.blocks[index].layout
+        return self._orders.get(layout, range(len(layout.tiles)))
+
+    def _learn_order(self, index: int, local: int) -> None:
+        layout = self.blocks[index].layout
+        if layout in self._orders:
             return
-        index, slot = self._active
-        self._active = None
-        self.blocks[index].bind(self._host_views[index])
-        self._require_copies().record(slot.free)
-
-    def _prefetch(self, indices: Sequence[int]) -> None:
-        """See to it that each of ``indices`` is in a slot or on its way there."""
-        for index in indices:
-            if self._slot_of(index) is None:
-                self._fetch(index, next(slot for slot in self._slots if slot.holds not in indices))
-
-    def _fetch(self, index: int, slot: _Slot) -> None:
-        slot.holds = None
-        destination = slot.bytes_of[self.blocks[index].layout]
-        self._require_copies().copy(destination, self.arena.records[index], after=slot.free, done=slot.ready)
-        slot.holds = index
-
-    def _slot_of(self, index: int) -> _Slot | None:
-        return next((slot for slot in self._slots if slot.holds == index), None)
+        seen_index, seen = self._seen
+        if seen_index != index:
+            seen = []
+            self._seen = (index, seen)
+        seen.append(local)
+        if len(seen) == len(layout.tiles):
+            registered = tuple(range(len(seen)))
+            self._orders[layout] = tuple(seen) if set(seen) == set(registered) else registered
+            if self._orders[layout] == registered:
+                return
+            assert self.plan is not None
+            assert self._ring_memory is not None
+            self._place(self.plan, self._ring_memory)
 
     def _require_copies(self) -> Copies:
         assert self._copies is not None
         return self._copies
 
 
-def _device_bytes(nbytes: int, copies: Copies) -> torch.Tensor:
-    # An ordinary tensor: forwards may run in inference mode on one thread and outside it on another.
-    with torch.inference_mode(False):
-        return torch.empty(nbytes, dtype=torch.uint8, device=copies.device)
+def _refuse_shared(blocks: Sequence[nn.Module]) -> None:
+    owner: dict[int, int] = {}
+    for index, block in enumerate(blocks):
+        for tensor in (*block.parameters(), *block.buffers()):
+            other = owner.setdefault(id(tensor), index)
+            if other != index:
+                raise ValueError(
+                    f"blocks {other} and {index} ({type(block).__name__}) share a tensor of shape "
+                    f"{tuple(tensor.shape)}: such blocks cannot be streamed"
+                )

@@ -112,6 +112,11 @@ def _packed(
     return packed, state.absmax
 
 
+def forget_weights() -> None:
+    """Free the packed weights that are kept for the next file."""
+    _packed.cache_clear()
+
+
 def text_encoders_and_vae(recipe: Recipe) -> Tensors:
     """CLIP-L in fp16, T5 in fp8 e4m3, VAE in bf16, as in lllyasviel's files."""
     parts = (
@@ -128,7 +133,13 @@ def text_encoders_and_vae(recipe: Recipe) -> Tensors:
 
 def _transformer_shapes(recipe: Recipe) -> layout.Shapes:
     guidance = recipe.variant == "dev"
-    return layout.flux(recipe.double_blocks, recipe.single_blocks, guidance=guidance, in_channels=recipe.in_channels, hidden=recipe.hidden)
+    return layout.flux(
+        recipe.double_blocks,
+        recipe.single_blocks,
+        guidance=guidance,
+        in_channels=recipe.in_channels,
+        hidden=recipe.hidden,
+    )
 
 
 def _is_linear_weight(name: str, shape: tuple[int, ...]) -> bool:

@@ -6,14 +6,15 @@ import comfy.supported_models
 import pytest
 import torch
 from comfy.ldm.flux.model import FluxParams
+from make_checkpoint import Recipe, make_checkpoint
 
 from flux_nf4 import nodes
 from flux_nf4.nf4_loader.catalogue import read_catalogue
 from flux_nf4.nf4_loader.flux import build_flux
 from flux_nf4.offload import patcher as patcher_module
+from flux_nf4.offload import record
 from flux_nf4.offload.copies import InlineCopies
 from flux_nf4.offload.patcher import StreamedModelPatcher
-from make_checkpoint import Recipe, make_checkpoint
 
 HIDDEN, DOUBLES, SINGLES = 256, 4, 10
 CPU = torch.device("cpu")
@@ -82,6 +83,9 @@ def load(tiny_file, tiny_config):
 def copies(monkeypatch):
     """Makes patchers stream on the CPU, through the `CountingCopies` that this is."""
     counting = CountingCopies()
+    # As many tiles for the tiny model as for the real one, and a ring that is smaller than a double block.
+    monkeypatch.setattr(record, "SMALL_BYTES", 2048)
+    monkeypatch.setattr(StreamedModelPatcher, "staging_bytes", 600_000)
     monkeypatch.setattr(StreamedModelPatcher, "_computes_from_host", False)
     monkeypatch.setattr(patcher_module, "copies_to", lambda device: counting)
     return counting

@@ -30,7 +30,7 @@ def test_every_pair_of_block_counts_gives_the_same_latents(double, single, load,
     copies.nbytes = 0
     assert torch.equal(sample(patcher, steps=2), expected)
     assert copies.nbytes == 2 * plan.bytes_per_forward
-    assert plan.bytes_per_forward == sum(streamer.sizes[i].nbytes for i in plan.streamed)
+    assert plan.bytes_per_forward == sum(streamer.sizes[i].streamed for i in plan.streamed)
     assert streamer.device_bytes == plan.device_bytes
 
 

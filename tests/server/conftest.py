@@ -50,7 +50,7 @@ def workflow(checkpoint):
 
 @pytest.fixture(scope="session")
 def picture(server):
-    """A function: run a workflow, which must succeed, and return the pixels of its picture as (height, width, bytes)."""
+    """A function: run a workflow, which must succeed, and return its picture as (height, width, bytes)."""
 
     def run(workflow, on_message=lambda _: None):
         history = server.run(workflow, on_message)

@@ -1,46 +1,100 @@
 """Residency plans: integers only."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flux_nf4.offload.plan import BlockSize, plan_by_counts
+from flux_nf4.offload.plan import STAGING_BYTES, BlockSize, plan_by_budget, plan_by_counts, predict_stall_ms
 
-DOUBLE, SINGLE = BlockSize("double", 191_300_000), BlockSize("single", 79_700_000)
+DOUBLE = BlockSize("double", (15_900_000,) * 2 + (5_300_000,) * 2 + (21_200_000,) * 4 + (31_850_000,) * 2, 192_512)
+SINGLE = BlockSize("single", (15_900_000, 37_160_000, 26_540_000), 62_000)
+FLUX = (DOUBLE,) * 19 + (SINGLE,) * 38
 
 models = st.tuples(st.integers(0, 19), st.integers(0, 38)).map(lambda n: (DOUBLE,) * n[0] + (SINGLE,) * n[1])
 counts = st.fixed_dictionaries({"double": st.integers(-1, 30), "single": st.integers(-1, 50)})
+budgets = st.integers(0, 8 * 2**30)
 
 
-@given(models, counts)
-def test_every_block_is_resident_or_streamed_in_order(blocks, resident):
-    plan = plan_by_counts(blocks, resident)
+def check(plan, blocks):
     assert sorted(plan.resident + plan.streamed) == list(range(len(blocks)))
     assert list(plan.resident) == sorted(plan.resident)
     assert list(plan.streamed) == sorted(plan.streamed)
+    assert plan.resident_bytes == sum(blocks[i].nbytes for i in plan.resident)
+    assert plan.bytes_per_forward == sum(blocks[i].streamed for i in plan.streamed)
+    assert plan.device_bytes == plan.resident_bytes + plan.staging_bytes + sum(blocks[i].small for i in plan.streamed)
+    assert plan.staging_bytes == 0 if not plan.streamed else plan.staging_bytes >= max(DOUBLE.tiles)
 
 
 @given(models, counts)
-def test_as_many_blocks_of_each_kind_stay_as_asked(blocks, resident):
+def test_counts_give_every_block_once_and_as_many_residents_as_asked(blocks, resident):
     plan = plan_by_counts(blocks, resident)
+    check(plan, blocks)
     if plan.streamed:
         for kind, count in resident.items():
             depth = sum(block.kind == kind for block in blocks)
             assert sum(blocks[i].kind == kind for i in plan.resident) == min(max(count, 0), depth)
 
 
-@given(models, counts)
-def test_bytes_add_up(blocks, resident):
-    plan = plan_by_counts(blocks, resident)
-    assert plan.resident_bytes + plan.bytes_per_forward == sum(block.nbytes for block in blocks)
-    assert plan.slot_bytes == max((blocks[i].nbytes for i in plan.streamed), default=0)
-    assert plan.device_bytes == plan.resident_bytes + plan.slots * plan.slot_bytes
+@given(models, budgets)
+def test_a_budget_is_never_exceeded(blocks, budget):
+    try:
+        plan = plan_by_budget(blocks, budget)
+    except ValueError:
+        assert budget < plan_by_counts(blocks, {}).device_bytes
+    else:
+        check(plan, blocks)
+        assert plan.device_bytes <= budget
 
 
-def test_blocks_that_would_sit_in_their_slots_for_ever_are_resident():
-    assert plan_by_counts((DOUBLE, SINGLE), {}).streamed == ()
-    assert plan_by_counts((DOUBLE, SINGLE, SINGLE), {}).streamed == (0, 1, 2)
+@given(budgets, budgets)
+def test_a_larger_budget_never_streams_more(one, other):
+    small, large = sorted((one, other))
+    least = plan_by_counts(FLUX, {}).device_bytes
+    streamed = [plan_by_budget(FLUX, max(budget, least)).bytes_per_forward for budget in (small, large)]
+    assert streamed[0] >= streamed[1]
+
+
+def test_a_budget_is_used_up_to_one_block():
+    for budget in range(2**30, 7 * 2**30, 2**28):
+        plan = plan_by_budget(FLUX, budget)
+        if plan.streamed:
+            assert budget - plan.device_bytes < 2 * DOUBLE.nbytes
+
+
+def test_a_budget_that_is_too_small_names_the_smallest():
+    least = plan_by_counts(FLUX, {}).device_bytes
+    with pytest.raises(ValueError, match=f"takes {least / 2**20:.0f} MiB"):
+        plan_by_budget(FLUX, least - 1)
+    assert plan_by_budget(FLUX, least).device_bytes == least
+
+
+def test_blocks_that_would_sit_in_the_ring_for_ever_are_resident():
+    assert plan_by_counts((SINGLE, SINGLE), {}).streamed == ()
+    assert plan_by_counts((SINGLE,) * 3, {}, staging_bytes=0).streamed == (0, 1, 2)
 
 
 def test_residents_are_spread_evenly():
-    plan = plan_by_counts((SINGLE,) * 9, {"single": 3})
-    assert plan.resident == (1, 4, 7)
+    assert plan_by_counts((SINGLE,) * 9, {"single": 3}).resident == (1, 4, 7)
+
+
+def test_a_budget_spreads_streamed_bytes_evenly():
+    """Over any stretch of blocks about the same bytes a block come over the bus; first-N would give 0 or all."""
+    plan = plan_by_budget(FLUX, 3 * 2**30)
+    streamed = [FLUX[i].streamed if i in plan.streamed else 0 for i in range(len(FLUX))]
+    mean = sum(streamed) / len(streamed)
+    for start in range(len(FLUX) - 10):
+        assert abs(sum(streamed[start : start + 10]) - 10 * mean) < 2 * DOUBLE.streamed
+
+
+def test_stall_is_what_the_bus_takes_beyond_compute():
+    everything = plan_by_counts(FLUX, {})
+    bus_ms = everything.bytes_per_forward / 25e6
+    assert predict_stall_ms(everything, FLUX, gbps=25, compute_ms=0.0) == pytest.approx(bus_ms, rel=0.01)
+    assert predict_stall_ms(everything, FLUX, gbps=25, compute_ms=1e4) == 0
+    assert predict_stall_ms(plan_by_counts(FLUX, {"double": 19, "single": 38}), FLUX, 25, 1.0) == 0
+    some = [predict_stall_ms(plan_by_budget(FLUX, gib * 2**30), FLUX, 25, 1.2) for gib in (1, 2, 3, 4, 5)]
+    assert some == sorted(some, reverse=True)
+
+
+def test_the_default_ring_holds_several_of_the_largest_tiles():
+    assert 4 * max(SINGLE.tiles) < STAGING_BYTES

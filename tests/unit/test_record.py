@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from flux_nf4.offload.record import ALIGNMENT, BoundBlock, layout_of, views_of
+from flux_nf4.offload import record
+from flux_nf4.offload.record import ALIGNMENT, BoundTile, keep_in_place, layout_of, views_of
+
+
+@pytest.fixture(autouse=True)
+def _threshold(monkeypatch):
+    monkeypatch.setattr(record, "SMALL_BYTES", 20)
 
 
 class Block(nn.Module):
@@ -17,16 +23,28 @@ class Block(nn.Module):
         self.register_buffer("nothing", None)
 
 
+def bind(block, layout, memory):
+    for part in (*layout.tiles, layout.small):
+        BoundTile(block, part, memory)
+
+
 def test_every_tensor_has_an_aligned_place_of_its_own():
     layout = layout_of(Block())
-    names = {f"{field.module}.{field.name}" for field in layout.fields}
-    assert names == {"linear.weight", "linear.bias", "norm.weight", "norm.bias", ".codes", ".scalar"}
-    ends = [0]
-    for field in layout.fields:
-        assert field.offset % ALIGNMENT == 0
-        assert field.offset >= ends[-1]
-        ends.append(field.offset + field.nbytes)
-    assert layout.nbytes >= ends[-1]
+    assert [tile.module for tile in layout.tiles] == ["linear", "norm"]
+    names = [f"{field.module}.{field.name}" for tile in layout.tiles for field in tile.fields]
+    assert names == ["linear.weight", "norm.weight", "norm.bias"]
+    assert [f"{field.module}.{field.name}" for field in layout.small.fields] == [".codes", ".scalar", "linear.bias"]
+    end = 0
+    for part in (*layout.tiles, layout.small):
+        assert part.offset == end
+        inner = 0
+        for field in part.fields:
+            assert field.offset % ALIGNMENT == 0
+            assert field.offset >= inner
+            inner = field.offset + field.nbytes
+        assert inner <= part.nbytes
+        end += part.nbytes
+    assert layout.nbytes == end
 
 
 def test_equal_blocks_have_equal_layouts():
@@ -34,24 +52,51 @@ def test_equal_blocks_have_equal_layouts():
     assert hash(layout_of(Block())) == hash(layout_of(Block()))
 
 
-def test_a_bound_block_reads_and_writes_the_record():
+def test_a_whole_block_can_be_one_tile():
+    layout = layout_of(Block(), whole=True)
+    assert [tile.module for tile in layout.tiles] == [""]
+    assert {field.module for field in layout.tiles[0].fields} == {"linear", "norm"}
+
+
+def test_a_block_that_owns_a_large_tensor_itself_is_one_tile():
     block = Block()
+    block.table = nn.Parameter(torch.zeros(40))
+    assert [tile.module for tile in layout_of(block).tiles] == [""]
+
+
+def test_a_bound_block_keeps_its_values_and_reads_and_writes_the_record():
+    block, reference = Block(), Block()
+    reference.load_state_dict(block.state_dict())
     layout = layout_of(block)
-    record = torch.zeros(layout.nbytes, dtype=torch.uint8)
-    BoundBlock(block, layout).bind(views_of(layout, record))
+    memory = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    bind(block, layout, memory)
+    for name, value in reference.state_dict().items():
+        assert torch.equal(block.state_dict()[name], value)
     assert isinstance(block.linear.weight, nn.Parameter)
     assert block.scalar.shape == ()
     with torch.no_grad():
         block.linear.weight.fill_(1)
-    field = next(field for field in layout.fields if field.name == "weight" and field.module == "linear")
-    assert record[field.offset : field.offset + field.nbytes].view(torch.bfloat16).eq(1).all()
+    field = layout.tiles[0].fields[0]
+    assert memory[field.offset : field.offset + field.nbytes].view(torch.bfloat16).eq(1).all()
+
+
+def test_a_tile_swaps_between_copies_of_its_bytes():
+    block = Block()
+    layout = layout_of(block)
+    tile = BoundTile(block, layout.tiles[0], torch.zeros(layout.nbytes, dtype=torch.uint8))
+    other = views_of(tile.tile, torch.ones(tile.tile.nbytes, dtype=torch.uint8))
+    tile.bind(other)
+    assert block.linear.weight is other[0]
+    assert not tile.is_bound_to(tile.home)
+    tile.bind(tile.home)
+    assert tile.is_bound_to(tile.home)
 
 
 def test_moving_the_model_does_not_move_a_bound_block():
     block = Block()
     layout = layout_of(block)
-    record = torch.zeros(layout.nbytes, dtype=torch.uint8)
-    BoundBlock(block, layout).bind(views_of(layout, record))
+    bind(block, layout, torch.zeros(layout.nbytes, dtype=torch.uint8))
+    keep_in_place(block)
     pointer = block.linear.weight.data_ptr()
     model = nn.Sequential(block, nn.Linear(2, 2))
     model.to(torch.float64)
@@ -63,3 +108,11 @@ def test_moving_the_model_does_not_move_a_bound_block():
 def test_a_block_without_tensors_is_refused():
     with pytest.raises(ValueError, match="without parameters"):
         layout_of(nn.ReLU())
+
+
+def test_tied_tensors_are_refused_by_name():
+    block = Block()
+    block.other = nn.Linear(3, 5)
+    block.other.weight = block.linear.weight
+    with pytest.raises(ValueError, match=r"linear.weight and other.weight of a Block share one tensor"):
+        layout_of(block)

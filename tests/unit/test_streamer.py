@@ -1,5 +1,6 @@
 """The streamer on a CPU "device": the same fetch, wait and release as on a GPU, with every copy counted."""
 
+import functools
 import gc
 import itertools
 import weakref
@@ -8,11 +9,19 @@ import pytest
 import torch
 from torch import nn
 
+from flux_nf4.offload import record as record_module
 from flux_nf4.offload.copies import InlineCopies
 from flux_nf4.offload.plan import plan_by_counts
 from flux_nf4.offload.streamer import Streamer
 
 CPU = torch.device("cpu")
+STAGING = 3000
+"""Bytes: less than a double block, so that tiles take each other's places."""
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks_are_streamed(monkeypatch):
+    monkeypatch.setattr(record_module, "SMALL_BYTES", 256)
 
 
 class CountingCopies(InlineCopies):
@@ -44,6 +53,19 @@ class Block(nn.Module):
         return x + self.second(hidden).tanh()
 
 
+def refuse_host_memory(block, arena):
+    """Make each layer fail where it would compute from host memory, as it would on a GPU."""
+    ranges = [(record.data_ptr(), record.data_ptr() + record.nbytes) for record in arena.records]
+
+    def check(layer, forward, x):
+        pointer = layer.weight.data_ptr()
+        assert not any(start <= pointer < end for start, end in ranges), "a weight is in host memory"
+        return forward(x)
+
+    for layer in (block.first, block.second):
+        layer.forward = functools.partial(check, layer, layer.forward)
+
+
 class Model(nn.Module):
     def __init__(self, doubles=4, singles=6):
         super().__init__()
@@ -73,8 +95,10 @@ def streamed(**resident):
     model = Model()
     streamer = model.streamer = Streamer(model.groups)
     copies = CountingCopies()
-    plan = plan_by_counts(streamer.sizes, resident)
+    plan = plan_by_counts(streamer.sizes, resident, STAGING)
     streamer.start(plan, copies)
+    for block in streamer.blocks:
+        refuse_host_memory(block.module, streamer.arena)
     return model, streamer, copies, plan
 
 
@@ -88,9 +112,9 @@ def test_every_plan_gives_the_same_bits_and_copies_each_streamed_block_once(doub
         del copies.sources[:]
         assert torch.equal(model(X), expected)
         assert copies.nbytes - before == plan.bytes_per_forward
-        streamed_records = {streamer.arena.records[i].data_ptr() for i in plan.streamed}
-        assert set(copies.sources) == streamed_records
-        assert len(copies.sources) == len(streamed_records)
+        tiles = {tile.source.data_ptr() for i in plan.streamed for tile in streamer.blocks[i].tiles}
+        assert set(copies.sources) == tiles
+        assert len(copies.sources) == len(tiles)
 
 
 def test_nothing_is_written_to_host_memory():
@@ -155,7 +179,8 @@ def test_a_block_called_inside_another_is_right():
 
     def nest(model):
         inner = model.doubles[2]
-        model.doubles[0].second.register_forward_hook(lambda *_: inner(X)[:, :8])
+        outer = model.doubles[0].first
+        outer.register_forward_hook(lambda module, inputs, output: output + inner(X).sum())
 
     nest(model)
     nest(reference)
@@ -163,30 +188,37 @@ def test_a_block_called_inside_another_is_right():
     assert torch.equal(model(X), reference(X))
 
 
+def residents(streamer):
+    return {i: block.buffer.data_ptr() for i, block in enumerate(streamer.blocks) if block.is_resident}
+
+
 def test_changing_the_plan_keeps_the_output_and_moves_the_difference(expected):
     model, streamer, copies, _ = streamed(double=2, single=2)
-    kept = {index: buffer.data_ptr() for index, buffer in streamer._residents.items()}
+    kept = residents(streamer)
     for resident in ({"double": 4, "single": 2}, {"double": 0, "single": 0}, {"double": 4, "single": 6}, {"single": 1}):
-        plan = plan_by_counts(streamer.sizes, resident)
+        plan = plan_by_counts(streamer.sizes, resident, STAGING)
         streamer.start(plan, copies)
         assert torch.equal(model(X), expected)
         assert torch.equal(model(X), expected)
         assert streamer.device_bytes == plan.device_bytes
         stayed = kept.keys() & set(plan.resident)
-        assert all(streamer._residents[index].data_ptr() == kept[index] for index in stayed)
-        kept = {index: buffer.data_ptr() for index, buffer in streamer._residents.items()}
+        assert all(residents(streamer)[index] == kept[index] for index in stayed)
+        kept = residents(streamer)
 
 
 def test_starting_again_stacks_no_hooks(expected):
     model, streamer, copies, plan = streamed()
     for _ in range(3):
         streamer.start(plan, copies)
-    hooks = [len(b._forward_pre_hooks) + len(b._forward_hooks) for b in [*model.doubles, *model.singles]]
-    assert hooks == [2] * 10
+
+    def hooks():
+        layers = [layer for block in [*model.doubles, *model.singles] for layer in (block.first, block.second)]
+        return [len(layer._forward_pre_hooks) + len(layer._forward_hooks) for layer in layers]
+
+    assert hooks() == [2] * 20
     streamer.stop()
     streamer.stop()
-    assert not any(b._forward_pre_hooks or b._forward_hooks for b in [*model.doubles, *model.singles])
-    assert torch.equal(model(X), expected)
+    assert hooks() == [0] * 20
 
 
 def test_the_arena_goes_with_its_last_user():
@@ -205,5 +237,5 @@ def test_inference_mode_and_grad_mode_can_be_mixed(expected):
     model, streamer, copies, _ = streamed(double=1)
     with torch.inference_mode():
         assert torch.equal(model(X), expected)
-        streamer.start(plan_by_counts(streamer.sizes, {"double": 3}), copies)
+        streamer.start(plan_by_counts(streamer.sizes, {"double": 3}, STAGING), copies)
     assert torch.equal(model(X), expected)

@@ -1,0 +1,197 @@
+"""What streaming costs: a full-size NF4 Flux on the GPU, streamed in several plans against all resident.
+
+    COMFYUI_PATH=~/ComfyUI python benchmarks/streaming.py --output results
+    COMFYUI_PATH=~/ComfyUI python benchmarks/streaming.py --checkpoint flux1-dev-bnb-nf4-v2.safetensors --output results
+
+Run it with ComfyUI's Python. Without a checkpoint it makes one with random weights (7 GB, in a temporary folder).
+Prints a table and writes ``streaming.json``. Every variant runs in the same process, in turns, and each number is a
+median; compare ratios within one run. Outputs of all variants must be bit-identical, or it fails.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+GIB = 2**30
+RING = 160
+PLANS = {
+    "all resident": (19, 38, RING),
+    "0/0": (0, 0, RING),
+    "7/7": (7, 7, RING),
+    "12/24": (12, 24, RING),
+    "0/0, ring of 80 MiB": (0, 0, 80),
+    "0/0, ring of 112 MiB": (0, 0, 112),
+    "0/0, ring of 256 MiB": (0, 0, 256),
+    "0/0, ring of 384 MiB": (0, 0, 384),
+}
+"""Double and single blocks that stay, and MiB of the staging ring."""
+
+
+def import_package() -> types.ModuleType:
+    """This package as ``flux_nf4``, inside the ComfyUI of COMFYUI_PATH."""
+    sys.path[:0] = [os.environ["COMFYUI_PATH"], str(ROOT / "tools")]
+    package = types.ModuleType("flux_nf4")
+    package.__path__ = [str(ROOT)]
+    sys.modules["flux_nf4"] = package
+    arguments, sys.argv = sys.argv, [sys.argv[0], *([] if torch.cuda.is_available() else ["--cpu"])]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfy.cli_args
+
+    sys.argv = arguments
+    from flux_nf4 import nodes  # type: ignore[import-not-found]
+
+    return nodes
+
+
+class Forward:
+    """One call of the transformer at a picture size, always with the same input."""
+
+    def __init__(self, pixels: int, device: torch.device, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def randn(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).to(device, dtype)
+
+        self.pixels = pixels
+        self.x, self.context, self.y = randn(1, 16, pixels // 8, pixels // 8), randn(1, 512, 4096), randn(1, 768)
+        self.timestep, self.guidance = torch.tensor([0.7], device=device), torch.tensor([3.5], device=device)
+
+    def __call__(self, model: Any) -> torch.Tensor:
+        return model.apply_model(self.x, self.timestep, c_crossattn=self.context, y=self.y, guidance=self.guidance)
+
+
+def milliseconds(call: Callable[[], Any], repeats: int) -> list[float]:
+    """Time of each of ``repeats`` calls queued one after the other, as the device sees it."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
+        call()
+        event.record()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) for before, after in itertools.pairwise(events)]
+
+
+def copy_gbps(record: torch.Tensor, device: torch.device) -> float:
+    """GB/s of host-to-device copies of one pinned record."""
+    target = torch.empty_like(record, device=device)
+    times = milliseconds(lambda: target.copy_(record, non_blocking=True), 20)
+    return record.nbytes / statistics.median(times) / 1e6
+
+
+@contextmanager
+def checkpoint_file(given: Path | None) -> Iterator[Path]:
+    if given is not None:
+        yield given
+        return
+    from make_checkpoint import Recipe, forget_weights, make_checkpoint
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "flux1-dev-nf4-random.safetensors"
+        started = time.monotonic()
+        make_checkpoint(path, Recipe(double_blocks=19, single_blocks=38, unet_only=True, device="cuda"))
+        forget_weights()
+        torch.cuda.empty_cache()
+        print(f"made {path.name}: {path.stat().st_size / GIB:.2f} GiB in {time.monotonic() - started:.1f} s")
+        yield path
+
+
+def measure(nodes: Any, path: Path, rounds: int, repeats: int) -> dict[str, Any]:
+    import comfy.model_management
+
+    from flux_nf4.nf4_loader.catalogue import read_catalogue  # type: ignore[import-not-found]
+    from flux_nf4.nf4_loader.flux import build_flux  # type: ignore[import-not-found]
+
+    device = comfy.model_management.get_torch_device()
+    started = time.monotonic()
+    catalogue = read_catalogue(path)
+    patcher = nodes._load_transformer(build_flux(catalogue), catalogue, {"double": 0, "single": 0})
+    loaded = time.monotonic()
+    comfy.model_management.load_models_gpu([patcher])
+    torch.cuda.synchronize()
+    results: dict[str, Any] = {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device),
+        "checkpoint_bytes": path.stat().st_size,
+        "read_s": loaded - started,
+        "pin_and_start_s": time.monotonic() - loaded,
+        "rows": [],
+    }
+    streamer = patcher.model.streaming.streamer
+    results["copy_gbps"] = copy_gbps(streamer.arena.records[0], device)
+    for pixels in (1024, 512):
+        results["rows"] += measure_plans(patcher, Forward(pixels, device, patcher.model.get_dtype()), rounds, repeats)
+    return results
+
+
+def measure_plans(patcher: Any, forward: "Forward", rounds: int, repeats: int) -> list[dict[str, Any]]:
+    import comfy.model_management
+
+    streamer = patcher.model.streaming.streamer
+    rows: dict[str, dict[str, Any]] = {name: {"pixels": forward.pixels, "plan": name} for name in PLANS}
+    times: dict[str, list[float]] = {name: [] for name in PLANS}
+    reference = None
+    for _ in range(rounds):
+        for name, (double, single, ring) in PLANS.items():
+            clone = patcher.clone()
+            clone.resident = {"double": double, "single": single}
+            clone.staging_bytes = ring << 20
+            comfy.model_management.load_models_gpu([clone])
+            output = forward(clone.model).clone()
+            reference = output if reference is None else reference
+            if not torch.equal(output, reference):
+                raise SystemExit(f"{name} at {forward.pixels}: the output differs")
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            times[name] += milliseconds(functools.partial(forward, clone.model), repeats)[1:]
+            rows[name]["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+            rows[name]["bus_gb"] = streamer.plan.bytes_per_forward / 1e9
+    for name, row in rows.items():
+        row["ms"] = statistics.median(times[name])
+        row["ratio"] = row["ms"] / statistics.median(times["all resident"])
+    return list(rows.values())
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = ["| picture | double/single resident | ms | against all resident | peak GiB | GB over the bus |"]
+    lines.append("|---|---|---|---|---|---|")
+    for row in results["rows"]:
+        figures = f"{row['ms']:.1f} | {row['ratio']:.3f} | {row['peak_gib']:.2f} | {row['bus_gb']:.2f}"
+        lines.append(f"| {row['pixels']} | {row['plan']} | {figures} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, help="an NF4 file; made if not given")
+    parser.add_argument("--output", type=Path, default=Path(), help="folder for the JSON")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=8)
+    given = parser.parse_args()
+    nodes = import_package()
+    with checkpoint_file(given.checkpoint) as path, torch.inference_mode():
+        results = measure(nodes, path, given.rounds, given.repeats)
+    given.output.mkdir(parents=True, exist_ok=True)
+    (given.output / "streaming.json").write_text(json.dumps(results, indent=1))
+    print(", ".join(f"{key} {value}" for key, value in results.items() if key != "rows"))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Where each tile goes in the staging ring. Integers only.
+
+Tiles follow each other through a ring of bytes in the order in which a forward uses them, and every forward begins
+at its start again. So each tile has one fixed place, and what may be fetched early is known beforehand: the tiles
+that follow the present one, up to the first whose place is still taken by one of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Ring:
+    """For each tile, in the order of use: its first byte, and indices of others in the ring.
+
+    ``ahead[i]``: the tiles to fetch once tile i is done with, in the order of use.
+    ``beside[i]``: those of them that can be there while tile i still is.
+    ``evicted[i]``: the tiles whose bytes are gone when tile i is fetched.
+    """
+
+    offsets: tuple[int, ...]
+    ahead: tuple[tuple[int, ...], ...]
+    beside: tuple[tuple[int, ...], ...]
+    evicted: tuple[tuple[int, ...], ...]
+
+
+def lay_out(tiles: Sequence[int], ring_bytes: int) -> Ring:
+    """Place tiles of these sizes (bytes, each at most ``ring_bytes``) in a ring.
+
+    Raises:
+        ValueError: a tile is larger than the ring.
+    """
+    if tiles and max(tiles) > ring_bytes:
+        raise ValueError(f"a tile of {max(tiles):,} bytes does not fit into a staging ring of {ring_bytes:,} bytes")
+    offsets, cursor = [], 0
+    for nbytes in tiles:
+        cursor = cursor if cursor + nbytes <= ring_bytes else 0
+        offsets.append(cursor)
+        cursor += nbytes
+    spans = [(offset, offset + nbytes) for offset, nbytes in zip(offsets, tiles, strict=True)]
+    count = len(tiles)
+    return Ring(
+        offsets=tuple(offsets),
+        ahead=tuple(tuple(_run(spans, index, [])) for index in range(count)),
+        beside=tuple(tuple(_run(spans, index, [index])) for index in range(count)),
+        evicted=tuple(
+            tuple(other for other in range(count) if other != index and _overlap(spans[other], spans[index]))
+            for index in range(count)
+        ),
+    )
+
+
+Span = tuple[int, int]
+
+
+def _run(spans: Sequence[Span], index: int, taken: list[int]) -> list[int]:
+    """The tiles after ``index``, in the cycle, that fit beside each other and beside ``taken``."""
+    run: list[int] = []
+    for step in range(1, len(spans)):
+        following = (index + step) % len(spans)
+        if any(_overlap(spans[following], spans[other]) for other in (*taken, *run)):
+            break
+        run.append(following)
+    return run
+
+
+def _overlap(one: Span, other: Span) -> bool:
+    return one[0] < other[1] and other[0] < one[1]

@@ -1,0 +1,416 @@
+"""Catalogues: each layout in the wild is read, and every other file is refused with the reason."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from flux_nf4.nf4_loader.catalogue import read_catalogue, require_all_in_one
+from flux_nf4.nf4_loader.errors import CheckpointError
+from flux_nf4.nf4_loader.quant_state import NestedAbsmax
+
+QKV = "double_blocks.0.img_attn.qkv.weight"
+LINEARS = {
+    "img_in.weight": (16, 64),
+    QKV: (48, 128),
+    "double_blocks.0.img_mlp.0.weight": (16, 96),
+    "single_blocks.0.linear1.weight": (24, 320),
+    "final_layer.linear.weight": (64, 16),
+}
+NORM = "double_blocks.0.img_attn.norm.query_norm"
+PREFIX = "model.diffusion_model."
+QUANT_STATE = ".quant_state.bitsandbytes__"
+ENCODERS = {
+    "text_encoders.clip_l.transformer.text_model.embeddings.position_embedding.weight": torch.ones(7, 8).half(),
+    **{
+        f"text_encoders.t5xxl.transformer.encoder.block.{index}.layer.{layer}.layer_norm.weight": torch.ones(8)
+        for index in (0, 1, 2, 10)
+        for layer in (0, 1)
+    },
+    "text_encoders.t5xxl.transformer.shared.weight": torch.ones(3, 8).to(torch.float8_e4m3fn),
+}
+VAE = {"vae.decoder.conv_in.weight": torch.ones(2, 2, 3, 3).bfloat16()}
+
+
+@pytest.fixture
+def make_tensors(quantise):
+    """A function that makes the tensors of a tiny all-in-one file; those in ``dense`` are left in bf16."""
+
+    def make(prefix=PREFIX, quant_type="nf4", blocksize=64, nested=False, dense=(), norm="scale", rest=ENCODERS | VAE):
+        transformer = {"img_in.bias": torch.ones(16).bfloat16(), f"{NORM}.{norm}": torch.ones(128).bfloat16()}
+        for name, shape in LINEARS.items():
+            if name in dense:
+                transformer[name] = torch.ones(shape).bfloat16()
+                continue
+            transformer[name], state = quantise(shape, quant_type, blocksize, nested, torch.bfloat16)
+            state.shape = torch.Size(shape)
+            transformer |= {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+        return {prefix + name: tensor for name, tensor in transformer.items()} | rest
+
+    return make
+
+
+@pytest.fixture
+def save(tmp_path):
+    """A function that writes tensors to a file."""
+
+    def save(tensors, name="flux.safetensors"):
+        path = tmp_path / name
+        save_file(tensors, path)
+        return path
+
+    return save
+
+
+@pytest.fixture
+def refusal(save):
+    """A function that gives the message with which a file of these tensors is refused."""
+
+    def refuse(tensors):
+        path = save(tensors)
+        with pytest.raises(CheckpointError) as caught:
+            read_catalogue(path)
+        message = str(caught.value)
+        assert message.startswith("flux.safetensors: ")
+        return message
+
+    return refuse
+
+
+def check_bytes(path, entry, tensor):
+    stored = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    assert path.read_bytes()[entry.offset : entry.offset + entry.nbytes] == stored
+
+
+# What is read
+
+
+@pytest.mark.parametrize("prefix", [PREFIX, ""], ids=["prefix", "no prefix"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [True, False], ids=["v1", "v2"])
+@pytest.mark.parametrize("blocksize", [32, 64, 4096])
+def test_every_weight_is_found_with_its_state_and_bytes(make_tensors, save, prefix, quant_type, nested, blocksize):
+    tensors = make_tensors(prefix, quant_type, blocksize, nested)
+    path = save(tensors)
+    catalogue = read_catalogue(path)
+    assert catalogue.path == path
+    assert catalogue.weights4bit.keys() == LINEARS.keys()
+    for name, weight in catalogue.weights4bit.items():
+        assert weight.state.shape == LINEARS[name]
+        assert (weight.state.quant_type, weight.state.blocksize) == (quant_type, blocksize)
+        full = prefix + name
+        check_bytes(path, weight.packed, tensors[full])
+        check_bytes(path, weight.absmax, tensors[f"{full}.absmax"])
+        check_bytes(path, weight.quant_map, tensors[f"{full}.quant_map"])
+        if nested:
+            fields = json.loads(bytes(tensors[f"{full}{QUANT_STATE}{quant_type}"].tolist()))
+            assert weight.state.nested == NestedAbsmax(256, fields["nested_offset"])
+            check_bytes(path, weight.nested_absmax, tensors[f"{full}.nested_absmax"])
+            check_bytes(path, weight.nested_map, tensors[f"{full}.nested_quant_map"])
+        else:
+            assert weight.state.nested is None
+            assert weight.nested_absmax is None
+            assert weight.nested_map is None
+
+
+@pytest.mark.parametrize("prefix", [PREFIX, ""], ids=["prefix", "no prefix"])
+def test_the_parts_are_told_apart(make_tensors, save, prefix):
+    catalogue = read_catalogue(save(make_tensors(prefix)))
+    assert catalogue.dense.keys() == {"img_in.bias", f"{NORM}.scale"}
+    assert catalogue.text_encoders.keys() == ENCODERS.keys()
+    assert catalogue.vae.keys() == VAE.keys()
+    assert catalogue.header.tensors.keys() >= {f"{prefix}{QKV}", *ENCODERS, *VAE}
+
+
+def test_logical_shapes_are_those_of_the_dense_model(make_tensors, save):
+    catalogue = read_catalogue(save(make_tensors(nested=True)))
+    assert catalogue.logical_shapes == LINEARS | {"img_in.bias": (16,), f"{NORM}.scale": (128,)}
+
+
+@pytest.mark.parametrize("norm", ["scale", "weight"])
+def test_norms_have_one_name_whatever_the_file_calls_them(make_tensors, save, norm):
+    tensors = make_tensors(norm=norm)
+    path = save(tensors)
+    catalogue = read_catalogue(path)
+    assert f"{NORM}.scale" in catalogue.dense
+    assert f"{NORM}.weight" not in catalogue.dense
+    check_bytes(path, catalogue.dense[f"{NORM}.scale"], tensors[f"{PREFIX}{NORM}.{norm}"])
+
+
+def test_dense_layers_beside_quantised_ones_stay_dense(make_tensors, save):
+    dense = {"img_in.weight", "final_layer.linear.weight"}
+    catalogue = read_catalogue(save(make_tensors(dense=dense)))
+    assert catalogue.weights4bit.keys() == LINEARS.keys() - dense
+    assert catalogue.dense.keys() == dense | {"img_in.bias", f"{NORM}.scale"}
+    assert catalogue.logical_shapes["img_in.weight"] == (16, 64)
+
+
+def test_the_first_block_may_be_dense(make_tensors, save):
+    catalogue = read_catalogue(save(make_tensors(dense={QKV})))
+    assert catalogue.dense[QKV].dtype == "BF16"
+
+
+def test_a_weight_stored_as_one_row_is_read(make_tensors, save):
+    tensors = make_tensors()
+    tensors[PREFIX + QKV] = tensors[PREFIX + QKV].view(1, -1)
+    assert read_catalogue(save(tensors)).weights4bit[QKV].packed.nbytes == 48 * 64
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32], ids=str)
+def test_a_weight_stored_in_another_dtype_is_read(make_tensors, save, storage):
+    tensors = make_tensors()
+    tensors[PREFIX + QKV] = tensors[PREFIX + QKV].view(-1).view(storage).view(-1, 1)
+    assert read_catalogue(save(tensors)).weights4bit[QKV].packed.nbytes == 48 * 64
+
+
+def test_t5_layers_are_counted(make_tensors, save):
+    assert read_catalogue(save(make_tensors())).t5_layers == 4
+    assert read_catalogue(save(make_tensors(rest={}))).t5_layers == 0
+
+
+# All-in-one
+
+
+def test_an_all_in_one_file_is_complete(make_tensors, save):
+    require_all_in_one(read_catalogue(save(make_tensors())))
+
+
+@pytest.mark.parametrize(
+    ("kept", "missing"),
+    [
+        ((), "no CLIP-L, no T5-XXL, no VAE ("),
+        (("vae.",), "no CLIP-L, no T5-XXL ("),
+        (("text_encoders.",), "no VAE ("),
+        (("text_encoders.clip_l.", "vae."), "no T5-XXL ("),
+        (("text_encoders.t5xxl.", "vae."), "no CLIP-L ("),
+        (("text_encoders.clip_l.", "text_encoders.t5xxl.transformer.shared", "vae."), "no T5-XXL ("),
+    ],
+)
+def test_a_file_that_is_not_all_in_one_is_refused_with_what_is_missing(make_tensors, save, kept, missing):
+    rest = {name: tensor for name, tensor in (ENCODERS | VAE).items() if name.startswith(kept)}
+    catalogue = read_catalogue(save(make_tensors(rest=rest)))
+    with pytest.raises(CheckpointError) as caught:
+        require_all_in_one(catalogue)
+    message = str(caught.value)
+    assert message.startswith(f"flux.safetensors: it has the Flux transformer but {missing}")
+    assert "'DualCLIPLoader'" in message
+    assert "'Load VAE'" in message
+
+
+# Files of another kind
+
+
+def dense_flux(dtype, prefix=PREFIX):
+    return {prefix + name: torch.ones(shape).to(dtype) for name, shape in LINEARS.items()}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(torch.bfloat16, "BF16"), (torch.float16, "F16"), (torch.float8_e4m3fn, "F8_E4M3")]
+)
+@pytest.mark.parametrize(
+    ("rest", "loader"),
+    [(ENCODERS | VAE, "'Load Checkpoint'"), ({}, "'Load Diffusion Model' (folder diffusion_models)")],
+)
+@pytest.mark.parametrize("prefix", [PREFIX, ""], ids=["prefix", "no prefix"])
+def test_a_dense_flux_is_refused_with_its_loader(refusal, dtype, name, rest, loader, prefix):
+    message = refusal(dense_flux(dtype, prefix) | rest)
+    assert f"it is a Flux model with dense {name} weights" in message
+    assert message.endswith(f"Load it with {loader}.")
+
+
+def test_a_gguf_file_is_refused_with_its_loader(tmp_path):
+    path = tmp_path / "flux1-dev-Q4_0.gguf"
+    path.write_bytes(b"GGUF\x03\0\0\0" + bytes(100))
+    with pytest.raises(CheckpointError, match=r"^flux1-dev-Q4_0\.gguf: this is a GGUF file\. .*ComfyUI-GGUF"):
+        read_catalogue(path)
+
+
+@pytest.mark.parametrize("mark", [".SCB", ".weight_format"])
+def test_llm_int8_is_refused(refusal, mark):
+    tensors = {name: torch.ones(shape, dtype=torch.int8) for name, shape in LINEARS.items()}
+    tensors[QKV.removesuffix(".weight") + mark] = torch.ones(48)
+    assert "its weights are 8-bit LLM.int8 of bitsandbytes ('.SCB' tensors), not NF4 or FP4" in refusal(tensors)
+
+
+def renamed(tensors, old, new):
+    return {name.replace(old, new): tensor for name, tensor in tensors.items()}
+
+
+def test_4bit_of_another_model_is_refused_with_its_names(make_tensors, refusal):
+    tensors = {n: t for n, t in make_tensors("", rest={}).items() if n.startswith("double_blocks")}
+    message = refusal(renamed(tensors, "double_blocks.0", "model.layers.10") | {"model.layers.2.a": torch.ones(1)})
+    assert "it is a bitsandbytes 4-bit file, but not of a Flux model: it has no 'double_blocks.0.*'" in message
+    assert "its first names: model.layers.2.a, model.layers.10." in message
+
+
+@pytest.mark.parametrize("name", ["transformer_blocks.0", "single_transformer_blocks.0"])
+def test_4bit_with_the_names_of_diffusers_is_refused(make_tensors, refusal, name):
+    message = refusal(renamed(make_tensors("", rest={}), "double_blocks.0", name))
+    assert "it is a 4-bit model with the tensor names of diffusers" in message
+    assert "reads Black Forest Labs names ('double_blocks.0...')" in message
+
+
+@pytest.mark.parametrize("tensors", [VAE, ENCODERS, {"lora_unet_double_blocks_0.lora_up.weight": torch.ones(4, 4)}, {}])
+def test_a_file_without_a_flux_transformer_is_refused(refusal, tensors):
+    assert "it holds no Flux transformer ('double_blocks.0.*' is missing)" in refusal(tensors)
+
+
+def test_4bit_text_encoders_do_not_make_a_dense_flux_4bit(make_tensors, refusal):
+    encoder = {f"text_encoders.t5xxl.{name}": tensor for name, tensor in make_tensors("", rest={}).items()}
+    assert "it is a Flux model with dense BF16 weights" in refusal(dense_flux(torch.bfloat16) | encoder)
+
+
+# 4-bit Flux files that are damaged
+
+
+def test_packed_weights_without_any_quant_state_are_refused(make_tensors, refusal):
+    tensors = {name: tensor for name, tensor in make_tensors().items() if QUANT_STATE not in name}
+    message = refusal(tensors)
+    assert f"{QKV} is packed (U8 of shape (3072, 1)) but no quant state" in message
+
+
+def test_packed_weights_alone_are_refused(make_tensors, refusal):
+    packed = make_tensors()[PREFIX + QKV]
+    assert f"{QKV} is packed (U8 of shape (3072, 1)) but no quant state" in refusal({QKV: packed})
+
+
+def quant_state(**changes):
+    fields = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [48, 128]} | changes
+    return torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8)
+
+
+STATE = f"{QUANT_STATE}nf4"
+DESCRIBED = "its quant state says (48, 128) in nf4 with blocksize 64"
+# What is put in the place of which tensor of one weight (None: it is taken out), and what the message says.
+DAMAGE = {
+    "quant state missing": (
+        STATE,
+        None,
+        f"it is packed, but '{QKV}{STATE}', which gives its shape, is not in the file",
+    ),
+    "quant state not JSON": (STATE, torch.zeros(80, dtype=torch.uint8), "its quant state is not readable as JSON"),
+    "quant state of another type": (
+        STATE,
+        quant_state(quant_type="int8"),
+        "its quant state says quant_type 'int8'; known are nf4 and fp4",
+    ),
+    "quant state without shape": (STATE, quant_state(shape=None), "its quant state says shape None, not the [out, in]"),
+    "quant state of another blocksize": (
+        STATE,
+        quant_state(blocksize=128),
+        "in nf4 with blocksize 128, which needs 48 F32 values of absmax; the file has 96 of F32",
+    ),
+    "larger shape": (
+        STATE,
+        quant_state(shape=[48, 130]),
+        "its quant state says (48, 130) in nf4 with blocksize 64, which is 3,120 bytes; the file has 3,072",
+    ),
+    "smaller shape": (STATE, quant_state(shape=[48, 64]), "which is 1,536 bytes; the file has 3,072"),
+    "packed bytes missing": ("", None, f"'{QKV}' is not in the file"),
+    "packed bytes too few": (
+        "",
+        torch.ones(3071, 1, dtype=torch.uint8),
+        f"{DESCRIBED}, which is 3,072 bytes; the file has 3,071",
+    ),
+    "absmax missing": (".absmax", None, f"'{QKV}.absmax' is not in the file"),
+    "absmax too short": (
+        ".absmax",
+        torch.ones(95),
+        f"{DESCRIBED}, which needs 96 F32 values of absmax; the file has 95 of F32",
+    ),
+    "absmax too long": (".absmax", torch.ones(97), "needs 96 F32 values of absmax; the file has 97 of F32"),
+    "absmax in fp16": (".absmax", torch.ones(96).half(), "needs 96 F32 values of absmax; the file has 96 of F16"),
+    "absmax nested, state not": (
+        ".absmax",
+        torch.ones(96, dtype=torch.uint8),
+        "needs 96 F32 values of absmax; the file has 96 of U8",
+    ),
+    "quant_map missing": (".quant_map", None, f"'{QKV}.quant_map' is not in the file"),
+    "quant_map too short": (".quant_map", torch.ones(15), "needs 16 F32 values of quant_map; the file has 15 of F32"),
+    "quant_map in fp16": (".quant_map", torch.ones(16).half(), "16 F32 values of quant_map; the file has 16 of F16"),
+}
+NESTED_DAMAGE = {
+    "absmax in fp32": (".absmax", torch.ones(96), "which needs 96 U8 values of absmax; the file has 96 of F32"),
+    "nested_absmax missing": (".nested_absmax", None, f"'{QKV}.nested_absmax' is not in the file"),
+    "nested_absmax too long": (
+        ".nested_absmax",
+        torch.ones(2),
+        "which needs 1 F32 values of nested_absmax; the file has 2 of F32",
+    ),
+    "nested_absmax in fp16": (".nested_absmax", torch.ones(1).half(), "1 F32 values of nested_absmax"),
+    "nested_quant_map missing": (".nested_quant_map", None, f"'{QKV}.nested_quant_map' is not in the file"),
+    "nested_quant_map too short": (
+        ".nested_quant_map",
+        torch.ones(255),
+        "which needs 256 F32 values of nested_quant_map; the file has 255 of F32",
+    ),
+    "nested_offset missing": (STATE, quant_state(nested_blocksize=256), "its quant state says nested_offset None"),
+    "nested_blocksize too large": (
+        STATE,
+        quant_state(nested_blocksize=1 << 40, nested_offset=1.0),
+        "its quant state says nested_blocksize 1099511627776",
+    ),
+}
+
+
+def check_damage_is_refused(tensors, damage, refusal, prefix):
+    part, replacement, reason = damage
+    name = f"{prefix}{QKV}{part}"
+    assert name in tensors
+    del tensors[name]
+    if replacement is not None:
+        tensors[name] = replacement
+    message = refusal(tensors)
+    assert message.startswith(f"flux.safetensors: {QKV}: ")
+    assert reason in message
+    assert "The file is damaged or was made by a tool that this node does not know" in message
+
+
+@pytest.mark.parametrize("prefix", [PREFIX, ""], ids=["prefix", "no prefix"])
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_weight_is_refused_by_name(make_tensors, refusal, damage, prefix):
+    check_damage_is_refused(make_tensors(prefix), damage, refusal, prefix)
+
+
+@pytest.mark.parametrize("damage", NESTED_DAMAGE.values(), ids=NESTED_DAMAGE)
+def test_a_damaged_nested_weight_is_refused_by_name(make_tensors, refusal, damage):
+    check_damage_is_refused(make_tensors(nested=True), damage, refusal, PREFIX)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8], ids=str)
+def test_bytes_that_nothing_describes_are_refused(make_tensors, refusal, dtype):
+    tensors = make_tensors(dense={"img_in.weight"})
+    tensors[f"{PREFIX}img_in.weight"] = torch.ones(512, 1, dtype=dtype)
+    message = refusal(tensors)
+    assert f"img_in.weight: it is packed, but 'img_in.weight{STATE}', which gives its shape, is not" in message
+
+
+def test_an_absmax_that_nothing_describes_is_refused(make_tensors, refusal):
+    tensors = make_tensors()
+    tensors[PREFIX + QKV] = tensors[PREFIX + QKV].view(-1).view(torch.bfloat16).view(-1, 1)
+    del tensors[f"{PREFIX}{QKV}{STATE}"]
+    assert f"{QKV}: it is packed, but '{QKV}{STATE}', which gives its shape, is not" in refusal(tensors)
+
+
+class CountedFile(io.FileIO):
+    """A file that remembers how many bytes were asked of it."""
+
+    bytes_read = 0
+
+    def read(self, size=-1):
+        data = super().read(size)
+        CountedFile.bytes_read += len(data)
+        return data
+
+
+def test_only_header_and_quant_states_are_read(make_tensors, save, monkeypatch):
+    path = save(make_tensors(nested=True))
+    monkeypatch.setattr(CountedFile, "bytes_read", 0)
+    monkeypatch.setattr(Path, "open", lambda self, mode: CountedFile(self, mode))
+    entries = read_catalogue(path).header.tensors
+    header_bytes = min(entry.offset for entry in entries.values())
+    state_bytes = sum(entry.nbytes for name, entry in entries.items() if QUANT_STATE in name)
+    assert CountedFile.bytes_read == header_bytes + state_bytes

@@ -1,0 +1,224 @@
+"""The two ways to dequantise: bit-equal to bitsandbytes, and there whether it is installed or not."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flux_nf4.nf4_loader import kernels
+from flux_nf4.nf4_loader.quant_state import BLOCKSIZES, CODES
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# Flux with a hidden size of 64 instead of 3072, and one row length that is a whole number of blocks of any size.
+FLUX_LAYERS = {
+    "img_in": (64, 64),
+    "txt_in": (64, 128),
+    "vector_in.in_layer": (64, 96),
+    "time_in.in_layer": (64, 256),
+    "img_mod.lin": (384, 64),
+    "img_attn.qkv": (192, 64),
+    "img_mlp.0": (256, 64),
+    "img_mlp.2": (64, 256),
+    "linear1": (448, 64),
+    "linear2": (64, 320),
+    "final_layer.linear": (16, 64),
+    "rows of 4096": (3, 4096),
+}
+ODD_SHAPES = {
+    "one element": (1, 1),
+    "three elements": (3, 1),
+    "odd numel": (7, 33),
+    "rows end inside a block": (64, 96),
+    "last block is short": (5, 130),
+    "rows below a block": (48, 16),
+    "odd rows over many blocks": (33, 1029),
+}
+SHAPES = FLUX_LAYERS | ODD_SHAPES
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("quant_type", CODES)
+def test_dequantised_weights_are_bit_equal_to_bitsandbytes(
+    quantise, reference, fp32_absmax, quant_type, nested, blocksize, shape
+):
+    packed, state = quantise(shape, quant_type, blocksize, nested)
+    absmax = fp32_absmax(state)
+    for dtype in DTYPES:
+        expected = reference(packed, state, shape, dtype)
+        for function in (kernels.dequantise, kernels.dequantise_by_table):
+            found = function(packed.view(-1), absmax, shape, blocksize, quant_type, dtype)
+            assert (found.shape, found.dtype) == (shape, dtype)
+            assert torch.equal(found, expected), f"{function.__name__} in {dtype}"
+
+
+def test_the_first_element_is_in_the_high_nibble():
+    packed = torch.tensor([0x0F, 0x70], dtype=torch.uint8)
+    absmax = torch.tensor([2.0])
+    for function in (kernels.dequantise, kernels.dequantise_by_table):
+        found = function(packed, absmax, (1, 4), 64, "nf4", torch.float32)
+        assert found.tolist() == [[-2.0, 2.0, 0.0, -2.0]]
+
+
+def test_each_block_has_its_own_absmax():
+    packed = torch.full((64,), 0xFF, dtype=torch.uint8)
+    absmax = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    for function in (kernels.dequantise, kernels.dequantise_by_table):
+        found = function(packed, absmax, (2, 64), 32, "nf4", torch.float32)
+        assert torch.equal(found.view(-1), absmax.repeat_interleave(32))
+
+
+@pytest.mark.parametrize("quant_type", CODES)
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-5, 7e4, 3e38])
+def test_extreme_absmax_is_bit_equal_in_both_ways(quant_type, scale):
+    packed = torch.arange(256, dtype=torch.uint8)
+    absmax = torch.full((8,), scale)
+    for dtype in DTYPES:
+        arguments = (packed, absmax, (8, 64), 64, quant_type, dtype)
+        assert torch.equal(kernels.dequantise(*arguments), kernels.dequantise_by_table(*arguments))
+
+
+def test_the_default_chunk_is_whole_blocks():
+    assert all(2 * kernels._CHUNK_BYTES % blocksize == 0 for blocksize in BLOCKSIZES)
+
+
+@pytest.mark.parametrize("packed_bytes", [2047, 2048, 2049, 4096, 3 * 2048 + 1, 9999])
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+def test_the_table_look_up_is_exact_over_chunk_boundaries(quantise, reference, monkeypatch, blocksize, packed_bytes):
+    monkeypatch.setattr(kernels, "_CHUNK_BYTES", 2048)
+    for numel in (2 * packed_bytes - 1, 2 * packed_bytes):
+        packed, state = quantise((1, numel), "nf4", blocksize)
+        expected = reference(packed, state, (1, numel), torch.bfloat16)
+        found = kernels.dequantise_by_table(packed.view(-1), state.absmax, (1, numel), blocksize, "nf4", torch.bfloat16)
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("leading", [(), (1,), (5,), (2, 3)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_is_a_matmul_with_the_dequantised_weight(quantise, reference, dtype, leading, with_bias):
+    shape = (48, 128)
+    packed, state = quantise(shape)
+    input = torch.randn(*leading, 128).to(dtype)
+    bias = torch.randn(48).to(dtype) if with_bias else None
+    found = kernels.linear(input, packed.view(-1), state.absmax, shape, 64, "nf4", bias)
+    expected = torch.nn.functional.linear(input, reference(packed, state, shape, dtype), bias)
+    assert found.dtype == dtype
+    assert torch.equal(found, expected)
+
+
+# With and without bitsandbytes
+
+
+@pytest.fixture
+def untried():
+    """Kernels that have not looked for bitsandbytes yet."""
+
+    def forget():
+        kernels._dequantise_for.cache_clear()
+        kernels._has_gemm_4bit.cache_clear()
+
+    forget()
+    yield
+    forget()
+
+
+@pytest.fixture
+def dequantise_equals_bitsandbytes(quantise, reference):
+    """A function that checks `kernels.dequantise` on an ordinary weight, twice."""
+    packed, state = quantise((64, 128))
+    expected = reference(packed, state, (64, 128), torch.bfloat16)
+
+    def check():
+        for _ in range(2):
+            found = kernels.dequantise(packed.view(-1), state.absmax, (64, 128), 64, "nf4", torch.bfloat16)
+            assert torch.equal(found, expected)
+
+    return check
+
+
+def zeros_of(packed, absmax, shape, blocksize, quant_type, dtype):
+    return torch.zeros(shape, dtype=dtype)
+
+
+def no_kernel(*arguments):
+    raise NotImplementedError("bitsandbytes::dequantize_4bit has no kernel for this device")
+
+
+def wrong_for_fp4(packed, absmax, shape, blocksize, quant_type, dtype):
+    return kernels.dequantise_by_table(packed, absmax, shape, blocksize, "nf4", dtype)
+
+
+@pytest.mark.usefixtures("untried")
+def test_bitsandbytes_is_used_where_it_works(monkeypatch, caplog, dequantise_equals_bitsandbytes):
+    assert kernels._bitsandbytes_problem("cpu") is None
+    monkeypatch.setattr(kernels, "_bitsandbytes_problem", lambda device_type: None)
+    monkeypatch.setattr(kernels, "dequantise_by_table", no_kernel)
+    dequantise_equals_bitsandbytes()
+    assert caplog.records == []
+
+
+@pytest.mark.usefixtures("untried")
+@pytest.mark.parametrize(
+    ("broken_kernel", "reason"),
+    [
+        (zeros_of, "its nf4 kernel gives other values than the format says"),
+        (wrong_for_fp4, "its fp4 kernel gives other values than the format says"),
+        (no_kernel, "NotImplementedError: bitsandbytes::dequantize_4bit has no kernel for this device"),
+    ],
+)
+def test_a_kernel_that_does_not_work_is_replaced_with_one_warning(
+    monkeypatch, caplog, dequantise_equals_bitsandbytes, broken_kernel, reason
+):
+    monkeypatch.setattr(kernels, "_dequantise_by_bitsandbytes", broken_kernel)
+    dequantise_equals_bitsandbytes()
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert f"no bitsandbytes kernel for cpu ({reason})" in record.getMessage()
+
+
+@pytest.mark.usefixtures("untried")
+def test_bitsandbytes_that_is_not_installed_is_replaced_with_one_warning(
+    monkeypatch, caplog, dequantise_equals_bitsandbytes
+):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    dequantise_equals_bitsandbytes()
+    assert not kernels._has_gemm_4bit("cpu")
+    (record,) = caplog.records
+    assert "pip install 'bitsandbytes>=0.50'" in record.getMessage()
+
+
+WITHOUT_BITSANDBYTES = """
+import sys
+import types
+
+package = types.ModuleType("flux_nf4")
+package.__path__ = [sys.argv[1]]
+sys.modules["flux_nf4"] = package
+
+import torch
+from flux_nf4.nf4_loader import catalogue, header, kernels, linear4bit, quant_state, read
+
+assert "bitsandbytes" not in sys.modules, "imported before anything was dequantised"
+linear = linear4bit.Linear4bit((4, 64), "nf4", 64, bias=False, dtype=torch.float32)
+linear.packed.fill_(0xFF)
+linear.absmax.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+assert linear(torch.ones(64)).tolist() == [64.0, 128.0, 192.0, 256.0]
+assert torch.equal(linear.weight + 0, torch.tensor([[1.0], [2.0], [3.0], [4.0]]).expand(4, 64))
+"""
+
+
+def test_all_works_where_importing_bitsandbytes_fails(tmp_path):
+    broken = tmp_path / "bitsandbytes"
+    broken.mkdir()
+    (broken / "__init__.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
+    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{WITHOUT_BITSANDBYTES}"
+    root = Path(__file__).parents[2]
+    result = subprocess.run([sys.executable, "-c", script, str(root)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("no bitsandbytes kernel for cpu (OSError: libcudart.so.13: cannot open") == 1

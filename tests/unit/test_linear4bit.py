@@ -1,0 +1,296 @@
+"""The 4-bit Linear: computes like a dense one, reads like a dense one, and stays packed."""
+
+import operator
+
+import pytest
+import torch
+from torch import nn
+
+from flux_nf4.nf4_loader import kernels
+from flux_nf4.nf4_loader.linear4bit import Linear4bit
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SHAPE = (48, 128)
+
+
+@pytest.fixture
+def make_linear(quantise, fp32_absmax):
+    """A function that makes a `Linear4bit` with random values."""
+
+    def make(quant_type="nf4", blocksize=64, nested=False, bias=True, dtype=torch.bfloat16):
+        packed, state = quantise(SHAPE, quant_type, blocksize, nested)
+        linear = Linear4bit(SHAPE, quant_type, blocksize, bias=bias, dtype=dtype)
+        linear.packed.copy_(packed.view(-1))
+        linear.absmax.copy_(fp32_absmax(state))
+        if bias:
+            linear.bias.copy_(torch.randn(SHAPE[0], generator=torch.Generator().manual_seed(1)))
+        return linear
+
+    return make
+
+
+@pytest.fixture
+def linear(make_linear):
+    return make_linear()
+
+
+@pytest.fixture
+def input():
+    return torch.randn(3, SHAPE[1], generator=torch.Generator().manual_seed(2)).bfloat16()
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """Makes every dequantisation fail."""
+
+    def refuse(*arguments):
+        raise AssertionError("the weight was dequantised")
+
+    monkeypatch.setattr(kernels, "dequantise", refuse)
+
+
+# Forward
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize(("quant_type", "blocksize", "nested"), [("nf4", 64, False), ("nf4", 64, True), ("fp4", 32, 0)])
+def test_forward_is_a_dense_linear_with_the_dequantised_weight(
+    make_linear, quantise, reference, input, quant_type, blocksize, nested, bias, dtype
+):
+    linear = make_linear(quant_type, blocksize, nested, bias)
+    weight = reference(*quantise(SHAPE, quant_type, blocksize, nested), SHAPE, dtype)
+    expected = nn.functional.linear(input.to(dtype), weight, linear.bias.to(dtype) if bias else None)
+    found = linear(input.to(dtype))
+    assert found.dtype == dtype
+    assert torch.equal(found, expected)
+
+
+def test_forward_takes_any_leading_dimensions(linear, input):
+    assert torch.equal(linear(input.view(1, 3, 1, -1)).view(3, -1), linear(input))
+    assert linear(input[0]).shape == (SHAPE[0],)
+    assert linear(input[:0]).shape == (0, SHAPE[0])
+
+
+def test_forward_is_the_same_in_inference_mode(linear, input):
+    expected = linear(input)
+    with torch.inference_mode():
+        assert torch.equal(linear(input), expected)
+
+
+# ComfyUI's functions on weight and bias
+
+
+def test_weight_functions_are_applied_in_order_to_the_dense_weight(linear, input):
+    linear.weight_function = [lambda weight: weight + 1, lambda weight: weight * 2]
+    expected = nn.functional.linear(input, (linear.dequantise(torch.bfloat16) + 1) * 2, linear.bias)
+    assert torch.equal(linear(input), expected)
+
+
+def test_bias_functions_are_applied_in_order(linear, input):
+    linear.bias_function = [lambda bias: bias + 1, lambda bias: bias * 2]
+    expected = nn.functional.linear(input, linear.dequantise(torch.bfloat16), (linear.bias + 1) * 2)
+    assert torch.equal(linear(input), expected)
+
+
+def test_both_functions_work_together(linear, input):
+    linear.weight_function = [lambda weight: weight * 3]
+    linear.bias_function = [lambda bias: bias - 1]
+    expected = nn.functional.linear(input, linear.dequantise(torch.bfloat16) * 3, linear.bias - 1)
+    assert torch.equal(linear(input), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_functions_get_tensors_in_compute_dtype_and_logical_shape(linear, input, dtype):
+    seen = {}
+
+    def look(name):
+        return lambda value: seen.setdefault(name, value)
+
+    linear.weight_function = [look("weight")]
+    linear.bias_function = [look("bias")]
+    linear(input.to(dtype))
+    assert {name: (value.shape, value.dtype) for name, value in seen.items()} == {
+        "weight": (SHAPE, dtype),
+        "bias": (SHAPE[:1], dtype),
+    }
+    assert type(seen["weight"]) is torch.Tensor
+
+
+def test_functions_in_place_leave_the_linear_as_it_was(linear, input):
+    before = linear(input)
+    kept = {name: tensor.clone() for name, tensor in linear._buffers.items()} | {"bias": linear.bias.clone()}
+    linear.weight_function = [lambda weight: weight.mul_(5)]
+    linear.bias_function = [lambda bias: bias.add_(7)]
+    first, second = linear(input), linear(input)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, before)
+    for name, tensor in kept.items():
+        assert torch.equal(getattr(linear, name), tensor), name
+    linear.weight_function, linear.bias_function = [], []
+    assert torch.equal(linear(input), before)
+
+
+def test_a_bias_function_is_not_called_without_bias(make_linear, input):
+    linear = make_linear(bias=False)
+    expected = linear(input)
+    linear.bias_function = [operator.neg]
+    assert torch.equal(linear(input), expected)
+
+
+# The weight as others see it
+
+
+@pytest.mark.usefixtures("unread")
+def test_looking_at_the_weight_reads_as_dense_and_dequantises_nothing(linear):
+    weight = linear.weight
+    assert isinstance(weight, torch.Tensor)
+    assert (weight.shape, weight.dtype, weight.device) == (SHAPE, torch.bfloat16, torch.device("cpu"))
+    assert (weight.ndim, weight.numel(), weight.size(1), len(weight)) == (2, 48 * 128, 128, 48)
+    assert (weight.nbytes, weight.element_size(), weight.stride()) == (2 * 48 * 128, 2, (128, 1))
+    assert weight.is_contiguous()
+    assert not weight.requires_grad
+    assert "(48, 128), nf4, blocksize=64" in repr(weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_weights_dtype_is_the_one_asked_for(make_linear, dtype):
+    linear = make_linear(dtype=dtype)
+    assert linear.weight.dtype == dtype
+    assert linear.weight.detach().dtype == dtype
+    assert torch.equal(linear.weight.detach(), linear.dequantise(dtype))
+
+
+def test_a_weight_on_the_meta_device_says_so():
+    linear = Linear4bit(SHAPE, "nf4", 64, bias=True, dtype=torch.bfloat16, device=torch.device("meta"))
+    assert linear.weight.is_meta
+    assert linear.weight.shape == SHAPE
+    assert linear.packed.shape == (48 * 64,)
+    assert linear.absmax.shape == (96,)
+
+
+USES = {
+    "detach": lambda weight: weight.detach(),
+    "clone": lambda weight: weight.clone(),
+    "float": lambda weight: weight.float(),
+    "to fp16": lambda weight: weight.to(torch.float16),
+    "copied to its device": lambda weight: weight.to("cpu", copy=True),
+    "add": lambda weight: weight + 1,
+    "add from the right": lambda weight: torch.ones(SHAPE, dtype=torch.bfloat16) + weight,
+    "with itself": lambda weight: weight * weight,
+    "matmul": lambda weight: weight @ torch.ones(SHAPE[1], 2, dtype=torch.bfloat16),
+    "linear": lambda weight: nn.functional.linear(torch.ones(2, SHAPE[1], dtype=torch.bfloat16), weight),
+    "row": lambda weight: weight[3],
+    "slice": lambda weight: weight[:, 5:9],
+    "transpose": lambda weight: weight.t(),
+    "flatten": lambda weight: weight.flatten(),
+    "norm": lambda weight: torch.linalg.vector_norm(weight, dim=1),
+    "concatenation": lambda weight: torch.cat([weight, weight]),
+    "as a source": lambda weight: torch.zeros(SHAPE).copy_(weight),
+    "added in place to another": lambda weight: torch.ones(SHAPE).add_(weight),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_using_the_weight_is_using_the_dequantised_one(linear, use):
+    found, expected = use(linear.weight), use(linear.dequantise(torch.bfloat16))
+    assert type(found) is torch.Tensor
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+
+
+def test_a_fresh_tensor_from_the_weight_may_be_changed(linear):
+    before = linear.dequantise(torch.bfloat16)
+    linear.weight.detach().zero_()
+    linear.weight.float().zero_()
+    assert torch.equal(linear.dequantise(torch.bfloat16), before)
+
+
+def set_item(weight):
+    weight[0] = 0
+
+
+WRITES = {
+    "copy_": lambda weight: weight.copy_(torch.zeros(SHAPE)),
+    "add_": lambda weight: weight.add_(1),
+    "mul_ by itself": lambda weight: weight.mul_(weight),
+    "zero_": lambda weight: weight.zero_(),
+    "[] =": set_item,
+    "out=": lambda weight: torch.add(torch.ones(SHAPE), 1, out=weight),
+    "foreach": lambda weight: torch._foreach_add_([torch.ones(2), weight], 1),
+    "init": lambda weight: nn.init.zeros_(weight),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_writing_to_the_weight_is_refused(linear, write):
+    before = linear.dequantise(torch.bfloat16)
+    with pytest.raises(RuntimeError, match="a 4-bit weight cannot be written to"):
+        write(linear.weight)
+    assert torch.equal(linear.dequantise(torch.bfloat16), before)
+
+
+@pytest.mark.parametrize("value", [torch.zeros(SHAPE), nn.Parameter(torch.zeros(SHAPE))], ids=["tensor", "parameter"])
+def test_putting_another_weight_in_its_place_is_refused(linear, value):
+    with pytest.raises((AttributeError, KeyError)):
+        linear.weight = value
+    assert linear.weight.linear is linear
+
+
+# As a module among others
+
+
+@pytest.mark.usefixtures("unread")
+def test_the_state_dict_has_the_weight_in_its_logical_shape(linear):
+    state = nn.ModuleDict({"img_in": linear}).state_dict()
+    assert state.keys() == {"img_in.weight", "img_in.packed", "img_in.absmax", "img_in.bias"}
+    assert (state["img_in.weight"].shape, state["img_in.weight"].dtype) == (SHAPE, torch.bfloat16)
+
+
+def test_a_linear_without_bias_has_none(make_linear):
+    linear = make_linear(bias=False)
+    assert linear.bias is None
+    assert linear.state_dict().keys() == {"weight", "packed", "absmax"}
+    assert list(linear.parameters()) == []
+
+
+def test_nothing_of_it_is_trained(linear):
+    assert not any(parameter.requires_grad for parameter in linear.parameters())
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("source", DTYPES, ids=str)
+def test_a_change_of_dtype_leaves_packed_and_absmax_alone(make_linear, source, dtype):
+    linear = make_linear(dtype=source)
+    packed, absmax = linear.packed.clone(), linear.absmax.clone()
+    assert nn.Sequential(linear).to(dtype)[0] is linear
+    assert (linear.packed.dtype, linear.absmax.dtype) == (torch.uint8, torch.float32)
+    assert torch.equal(linear.packed, packed)
+    assert torch.equal(linear.absmax, absmax)
+    assert linear.bias.dtype == dtype
+    assert linear.weight.dtype == dtype
+
+
+@pytest.mark.parametrize("move", [nn.Module.half, nn.Module.bfloat16, nn.Module.float])
+def test_half_and_the_like_leave_the_values_alone(linear, move):
+    before = linear.dequantise(torch.float32)
+    move(linear)
+    assert torch.equal(linear.dequantise(torch.float32), before)
+
+
+def test_device_and_dtype_may_change_at_once(linear):
+    linear.to("meta", torch.float16)
+    assert linear.packed.is_meta
+    assert linear.absmax.is_meta
+    assert linear.absmax.dtype == torch.float32
+    assert (linear.weight.is_meta, linear.weight.dtype) == (True, torch.float16)
+
+
+def test_memory_may_be_rebound(linear, make_linear, input):
+    other = make_linear(quant_type="fp4", bias=False)
+    linear.packed, linear.absmax = other.packed * 0, other.absmax * 0 + 1
+    assert torch.equal(linear(input), nn.functional.linear(input, -torch.ones(SHAPE).bfloat16(), linear.bias))
+
+
+def test_its_printed_form_says_what_it_holds(linear):
+    assert repr(linear) == "Linear4bit((48, 128), nf4, blocksize=64, bias=True)"
