@@ -8,8 +8,9 @@ on the bus, and every block computes about as long, whatever its size.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-STAGING_BYTES = 160 << 20
-"""Default size of the staging ring. Measured on Flux NF4: more gains nothing, much less stalls."""
+STAGING_BYTES = 208 << 20
+"""Default size of the staging ring: about five of Flux NF4's largest tiles. Measured (README): less stalls where the
+bus is only just fast enough, more gains nothing."""
 
 _RATES = 256
 
@@ -53,24 +54,21 @@ class ResidencyPlan:
 
 
 def plan_for(blocks: Sequence[BlockSize], resident: Iterable[int], staging_bytes: int = STAGING_BYTES) -> ResidencyPlan:
-    """The plan that keeps these blocks.
+    """The plan that keeps exactly these blocks.
 
-    The staging ring is ``staging_bytes``, or twice the largest tile where that is more. If the streamed blocks would
-    fit into it, they would sit there for ever: then every block is resident instead.
+    The staging ring is ``staging_bytes``, or what the streamed blocks fill where that is less, or twice the largest
+    tile where that is more.
     """
     stay = set(resident)
     streamed = [index for index in range(len(blocks)) if index not in stay]
     largest = max((max(blocks[index].tiles, default=0) for index in streamed), default=0)
-    staging_bytes = max(staging_bytes, 2 * largest)
     bytes_per_forward = sum(blocks[index].streamed for index in streamed)
-    if bytes_per_forward <= staging_bytes:
-        stay, streamed, bytes_per_forward, staging_bytes = set(range(len(blocks))), [], 0, 0
     return ResidencyPlan(
         resident=tuple(sorted(stay)),
         streamed=tuple(streamed),
         resident_bytes=sum(blocks[index].nbytes for index in stay),
         small_bytes=sum(blocks[index].small for index in streamed),
-        staging_bytes=staging_bytes,
+        staging_bytes=max(2 * largest, min(staging_bytes, bytes_per_forward)),
         bytes_per_forward=bytes_per_forward,
     )
 
@@ -78,9 +76,12 @@ def plan_for(blocks: Sequence[BlockSize], resident: Iterable[int], staging_bytes
 def plan_by_counts(
     blocks: Sequence[BlockSize], resident: Mapping[str, int], staging_bytes: int = STAGING_BYTES
 ) -> ResidencyPlan:
-    """Keep ``resident[kind]`` blocks of each kind; above a kind's depth means all of it, kinds not named none."""
+    """Keep ``resident[kind]`` blocks of each kind; above a kind's depth means all of it, kinds not named none.
+
+    Where the rest would fit into the ring it is resident, too.
+    """
     stay = [index for kind, count in resident.items() for index in _spread(_indices(blocks, kind), count)]
-    return plan_for(blocks, stay, staging_bytes)
+    return _all_if_no_more(plan_for(blocks, stay, staging_bytes), blocks)
 
 
 def plan_by_budget(blocks: Sequence[BlockSize], budget_bytes: int, staging_bytes: int = STAGING_BYTES) -> ResidencyPlan:
@@ -89,7 +90,10 @@ def plan_by_budget(blocks: Sequence[BlockSize], budget_bytes: int, staging_bytes
     Raises:
         ValueError: even with every block streamed it would take more; the message says how much.
     """
-    plans = [plan_for(blocks, _residents_at(blocks, rate), staging_bytes) for rate in range(_RATES + 1)]
+    plans = [
+        _all_if_no_more(plan_for(blocks, _residents_at(blocks, rate), staging_bytes), blocks)
+        for rate in range(_RATES + 1)
+    ]
     fitting = [plan for plan in plans if plan.device_bytes <= budget_bytes]
     if not fitting:
         least = min(plan.device_bytes for plan in plans)
@@ -121,6 +125,11 @@ def predict_stall_ms(plan: ResidencyPlan, blocks: Sequence[BlockSize], gbps: flo
                 arriving = bytes_a_ms * compute_ms / len(tiles)
                 staged = min(plan.staging_bytes, max(0.0, staged - tile) + arriving)
     return stall
+
+
+def _all_if_no_more(plan: ResidencyPlan, blocks: Sequence[BlockSize]) -> ResidencyPlan:
+    """All blocks resident, where that takes no more than the plan."""
+    return plan if plan.bytes_per_forward > plan.staging_bytes else plan_for(blocks, range(len(blocks)))
 
 
 def _indices(blocks: Sequence[BlockSize], kind: str) -> list[int]:

@@ -1,12 +1,14 @@
 """Where each tile goes in the staging ring. Integers only.
 
-Tiles follow each other through a ring of bytes in the order in which a forward uses them, and every forward begins
-at its start again. So each tile has one fixed place, and what may be fetched early is known beforehand: the tiles
-that follow the present one, up to the first whose place is still taken by one of them.
+Tiles follow each other through a ring of bytes in the order in which a forward uses them, the first of the next
+forward after the last of this one. Each tile has one fixed place, so what may be fetched early is known beforehand:
+the tiles that follow the present one, up to the first whose place is still taken by one of them.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -32,25 +34,41 @@ def lay_out(tiles: Sequence[int], ring_bytes: int) -> Ring:
     """
     if tiles and max(tiles) > ring_bytes:
         raise ValueError(f"a tile of {max(tiles):,} bytes does not fit into a staging ring of {ring_bytes:,} bytes")
-    offsets, cursor = [], 0
-    for nbytes in tiles:
-        cursor = cursor if cursor + nbytes <= ring_bytes else 0
-        offsets.append(cursor)
-        cursor += nbytes
-    spans = [(offset, offset + nbytes) for offset, nbytes in zip(offsets, tiles, strict=True)]
-    count = len(tiles)
+    spans = _spans(tiles, ring_bytes)
+    indices = range(len(tiles))
     return Ring(
-        offsets=tuple(offsets),
-        ahead=tuple(tuple(_run(spans, index, [])) for index in range(count)),
-        beside=tuple(tuple(_run(spans, index, [index])) for index in range(count)),
+        offsets=tuple(start for start, _ in spans),
+        ahead=tuple(tuple(_run(spans, index, [])) for index in indices),
+        beside=tuple(tuple(_run(spans, index, [index])) for index in indices),
         evicted=tuple(
-            tuple(other for other in range(count) if other != index and _overlap(spans[other], spans[index]))
-            for index in range(count)
+            tuple(other for other in indices if other != index and _overlap(spans[other], spans[index]))
+            for index in indices
         ),
     )
 
 
-Span = tuple[int, int]
+def _spans(tiles: Sequence[int], ring_bytes: int) -> list[Span]:
+    """Places from the start of the ring to its end and over again, begun where they leave most room ahead.
+
+    The first tile should lie where the last one ends: if it lay under it, nothing could be fetched before a forward
+    is over. Where the places end depends on where they begin, so a few beginnings are tried.
+    """
+    best: list[Span] = []
+    start, most = 0, -1
+    for _ in range(_TRIES if tiles else 0):
+        spans, cursor = [], start
+        for nbytes in tiles:
+            cursor = cursor if cursor + nbytes <= ring_bytes else 0
+            spans.append((cursor, cursor + nbytes))
+            cursor += nbytes
+        room = sum(tiles[other] for index in range(-_AROUND, 0) for other in _run(spans, index % len(spans), []))
+        if room > most:
+            best, most = spans, room
+        start = cursor if cursor + tiles[0] <= ring_bytes else 0
+    return best
+
+
+_TRIES, _AROUND = 16, 8
 
 
 def _run(spans: Sequence[Span], index: int, taken: list[int]) -> list[int]:

@@ -112,27 +112,35 @@ class Streamer:
     def start(self, plan: ResidencyPlan, copies: Copies) -> None:
         """Put ``plan`` into effect; of a plan in effect, what both have in common stays where it is.
 
-        Where the device has no room for all residents, as many stay as there is room for; `plan` tells.
+        Where the device has no room for all residents, as many stay as there is room for; ``self.plan`` tells.
 
         Raises:
-            torch.OutOfMemoryError: not even the staging ring fits. Nothing is left on the device then.
+            torch.OutOfMemoryError: not even streaming every block fits. Nothing is left on the device then.
         """
         if self._copies is copies and self.plan == plan:
             return
         if self._copies is not copies:
             self.stop()
-        self._copies = copies
-        self._end_staging()
-        resident = set(plan.resident)
-        for index, block in enumerate(self.blocks):
-            if block.is_resident != (index in resident):
-                block.drop()
-        try:
-            self._begin_staging(plan)
-        except torch.OutOfMemoryError:
-            self.stop()
-            raise
-        self._grow(plan)
+            self._copies = copies
+        wanted = plan
+        while True:
+            try:
+                self._apply(wanted)
+                break
+            except torch.OutOfMemoryError:
+                held = [index for index, block in enumerate(self.blocks) if block.is_resident]
+                if len(held) == len(wanted.resident):
+                    if not held:
+                        self.stop()
+                        raise
+                    held.pop()
+                wanted = plan_for(self.sizes, held, plan.staging_bytes)
+        if wanted is not plan:
+            logger.warning(
+                "Streaming: the device has room for %d of %d resident blocks; the others are streamed",
+                len(wanted.resident),
+                len(plan.resident),
+            )
 
     def stop(self) -> None:
         """Bind every block to host memory and free everything on the device. Idempotent."""
@@ -142,21 +150,17 @@ class Streamer:
             block.drop()
         self.plan = self._copies = None
 
-    def _grow(self, plan: ResidencyPlan) -> None:
+    def _apply(self, plan: ResidencyPlan) -> None:
+        self._end_staging()
+        self.plan = plan
+        resident = set(plan.resident)
+        for index, block in enumerate(self.blocks):
+            if block.is_resident != (index in resident):
+                block.drop()
+        self._begin_staging(plan)
         for index in plan.resident:
-            block = self.blocks[index]
-            if block.is_resident:
-                continue
-            try:
-                self._put(block, resident=True)
-            except torch.OutOfMemoryError:
-                held = [i for i, other in enumerate(self.blocks) if other.is_resident]
-                logger.warning(
-                    "Streaming: the device has room for %d of %d resident blocks", len(held), len(plan.resident)
-                )
-                self._end_staging()
-                self._begin_staging(plan_for(self.sizes, held, plan.staging_bytes))
-                return
+            if not self.blocks[index].is_resident:
+                self._put(self.blocks[index], resident=True)
 
     def _put(self, block: _Block, resident: bool) -> None:
         """Copy what is to be always on the device there, before any compute that comes after this."""
@@ -171,7 +175,6 @@ class Streamer:
         block.take(buffer, resident)
 
     def _begin_staging(self, plan: ResidencyPlan) -> None:
-        self.plan = plan
         copies = self._require_copies()
         memory = self._ring_memory
         if memory is None or memory.nbytes != plan.staging_bytes:
@@ -234,7 +237,6 @@ class Streamer:
                 "outside. Change weights with a patch (LoRA and the like), or load the model again."
             )
         if not staged.present:
-            self._released()
             self._fetch_all((position, *self._ring.beside[position]))
         self._require_copies().compute_waits(staged.ready)
         staged.tile.bind(staged.views)

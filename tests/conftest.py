@@ -38,7 +38,7 @@ def comfyui():
     return Path(COMFYUI_PATH)
 
 
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests" / "support")]
 _alias_package()
 if COMFYUI_PATH:
     _enter_comfyui(COMFYUI_PATH)

@@ -1,0 +1,144 @@
+"""A device with two queues on which nothing happens until it must: a missing wait gives wrong bytes, every time.
+
+Compute and copies are launched into a queue each and run later, in an order that an adversary picks among those
+that the events allow. Memory that is being written, or was given back, holds poison. So code that is right only by
+luck of timing is wrong here.
+"""
+
+import ctypes
+import random
+import weakref
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+POISON = 0xA5
+
+
+@dataclass
+class Marker:
+    """One recording of an event."""
+
+    passed: bool = False
+
+
+@dataclass
+class Event:
+    marker: Marker = field(default_factory=lambda: Marker(passed=True))
+
+
+@dataclass
+class Operation:
+    """Waits for ``after``, then runs, then passes ``done``."""
+
+    run: Callable[[], None] = lambda: None
+    after: Marker | None = None
+    done: Marker | None = None
+
+
+class SimulatedDevice:
+    """The `Copies` protocol over simulated queues; `launch` is for the compute that reads what was copied.
+
+    ``reuse`` hands freed memory out again at once, as torch's allocator does for the compute stream.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, seed: int = 0) -> None:
+        self.adversary = random.Random(seed)
+        self.compute: deque[Operation] = deque()
+        self.copies: deque[Operation] = deque()
+        self.freed: list[torch.Tensor] = []
+        self.held_bytes = 0
+        self.copied_bytes = 0
+        self.capacity = None
+
+    # What the streamer calls.
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        if self.capacity is not None and self.held_bytes + nbytes > self.capacity:
+            raise torch.OutOfMemoryError("simulated")
+        self.held_bytes += nbytes
+        memory = next((m for m in self.freed if m.nbytes >= nbytes > 0), None)
+        if memory is None:
+            memory = torch.full((nbytes,), POISON, dtype=torch.uint8)
+        else:
+            self.freed = [other for other in self.freed if other is not memory]
+        handed_out = memory[:nbytes].detach()
+        weakref.finalize(handed_out, self._free, memory, nbytes)
+        return handed_out
+
+    def event(self) -> Event:
+        return Event()
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor, *, after: Event, done: Event) -> None:
+        self.copied_bytes += source.nbytes
+        done.marker = Marker()
+        # Addresses, not tensors: a copy under way must not keep memory that its owner gave back.
+        target, origin, nbytes = destination.data_ptr(), source.data_ptr(), source.nbytes
+        self.copies.append(Operation(lambda: _fill(target, nbytes), after=after.marker))
+        self.copies.append(Operation(lambda: _move(target, origin, nbytes), done=done.marker))
+        self._let_time_pass()
+
+    def compute_waits(self, event: Event) -> None:
+        self.compute.append(Operation(after=event.marker))
+        self._let_time_pass()
+
+    def record(self, event: Event) -> None:
+        event.marker = Marker()
+        self.compute.append(Operation(done=event.marker))
+        self._let_time_pass()
+
+    # What tests call.
+
+    def launch(self, kernel: Callable[[], None]) -> None:
+        """Queue compute."""
+        self.compute.append(Operation(kernel))
+        self._let_time_pass()
+
+    def synchronise(self) -> None:
+        """Run everything that is queued."""
+        while self.compute or self.copies:
+            if not (self._step(self.compute) or self._step(self.copies)):
+                raise AssertionError("deadlock: each queue waits for the other")
+        for memory in self.freed:
+            # Someone else's by now: what compute wrote there must still be there.
+            assert memory.eq(POISON).all(), "memory was written to after it was given back"
+
+    def _free(self, memory: torch.Tensor, nbytes: int) -> None:
+        self.held_bytes -= nbytes
+        self.compute.append(Operation(lambda: memory.fill_(POISON)))
+        self.freed.append(memory)
+
+    def _let_time_pass(self) -> None:
+        """Mostly nothing; sometimes one queue runs as far as it can, sometimes a few operations of both."""
+        choice = self.adversary.random()
+        if choice < 0.04:
+            while self._step(self.copies):
+                pass
+        elif choice < 0.08:
+            while self._step(self.compute):
+                pass
+        elif choice < 0.4:
+            for _ in range(self.adversary.randrange(6)):
+                self._step(self.adversary.choice((self.compute, self.copies)))
+
+    @staticmethod
+    def _step(queue: deque[Operation]) -> bool:
+        if not queue or (queue[0].after is not None and not queue[0].after.passed):
+            return False
+        operation = queue.popleft()
+        operation.run()
+        if operation.done is not None:
+            operation.done.passed = True
+        return True
+
+
+def _fill(target: int, nbytes: int) -> None:
+    ctypes.memset(target, POISON, nbytes)
+
+
+def _move(target: int, origin: int, nbytes: int) -> None:
+    ctypes.memmove(target, origin, nbytes)

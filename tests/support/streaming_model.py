@@ -1,0 +1,144 @@
+"""A small model for a `SimulatedDevice`, and what may be done with it: every step keeps outputs to be checked later.
+
+Layers launch their work: it reads the tensors that were bound when they were called, at the time it runs.
+"""
+
+import random
+
+import torch
+from simulated_device import SimulatedDevice
+from torch import nn
+
+from flux_nf4.offload.plan import plan_by_counts
+
+KINDS = {"double": (3, (40, 24, 40)), "single": (5, (32, 16))}
+"""Blocks of a kind, and the widths of their layers."""
+
+
+class Value:
+    """What a kernel will have computed."""
+
+    def __init__(self, tensor=None):
+        self.tensor = tensor
+
+
+class Layer(nn.Module):
+    def __init__(self, width, generator):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randint(-9, 9, (width, 4), generator=generator).float(), requires_grad=False)
+        self.bias = nn.Parameter(torch.randint(-9, 9, (4,), generator=generator).float(), requires_grad=False)
+        self.device = None
+        self.host = range(0)
+
+    def forward(self, x):
+        if self.device is None:
+            return Value(compute(x.tensor, self.weight, self.bias))
+        weight, bias, out = self.weight, self.bias, Value()
+        assert weight.data_ptr() not in self.host, "a weight is in host memory"
+        assert bias.data_ptr() not in self.host, "a bias is in host memory"
+
+        def kernel():
+            out.tensor = compute(x.tensor, weight, bias)
+
+        self.device.launch(kernel)
+        return out
+
+
+def compute(x, weight, bias):
+    return (x * 3 + (weight.sum(0) * torch.arange(1, 5)) + bias) % 1009
+
+
+class Block(nn.Module):
+    """Calls its layers in another order than the one they are registered in."""
+
+    def __init__(self, widths, generator):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(width, generator) for width in widths)
+
+    def forward(self, x, stop_before=None):
+        for index, layer in enumerate(reversed(self.layers)):
+            if index == stop_before:
+                raise InterruptedError
+            x = layer(x)
+        return x
+
+
+def make_groups(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {kind: [Block(widths, generator) for _ in range(count)] for kind, (count, widths) in KINDS.items()}
+
+
+class StreamedModel:
+    """A model streamed by ``streamer_class`` beside the same model computed at once; `check` compares."""
+
+    def __init__(self, streamer_class, device, seed=0):
+        self.device = device
+        groups = make_groups(seed)
+        self.blocks = [block for group in groups.values() for block in group]
+        self.reference = [block for group in make_groups(seed).values() for block in group]
+        self.streamer = streamer_class(groups)
+        arena = self.streamer.arena.records
+        for block in self.blocks:
+            for layer in block.layers:
+                layer.device = device
+                layer.host = range(arena[0].data_ptr(), arena[-1].data_ptr() + arena[-1].nbytes)
+        self.pending = []
+        self.calls = 0
+
+    def start(self, double=0, single=0, staging=1200):
+        self.streamer.start(
+            plan_by_counts(self.streamer.sizes, {"double": double, "single": single}, staging), self.device
+        )
+
+    def stop(self):
+        self.streamer.stop()
+
+    def forward(self, order=None, stop_at=None, stop_before=0):
+        """Run blocks in ``order`` (all by default); at the ``stop_at``-th call raise before a layer."""
+        if self.streamer.plan is None:
+            self.start()
+        self.calls += 1
+        x = Value(torch.arange(4.0) + self.calls)
+        expected = Value(x.tensor)
+        try:
+            for step, index in enumerate(range(len(self.blocks)) if order is None else order):
+                x = self.blocks[index](x, stop_before if step == stop_at else None)
+                expected = self.reference[index](expected)
+        except InterruptedError:
+            return
+        self.pending.append((x, expected.tensor))
+
+    def check(self):
+        self.device.synchronise()
+        for x, expected in self.pending:
+            assert torch.equal(x.tensor, expected), "the streamed model computed something else"
+        self.pending.clear()
+        plan = self.streamer.plan
+        assert self.streamer.device_bytes == (0 if plan is None else plan.device_bytes)
+
+
+def exercise(streamer_class, seed, steps=25):
+    """Random steps with two models on one device; raises AssertionError where a byte is wrong."""
+    rng = random.Random(seed)
+    device = SimulatedDevice(seed)
+    models = [StreamedModel(streamer_class, device, seed=1), StreamedModel(streamer_class, device, seed=2)]
+    count = len(models[0].blocks)
+    for _ in range(steps):
+        model = rng.choice(models)
+        action = rng.randrange(8)
+        if action < 3:
+            model.forward()
+        elif action == 3:
+            model.forward(stop_at=rng.randrange(count), stop_before=rng.randrange(2))
+        elif action == 4:
+            model.forward(order=[rng.randrange(count) for _ in range(rng.randrange(1, 12))])
+        elif action == 5:
+            model.start(rng.randrange(4), rng.randrange(6), rng.choice((0, 1200, 2000)))
+        elif action == 6:
+            model.stop()
+        else:
+            model.check()
+    for model in models:
+        model.check()
+        model.stop()
+    device.synchronise()

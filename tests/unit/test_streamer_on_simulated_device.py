@@ -1,0 +1,147 @@
+"""The streamer where every missing wait shows: on a device that does things as late, or as early, as events allow.
+
+A short profile runs by default; ``HYPOTHESIS_PROFILE=long`` runs over 100,000 steps.
+"""
+
+import ast
+import importlib.util
+import inspect
+import os
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule
+from simulated_device import SimulatedDevice
+from streaming_model import StreamedModel, exercise
+
+from flux_nf4.offload import record as record_module
+from flux_nf4.offload import streamer as streamer_module
+from flux_nf4.offload.streamer import Streamer
+
+COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("short", max_examples=50, stateful_step_count=30, **COMMON)
+settings.register_profile("long", max_examples=3500, stateful_step_count=40, **COMMON)
+PROFILE = settings.get_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
+
+models = st.integers(0, 1)
+blocks = st.integers(0, 7)
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks_are_streamed(monkeypatch):
+    monkeypatch.setattr(record_module, "SMALL_BYTES", 128)
+
+
+class TwoModels(RuleBasedStateMachine):
+    """Two streamed models take turns on one device."""
+
+    def __init__(self):
+        super().__init__()
+        self.device = SimulatedDevice()
+        self.models = [StreamedModel(Streamer, self.device, seed) for seed in (1, 2)]
+
+    @rule(model=models, seed=st.integers(0, 2**16))
+    def forward(self, model, seed):
+        self.device.adversary.seed(seed)
+        self.models[model].forward()
+
+    @rule(model=models, stop_at=blocks, stop_before=st.integers(0, 1))
+    def interrupted_forward(self, model, stop_at, stop_before):
+        self.models[model].forward(stop_at=stop_at, stop_before=stop_before)
+
+    @rule(model=models, order=st.lists(blocks, min_size=1, max_size=12))
+    def forward_in_any_order(self, model, order):
+        self.models[model].forward(order=order)
+
+    @rule(model=models, double=st.integers(0, 3), single=st.integers(0, 5), staging=st.sampled_from((0, 1200, 2000)))
+    def change_plan(self, model, double, single, staging):
+        self.models[model].start(double, single, staging)
+
+    @rule(model=models, double=st.integers(0, 3), room=st.integers(0, 8000))
+    def change_plan_on_a_full_device(self, model, double, room):
+        self.device.capacity = self.device.held_bytes + room
+        try:
+            self.models[model].start(double, 5)
+        except torch.OutOfMemoryError:
+            assert self.models[model].streamer.device_bytes == 0
+        finally:
+            self.device.capacity = None
+
+    @rule(model=models)
+    def stop(self, model):
+        self.models[model].stop()
+
+    @rule(model=models)
+    def check(self, model):
+        self.models[model].check()
+
+    def teardown(self):
+        for model in self.models:
+            model.check()
+            model.stop()
+            model.check()
+        self.device.synchronise()
+        assert self.device.held_bytes == 0
+
+
+TwoModels.TestCase.settings = PROFILE
+TestTwoModels = TwoModels.TestCase
+
+
+class _RemoveOne(ast.NodeTransformer):
+    """Removes the n-th synchronisation of the streamer: a wait, a recording, or the condition of a copy."""
+
+    def __init__(self, number):
+        self.number = number
+        self.found = []
+
+    def _hit(self, node):
+        self.found.append(f"line {node.lineno}: {ast.unparse(node)}")
+        return len(self.found) - 1 == self.number
+
+    def visit_Expr(self, node):
+        call = node.value
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute):
+            if call.func.attr in ("compute_waits", "record", "_released") and self._hit(node):
+                return ast.Pass()
+            for keyword in call.keywords:
+                if keyword.arg == "after" and self._hit(node):
+                    keyword.value = ast.parse("copies.event()", mode="eval").body
+        return node
+
+
+def mutants():
+    tree = ast.parse(inspect.getsource(streamer_module))
+    counter = _RemoveOne(-1)
+    counter.visit(tree)
+    return counter.found
+
+
+def mutated_streamer(number):
+    tree = ast.parse(inspect.getsource(streamer_module))
+    tree = ast.fix_missing_locations(_RemoveOne(number).visit(tree))
+    name = f"flux_nf4.offload.streamer_mutant_{number}"
+    spec = importlib.util.spec_from_loader(name, loader=None)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    exec(compile(tree, name, "exec"), module.__dict__)
+    return module.Streamer
+
+
+def test_the_driver_finds_nothing_wrong_with_the_streamer():
+    for seed in range(60):
+        exercise(Streamer, seed)
+
+
+@pytest.mark.parametrize("number", range(len(mutants())), ids=lambda n: mutants()[n].split(":")[0].replace(" ", "-"))
+def test_without_any_one_synchronisation_bytes_are_wrong(number):
+    broken = mutated_streamer(number)
+    for seed in range(400):
+        try:
+            exercise(broken, seed)
+        except AssertionError:
+            return
+    pytest.fail(f"not needed, or not tested: {mutants()[number]}")
