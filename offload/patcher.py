@@ -77,7 +77,8 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     @property
     def plan(self) -> ResidencyPlan:
         """What this patcher's settings ask for."""
-        return plan_by_counts(self._streaming.streamer.sizes, self.resident, self.staging_bytes)
+        sizes = self._streaming.streamer.sizes(whole_blocks=self._is_compiled)
+        return plan_by_counts(sizes, self.resident, self.staging_bytes)
 
     def model_size(self) -> int:
         """Bytes that the model wants on the load device. ComfyUI makes this much room, so it must not be the whole."""
@@ -146,6 +147,16 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         return self.model.streaming
 
     @property
+    def _is_compiled(self) -> bool:
+        """Whether a block, or the whole model, is run through torch.compile: by ComfyUI's node or another's."""
+        wrappers = self.model_options.get("transformer_options", {}).get("wrappers", {})
+        return (
+            any("torch.compile" in keyed for keyed in wrappers.values())
+            or any(type(patch).__name__ == "OptimizedModule" for patch in self.object_patches.values())
+            or any(block.module._compiled_call_impl is not None for block in self._streaming.streamer.blocks)
+        )
+
+    @property
     def _computes_from_host(self) -> bool:
         return self.load_device.type == "cpu"
 
@@ -165,7 +176,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
                 self._streaming.other_bytes / _MIB,
                 plan.bytes_per_forward / _MIB,
             )
-        streamer.start(plan, copies_to(device))
+        streamer.start(plan, copies_to(device), whole_blocks=self._is_compiled)
 
     def _set_weight_functions(self, patches: Mapping[str, Any]) -> None:
         """Have each patched layer compute its patched weight from a fresh dense copy, as ComfyUI's lowvram does."""

@@ -7,7 +7,7 @@ biases and norms; it is a thousandth of a Flux block, stays on the device, and s
 
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,15 +53,21 @@ class RecordLayout:
     small: Tile
     nbytes: int
 
+    def whole(self) -> "RecordLayout":
+        """The same bytes, with all tiles as one: for a compiled block, which is entered and left once."""
+        fields = [replace(field, offset=tile.offset + field.offset) for tile in self.tiles for field in tile.fields]
+        tiles = (Tile("", 0, self.small.offset, tuple(fields)),) if self.tiles else ()
+        return RecordLayout(tiles, self.small, self.nbytes)
+
     def size(self, kind: str) -> BlockSize:
         return BlockSize(kind, tuple(tile.nbytes for tile in self.tiles), self.small.nbytes)
 
 
-def layout_of(block: nn.Module, *, whole: bool = False) -> RecordLayout:
+def layout_of(block: nn.Module) -> RecordLayout:
     """Lay out every parameter and buffer of ``block``.
 
-    A tile for each layer; one for the whole block if asked (what a compiled block needs: it is entered and left
-    once), or where large tensors belong to a module that contains others with large tensors.
+    A tile for each layer; one for the whole block where large tensors belong to a module that contains others with
+    large tensors.
 
     Raises:
         ValueError: the block has no tensors, or two names share one tensor.
@@ -72,7 +78,7 @@ def layout_of(block: nn.Module, *, whole: bool = False) -> RecordLayout:
     large = {path: fields for path, fields in large.items() if fields}
     nested = any(inner != outer and _contains(outer, inner) for outer in large for inner in large)
     groups: Iterable[tuple[str, list[Field]]] = large.items()
-    if large and (whole or nested):
+    if nested:
         groups = [("", [field for fields in large.values() for field in fields])]
     tiles: list[Tile] = []
     offset = 0
@@ -120,7 +126,7 @@ def _contains(outer: str, inner: str) -> bool:
 def _tile(module: str, offset: int, fields: Sequence[Field]) -> Tile:
     placed, end = [], 0
     for field in fields:
-        placed.append(Field(field.module, field.name, field.is_parameter, field.dtype, field.shape, end, field.nbytes))
+        placed.append(replace(field, offset=end))
         end += -(-field.nbytes // ALIGNMENT) * ALIGNMENT
     return Tile(module, offset, end, tuple(placed))
 
@@ -147,6 +153,7 @@ class BoundTile:
     """
 
     def __init__(self, block: nn.Module, tile: Tile, record: torch.Tensor) -> None:
+        """Bind ``tile`` of ``block`` to its bytes in ``record``, which take the values that the tensors have."""
         self.tile = tile
         self.module = block.get_submodule(tile.module)
         self.source = record[tile.offset : tile.offset + tile.nbytes]
@@ -159,7 +166,7 @@ class BoundTile:
         with torch.inference_mode(False), torch.no_grad():
             for (tensors, name), view in zip(self._targets, self.home, strict=True):
                 tensor = tensors[name]
-                if tensor is not None and not tensor.is_meta:
+                if not tensor.is_meta and tensor.data_ptr() != view.data_ptr():
                     view.copy_(tensor)
         self.bind(self.home)
 

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .arena import HostArena
 from .copies import Copies
-from .plan import ResidencyPlan, plan_for
+from .plan import BlockSize, ResidencyPlan, plan_for
 from .record import BoundTile, RecordLayout, Views, keep_in_place, layout_of, views_of
 from .ring import Ring, lay_out
 
@@ -34,13 +34,17 @@ class _Block:
 
     def __init__(self, block: nn.Module, layout: RecordLayout, record: torch.Tensor) -> None:
         self.module = block
-        self.layout = layout
         self.record = record
-        self.tiles = tuple(BoundTile(block, tile, record) for tile in layout.tiles)
         self.small = BoundTile(block, layout.small, record)
+        self.lay_out(layout)
         self.buffer: torch.Tensor | None = None
         self.is_resident = False
         keep_in_place(block)
+
+    def lay_out(self, layout: RecordLayout) -> None:
+        """Cut the record into the tiles of ``layout``, while none of it is on the device."""
+        self.layout = layout
+        self.tiles = tuple(BoundTile(self.module, tile, self.record) for tile in layout.tiles)
 
     def bytes_for(self, resident: bool) -> torch.Tensor:
         """What of the record is always on the device: all of it, or the small part."""
@@ -88,7 +92,9 @@ class Streamer:
         kinds = [kind for kind, group in groups.items() for _ in group]
         _refuse_shared(modules)
         layouts = [layout_of(block) for block in modules]
-        self.sizes = tuple(layout.size(kind) for kind, layout in zip(kinds, layouts, strict=True))
+        self._kinds = kinds
+        self._layouts = {False: layouts, True: [layout.whole() for layout in layouts]}
+        self._whole_blocks = False
         self.arena = HostArena([layout.nbytes for layout in layouts])
         self.blocks = tuple(map(_Block, modules, layouts, self.arena.records))
         self.plan: ResidencyPlan | None = None
@@ -109,19 +115,29 @@ class Streamer:
         ring = 0 if self._ring_memory is None else self._ring_memory.nbytes
         return ring + sum(block.buffer.nbytes for block in self.blocks if block.buffer is not None)
 
-    def start(self, plan: ResidencyPlan, copies: Copies) -> None:
+    def sizes(self, *, whole_blocks: bool = False) -> tuple[BlockSize, ...]:
+        """What a plan is made for."""
+        layouts = self._layouts[whole_blocks]
+        return tuple(layout.size(kind) for kind, layout in zip(self._kinds, layouts, strict=True))
+
+    def start(self, plan: ResidencyPlan, copies: Copies, *, whole_blocks: bool = False) -> None:
         """Put ``plan`` into effect; of a plan in effect, what both have in common stays where it is.
+
+        Tiles are layers. A compiled block must not be entered between its layers: with ``whole_blocks`` a block is one
+        tile, and the plan must be made for such sizes.
 
         Where the device has no room for all residents, as many stay as there is room for; ``self.plan`` tells.
 
         Raises:
             torch.OutOfMemoryError: not even streaming every block fits. Nothing is left on the device then.
         """
-        if self._copies is copies and self.plan == plan:
+        if self._copies is copies and self.plan == plan and self._whole_blocks == whole_blocks:
             return
-        if self._copies is not copies:
+        if self._copies is not copies or self._whole_blocks != whole_blocks:
             self.stop()
-            self._copies = copies
+            self._copies, self._whole_blocks = copies, whole_blocks
+            for block, layout in zip(self.blocks, self._layouts[whole_blocks], strict=True):
+                block.lay_out(layout)
         wanted = plan
         while True:
             try:
@@ -134,7 +150,7 @@ class Streamer:
                         self.stop()
                         raise
                     held.pop()
-                wanted = plan_for(self.sizes, held, plan.staging_bytes)
+                wanted = plan_for(self.sizes(whole_blocks=whole_blocks), held, plan.staging_bytes)
         if wanted is not plan:
             logger.warning(
                 "Streaming: the device has room for %d of %d resident blocks; the others are streamed",
@@ -205,6 +221,8 @@ class Streamer:
     def _hook(self, index: int) -> None:
         # Weak: a block that held its streamer would keep the arena alive until the garbage collector runs.
         streamer = weakref.proxy(self)
+        # A compiled block is traced with its hooks: they have to stay outside of what is compiled.
+        hook: Any = torch.compiler.disable if self._whole_blocks else lambda function: function
         for local, tile in enumerate(self.blocks[index].tiles):
 
             def before(*_: object, key: tuple[int, int] = (index, local)) -> None:
@@ -213,7 +231,8 @@ class Streamer:
             def after(*_: object, key: tuple[int, int] = (index, local)) -> None:
                 streamer._after(key)
 
-            self._hooks += (tile.module.register_forward_pre_hook(before), tile.module.register_forward_hook(after))
+            self._hooks.append(tile.module.register_forward_pre_hook(hook(before)))
+            self._hooks.append(tile.module.register_forward_hook(hook(after)))
 
     def _end_staging(self) -> None:
         """Empty the ring, keeping its memory."""

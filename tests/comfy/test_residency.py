@@ -23,14 +23,14 @@ def test_every_pair_of_block_counts_gives_the_same_latents(double, single, load,
     streamer = patcher.model.streaming.streamer
     sample(patcher, steps=1)
     plan = streamer.plan
-    kinds = [size.kind for size in streamer.sizes]
+    kinds = [size.kind for size in streamer.sizes()]
     if plan.streamed:
         assert sum(kinds[i] == "double" for i in plan.resident) == min(double, DOUBLES)
         assert sum(kinds[i] == "single" for i in plan.resident) == min(single, SINGLES)
     copies.nbytes = 0
     assert torch.equal(sample(patcher, steps=2), expected)
     assert copies.nbytes == 2 * plan.bytes_per_forward
-    assert plan.bytes_per_forward == sum(streamer.sizes[i].streamed for i in plan.streamed)
+    assert plan.bytes_per_forward == sum(streamer.sizes()[i].streamed for i in plan.streamed)
     assert streamer.device_bytes == plan.device_bytes
 
 

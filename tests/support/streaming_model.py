@@ -87,7 +87,7 @@ class StreamedModel:
 
     def start(self, double=0, single=0, staging=1200):
         self.streamer.start(
-            plan_by_counts(self.streamer.sizes, {"double": double, "single": single}, staging), self.device
+            plan_by_counts(self.streamer.sizes(), {"double": double, "single": single}, staging), self.device
         )
 
     def stop(self):

@@ -53,9 +53,18 @@ def test_equal_blocks_have_equal_layouts():
 
 
 def test_a_whole_block_can_be_one_tile():
-    layout = layout_of(Block(), whole=True)
-    assert [tile.module for tile in layout.tiles] == [""]
-    assert {field.module for field in layout.tiles[0].fields} == {"linear", "norm"}
+    block = Block()
+    layout = layout_of(block)
+    whole = layout.whole()
+    assert [tile.module for tile in whole.tiles] == [""]
+    assert whole.nbytes == layout.nbytes
+    memory = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    bind(block, layout, memory)
+    values = {name: value.clone() for name, value in block.state_dict().items()}
+    pointers = {name: value.data_ptr() for name, value in block.state_dict().items()}
+    bind(block, whole, memory)
+    assert {name: value.data_ptr() for name, value in block.state_dict().items()} == pointers
+    assert all(torch.equal(block.state_dict()[name], value) for name, value in values.items())
 
 
 def test_a_block_that_owns_a_large_tensor_itself_is_one_tile():

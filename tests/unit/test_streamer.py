@@ -52,6 +52,9 @@ class Block(nn.Module):
             raise self.fail
         return x + self.second(hidden).tanh()
 
+    def compute(self, x):
+        return x + self.second(self.first(x)).tanh()
+
 
 def refuse_host_memory(block, arena):
     """Make each layer fail where it would compute from host memory, as it would on a GPU."""
@@ -95,7 +98,7 @@ def streamed(**resident):
     model = Model()
     streamer = model.streamer = Streamer(model.groups)
     copies = CountingCopies()
-    plan = plan_by_counts(streamer.sizes, resident, STAGING)
+    plan = plan_by_counts(streamer.sizes(), resident, STAGING)
     streamer.start(plan, copies)
     for block in streamer.blocks:
         refuse_host_memory(block.module, streamer.arena)
@@ -196,7 +199,7 @@ def test_changing_the_plan_keeps_the_output_and_moves_the_difference(expected):
     model, streamer, copies, _ = streamed(double=2, single=2)
     kept = residents(streamer)
     for resident in ({"double": 4, "single": 2}, {"double": 0, "single": 0}, {"double": 4, "single": 6}, {"single": 1}):
-        plan = plan_by_counts(streamer.sizes, resident, STAGING)
+        plan = plan_by_counts(streamer.sizes(), resident, STAGING)
         streamer.start(plan, copies)
         assert torch.equal(model(X), expected)
         assert torch.equal(model(X), expected)
@@ -237,5 +240,61 @@ def test_inference_mode_and_grad_mode_can_be_mixed(expected):
     model, streamer, copies, _ = streamed(double=1)
     with torch.inference_mode():
         assert torch.equal(model(X), expected)
-        streamer.start(plan_by_counts(streamer.sizes, {"double": 3}, STAGING), copies)
+        streamer.start(plan_by_counts(streamer.sizes(), {"double": 3}, STAGING), copies)
     assert torch.equal(model(X), expected)
+
+
+def test_compiled_blocks_are_compiled_once_a_kind_and_in_one_piece(expected):
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(sum(node.op.startswith("call") for node in graph.graph.nodes))
+        return graph.forward
+
+    def compiled(model):
+        torch._dynamo.reset()
+        del graphs[:]
+        for block in [*model.doubles, *model.singles]:
+            block.forward = block.compute  # without the branch that only tests need
+            block.compile(backend=backend)
+        with torch.no_grad():
+            outputs = [model(X) for _ in range(3)]
+        assert all(torch.equal(output, outputs[0]) for output in outputs)
+        return outputs[0], list(graphs)
+
+    resident = compiled(Model())
+    model = Model()
+    streamer = Streamer(model.groups)
+    sizes = streamer.sizes(whole_blocks=True)
+    streamer.start(plan_by_counts(sizes, {"double": 1}, STAGING), CountingCopies(), whole_blocks=True)
+    output, pieces = compiled(model)
+    assert torch.equal(output, resident[0])
+    assert torch.equal(output, expected)
+    assert pieces == resident[1]
+
+
+def test_layers_and_whole_blocks_can_be_changed_between_forwards(expected):
+    model, streamer, copies, plan = streamed(double=1)
+    assert torch.equal(model(X), expected)
+    whole = plan_by_counts(streamer.sizes(whole_blocks=True), {"single": 2}, STAGING)
+    streamer.start(whole, copies, whole_blocks=True)
+    for _ in range(2):
+        before = copies.nbytes
+        assert torch.equal(model(X), expected)
+    assert copies.nbytes - before == whole.bytes_per_forward
+    streamer.start(plan, copies)
+    assert torch.equal(model(X), expected)
+
+
+def test_tensors_replaced_from_outside_are_an_error_that_names_them():
+    model, _, _, _ = streamed()
+    model.doubles[2].second.weight = nn.Parameter(torch.zeros(8, 32))
+    with pytest.raises(RuntimeError, match="second in streamed block 2 were replaced"):
+        model(X)
+
+
+def test_blocks_that_share_a_tensor_are_refused():
+    model = Model()
+    model.singles[1].first.weight = model.singles[0].first.weight
+    with pytest.raises(ValueError, match=r"blocks 4 and 5 \(Block\) share a tensor"):
+        Streamer(model.groups)
