@@ -2,6 +2,8 @@
 
 import functools
 import sys
+import time
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -19,10 +21,21 @@ class Copies(Protocol):
         """Uninitialised bytes on the device, (nbytes,) uint8, given back when the tensor goes."""
         ...
 
-    def event(self) -> Any: ...
+    def event(self, *, timed: bool = False) -> Any:
+        """A new event; a timed one tells when it passed."""
+        ...
 
-    def copy(self, destination: torch.Tensor, source: torch.Tensor, *, after: Any, done: Any) -> None:
-        """Once ``after`` has passed, copy ``source`` (host) to ``destination`` (device), then record ``done``."""
+    def elapsed_ms(self, begun: Any, ended: Any) -> float | None:
+        """Time between two timed events, or None while one of them has not passed."""
+        ...
+
+    def copy(
+        self, destination: torch.Tensor, source: torch.Tensor, *, after: Any, done: Any, begun: Any = None
+    ) -> None:
+        """Once ``after`` has passed, copy ``source`` (host) to ``destination`` (device), then record ``done``.
+
+        ``begun``, if given, is recorded just before the copy.
+        """
         ...
 
     def compute_waits(self, event: Any) -> None:
@@ -49,11 +62,18 @@ class StreamCopies:
     def empty(self, nbytes: int) -> torch.Tensor:
         return _empty(nbytes, self.device)
 
-    def event(self) -> Any:
-        return self._module.Event()
+    def event(self, *, timed: bool = False) -> Any:
+        return self._module.Event(enable_timing=timed)
 
-    def copy(self, destination: torch.Tensor, source: torch.Tensor, *, after: Any, done: Any) -> None:
+    def elapsed_ms(self, begun: Any, ended: Any) -> float | None:
+        return begun.elapsed_time(ended) if begun.query() and ended.query() else None
+
+    def copy(
+        self, destination: torch.Tensor, source: torch.Tensor, *, after: Any, done: Any, begun: Any = None
+    ) -> None:
         self._copy_stream.wait_event(after)
+        if begun is not None:
+            begun.record(self._copy_stream)
         with self._module.stream(self._copy_stream):
             destination.copy_(source, non_blocking=True)
         done.record(self._copy_stream)
@@ -66,6 +86,27 @@ class StreamCopies:
     def record(self, event: Any) -> None:
         event.record(self._module.current_stream(self.device))
 
+    def enter_thread(self) -> None:
+        """Make a new thread work for this device, and for no other one by default."""
+        self._module.set_device(self.device)
+
+    def host_waits(self, event: Any) -> None:
+        """Return when ``event`` has passed."""
+        event.synchronize()
+
+    def pinned(self, nbytes: int) -> torch.Tensor:
+        """Uninitialised page-locked host memory, (nbytes,) uint8.
+
+        Raises:
+            RuntimeError: the driver refuses.
+        """
+        with torch.inference_mode(False):
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def is_pinned(self, source: torch.Tensor) -> bool:
+        """Whether a copy from ``source`` (host) leaves the calling thread free."""
+        return source.is_pinned()
+
 
 class InlineCopies:
     """Copies in program order, for devices without streams."""
@@ -76,17 +117,30 @@ class InlineCopies:
     def empty(self, nbytes: int) -> torch.Tensor:
         return _empty(nbytes, self.device)
 
-    def event(self) -> Any:
-        return None
+    def event(self, *, timed: bool = False) -> "_Moment":
+        return _Moment()
 
-    def copy(self, destination: torch.Tensor, source: torch.Tensor, *, after: Any, done: Any) -> None:
+    def elapsed_ms(self, begun: "_Moment", ended: "_Moment") -> float | None:
+        return 1000 * (ended.seconds - begun.seconds)
+
+    def copy(
+        self, destination: torch.Tensor, source: torch.Tensor, *, after: Any, done: Any, begun: Any = None
+    ) -> None:
+        if begun is not None:
+            self.record(begun)
         destination.copy_(source)
+        self.record(done)
 
-    def compute_waits(self, event: Any) -> None:
+    def compute_waits(self, event: "_Moment") -> None:
         pass
 
-    def record(self, event: Any) -> None:
-        pass
+    def record(self, event: "_Moment") -> None:
+        event.seconds = time.perf_counter()
+
+
+@dataclass
+class _Moment:
+    seconds: float = 0.0
 
 
 @functools.cache

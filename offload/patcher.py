@@ -19,9 +19,12 @@ import torch
 from comfy.cli_args import args as comfy_args
 from torch import nn
 
+from .arena import Shortfall
+from .bounce import through_bounce_buffers
 from .copies import copies_to
 from .plan import STAGING_BYTES, ResidencyPlan, plan_by_counts
 from .streamer import Streamer
+from .telemetry import summarise
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +133,14 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
                 callback(self, device, lowvram_model_memory, force_patch_weights, full_load)
             self.apply_hooks(self.forced_hooks, force_apply=True)
 
+    def cleanup(self) -> None:
+        """The end of a sampling."""
+        super().cleanup()
+        streamer = self._streaming.streamer
+        summary = summarise(streamer.telemetry, streamer.arena.pinned_bytes == streamer.arena.nbytes)
+        if summary:
+            logger.info("Streaming: %s", summary)
+
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
         if unpatch_weights:
             self._set_weight_functions({})
@@ -140,7 +151,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         """Patches never change the weights, which every clone shares: see `_set_weight_functions`."""
 
     def pin_weight_to_device(self, key: str, *args: Any, **kwargs: Any) -> None:
-        """The arena is pinned whole."""
+        """The arena is what is pinned, and not by ComfyUI."""
 
     @property
     def _streaming(self) -> Streaming:
@@ -162,8 +173,11 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def _stream(self, device: torch.device) -> None:
         streamer, plan = self._streaming.streamer, self.plan
-        if device.type == "cuda":
-            streamer.arena.pin(_pin_limit_bytes(), device)
+        limit_bytes, limited_by = _pin_limit()
+        streamer.arena.pin(limit_bytes, device, limited_by)
+        copies = copies_to(device)
+        if not streamer.arena.all_pinned:
+            copies = through_bounce_buffers(copies)
         if streamer.plan != plan:
             logger.info(
                 "Streaming: %d blocks resident, %d streamed; %.0f MiB on the device (%.0f blocks, %.0f staging, "
@@ -176,7 +190,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
                 self._streaming.other_bytes / _MIB,
                 plan.bytes_per_forward / _MIB,
             )
-        streamer.start(plan, copies_to(device), whole_blocks=self._is_compiled)
+        streamer.start(plan, copies, whole_blocks=self._is_compiled)
 
     def _set_weight_functions(self, patches: Mapping[str, Any]) -> None:
         """Have each patched layer compute its patched weight from a fresh dense copy, as ComfyUI's lowvram does."""
@@ -199,13 +213,15 @@ def _patched(key: str, patch: Any, weight: torch.Tensor) -> torch.Tensor:
     return comfy.lora.calculate_weight(patch, weight, key, intermediate_dtype=weight.dtype)
 
 
-def _pin_limit_bytes() -> int:
-    """How much more host memory may be pinned: a share of the RAM, less what ComfyUI pinned, none if forbidden."""
+def _pin_limit() -> tuple[int, Shortfall]:
+    """How much this package may pin: a share of the RAM, less what ComfyUI pinned, none if forbidden; and why."""
     if getattr(comfy_args, "disable_pinned_memory", False):
-        return 0
+        return 0, Shortfall("--disable-pinned-memory forbids it", "Start ComfyUI without it for full speed.")
     management = comfy.model_management
     share = 0.45 if management.WINDOWS else 0.9
     limit = psutil.virtual_memory().total * share
     comfy_limit = getattr(management, "MAX_PINNED_MEMORY", limit)
     pinned_by_comfy = getattr(management, "TOTAL_PINNED_MEMORY", 0)
-    return max(0, int(min(limit, comfy_limit) - pinned_by_comfy))
+    limit_bytes = max(0, int(min(limit, comfy_limit) - pinned_by_comfy))
+    reason = f"ComfyUI and this package may pin {min(limit, comfy_limit) / 2**30:.1f} GiB of the RAM together"
+    return limit_bytes, Shortfall(reason, "Unload other models, or add RAM.")

@@ -14,6 +14,7 @@ that was launched before it ("free"), which is what read the bytes that it overw
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from .copies import Copies
 from .plan import BlockSize, ResidencyPlan, plan_for
 from .record import BoundTile, RecordLayout, Views, keep_in_place, layout_of, views_of
 from .ring import Ring, lay_out
+from .telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +69,8 @@ class _Block:
 class _Staged:
     """A streamed tile: its place in the ring, and whether its bytes are there, from its fetch to its use."""
 
-    def __init__(self, tile: BoundTile, place: torch.Tensor, copies: Copies) -> None:
+    def __init__(self, name: str, tile: BoundTile, place: torch.Tensor, copies: Copies) -> None:
+        self.name = name
         self.tile = tile
         self.place = place
         self.views: Views = views_of(tile.tile, place)
@@ -98,6 +101,7 @@ class Streamer:
         self.arena = HostArena([layout.nbytes for layout in layouts])
         self.blocks = tuple(map(_Block, modules, layouts, self.arena.records))
         self.plan: ResidencyPlan | None = None
+        self.telemetry: Telemetry | None = None
         self._copies: Copies | None = None
         self._ring_memory: torch.Tensor | None = None
         self._ring = Ring((), (), (), ())
@@ -164,7 +168,7 @@ class Streamer:
         self._ring_memory = None
         for block in self.blocks:
             block.drop()
-        self.plan = self._copies = None
+        self.plan = self.telemetry = self._copies = None
 
     def _apply(self, plan: ResidencyPlan) -> None:
         self._end_staging()
@@ -198,22 +202,33 @@ class Streamer:
             memory = copies.empty(plan.staging_bytes)
         self._ring_memory = memory
         self._free = copies.event()
+        self.telemetry = Telemetry(copies)
         for index in plan.streamed:
             if self.blocks[index].buffer is None:
                 self._put(self.blocks[index], resident=False)
             self._hook(index)
         self._place(plan, memory)
         if self._staged:
+            self._measure_link()
             self._fetch_all((0, *self._ring.beside[0]))
+
+    def _measure_link(self) -> None:
+        copies, first = self._require_copies(), self._staged[0]
+        begun, ended = copies.event(timed=True), copies.event(timed=True)
+        copies.copy(first.place, first.tile.source, after=self._free, begun=begun, done=ended)
+        self._require_telemetry().link_was_measured(first.place.nbytes, begun, ended)
 
     def _place(self, plan: ResidencyPlan, memory: torch.Tensor) -> None:
         """Give every streamed tile its place in the ring."""
+        copies = self._require_copies()
         order = [(index, local) for index in plan.streamed for local in self._order(index)]
         tiles = [self.blocks[index].tiles[local] for index, local in order]
         self._ring = lay_out([tile.tile.nbytes for tile in tiles], plan.staging_bytes)
         self._staged = [
-            _Staged(tile, memory[offset : offset + tile.tile.nbytes], self._require_copies())
-            for tile, offset in zip(tiles, self._ring.offsets, strict=True)
+            _Staged(
+                f"{self._kinds[index]} {index} {tile.tile.module}", tile, memory[start:][: tile.tile.nbytes], copies
+            )
+            for (index, _), tile, start in zip(order, tiles, self._ring.offsets, strict=True)
         ]
         self._positions = {tile: position for position, tile in enumerate(order)}
         self._released()  # what is in the ring now
@@ -248,7 +263,9 @@ class Streamer:
 
     def _before(self, key: tuple[int, int]) -> None:
         self._release()
+        telemetry = self._require_telemetry()
         position = self._positions[key]
+        telemetry.tile(position)
         staged = self._staged[position]
         if not staged.tile.is_bound_to(staged.tile.home):
             raise RuntimeError(
@@ -256,9 +273,14 @@ class Streamer:
                 "outside. Change weights with a patch (LoRA and the like), or load the model again."
             )
         if not staged.present:
+            telemetry.missed()
             self._fetch_all((position, *self._ring.beside[position]))
+        before = telemetry.before_wait()
         self._require_copies().compute_waits(staged.ready)
-        staged.tile.bind(staged.views)
+        if before is not None:
+            telemetry.after_wait(before)
+        with _label("bind", staged):
+            staged.tile.bind(staged.views)
         self._active = staged
 
     def _after(self, key: tuple[int, int]) -> None:
@@ -286,7 +308,9 @@ class Streamer:
             if not staged.present:
                 for evicted in self._ring.evicted[position]:
                     self._staged[evicted].present = False
-                copies.copy(staged.place, staged.tile.source, after=self._free, done=staged.ready)
+                with _label("fetch", staged):
+                    copies.copy(staged.place, staged.tile.source, after=self._free, done=staged.ready)
+                self._require_telemetry().copied(staged.place.nbytes)
                 staged.present = True
 
     def _order(self, index: int) -> Sequence[int]:
@@ -312,9 +336,23 @@ class Streamer:
             assert self._ring_memory is not None
             self._place(self.plan, self._ring_memory)
 
+    def _require_telemetry(self) -> Telemetry:
+        assert self.telemetry is not None
+        return self.telemetry
+
     def _require_copies(self) -> Copies:
         assert self._copies is not None
         return self._copies
+
+
+def _label(verb: str, staged: _Staged) -> AbstractContextManager[Any]:
+    """A name in a profiler's trace; costs nothing where none runs."""
+    if not torch.autograd.profiler._is_profiler_enabled:
+        return _NO_LABEL
+    return torch.profiler.record_function(f"{verb} {staged.name}")
+
+
+_NO_LABEL: AbstractContextManager[Any] = nullcontext()
 
 
 def _refuse_shared(blocks: Sequence[nn.Module]) -> None:

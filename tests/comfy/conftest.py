@@ -27,9 +27,9 @@ class CountingCopies(InlineCopies):
         super().__init__(CPU)
         self.nbytes = 0
 
-    def copy(self, destination, source, *, after, done):
+    def copy(self, destination, source, **events):
         self.nbytes += source.nbytes
-        super().copy(destination, source, after=after, done=done)
+        super().copy(destination, source, **events)
 
 
 @pytest.fixture(scope="session")

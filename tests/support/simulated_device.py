@@ -19,9 +19,10 @@ POISON = 0xA5
 
 @dataclass
 class Marker:
-    """One recording of an event."""
+    """One recording of an event; ``time`` is when it passed, in operations."""
 
     passed: bool = False
+    time: int = 0
 
 
 @dataclass
@@ -54,6 +55,7 @@ class SimulatedDevice:
         self.held_bytes = 0
         self.copied_bytes = 0
         self.capacity = None
+        self.time = 0
 
     # What the streamer calls.
 
@@ -70,15 +72,25 @@ class SimulatedDevice:
         weakref.finalize(handed_out, self._free, memory, nbytes)
         return handed_out
 
-    def event(self) -> Event:
+    def event(self, *, timed: bool = False) -> Event:
         return Event()
 
-    def copy(self, destination: torch.Tensor, source: torch.Tensor, *, after: Event, done: Event) -> None:
+    def elapsed_ms(self, begun: Event, ended: Event) -> float | None:
+        both = begun.marker.passed and ended.marker.passed
+        return float(ended.marker.time - begun.marker.time) if both else None
+
+    def copy(
+        self, destination: torch.Tensor, source: torch.Tensor, *, after: Event, done: Event, begun: Event | None = None
+    ) -> None:
         self.copied_bytes += source.nbytes
         done.marker = Marker()
         # Addresses, not tensors: a copy under way must not keep memory that its owner gave back.
         target, origin, nbytes = destination.data_ptr(), source.data_ptr(), source.nbytes
-        self.copies.append(Operation(lambda: _fill(target, nbytes), after=after.marker))
+        start = None
+        if begun is not None:
+            start = begun.marker = Marker()
+        self.copies.append(Operation(after=after.marker, done=start))
+        self.copies.append(Operation(lambda: _fill(target, nbytes)))
         self.copies.append(Operation(lambda: _move(target, origin, nbytes), done=done.marker))
         self._let_time_pass()
 
@@ -125,14 +137,14 @@ class SimulatedDevice:
             for _ in range(self.adversary.randrange(6)):
                 self._step(self.adversary.choice((self.compute, self.copies)))
 
-    @staticmethod
-    def _step(queue: deque[Operation]) -> bool:
+    def _step(self, queue: deque[Operation]) -> bool:
         if not queue or (queue[0].after is not None and not queue[0].after.passed):
             return False
         operation = queue.popleft()
         operation.run()
+        self.time += 1
         if operation.done is not None:
-            operation.done.passed = True
+            operation.done.passed, operation.done.time = True, self.time
         return True
 
 

@@ -32,10 +32,10 @@ class CountingCopies(InlineCopies):
         self.sources = []
         self.nbytes = 0
 
-    def copy(self, destination, source, *, after, done):
+    def copy(self, destination, source, **events):
         self.sources.append(source.data_ptr())
         self.nbytes += source.nbytes
-        super().copy(destination, source, after=after, done=done)
+        super().copy(destination, source, **events)
 
 
 class Block(nn.Module):
@@ -298,3 +298,16 @@ def test_blocks_that_share_a_tensor_are_refused():
     model.singles[1].first.weight = model.singles[0].first.weight
     with pytest.raises(ValueError, match=r"blocks 4 and 5 \(Block\) share a tensor"):
         Streamer(model.groups)
+
+
+def test_every_copy_and_bind_has_a_name_in_a_profile():
+    model, streamer, _, plan = streamed(double=3, single=5)
+    model(X)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model(X)
+    names = [event.key for event in profile.key_averages()]
+    for index in plan.streamed:
+        kind = streamer.sizes()[index].kind
+        for layer in ("first", "second"):
+            assert f"fetch {kind} {index} {layer}" in names
+            assert f"bind {kind} {index} {layer}" in names

@@ -1,0 +1,80 @@
+"""What streaming costs the host: microseconds a block for waiting, binding and enqueuing, without the copies.
+
+    python benchmarks/host_cost.py
+
+A model of Flux's structure (19 double blocks with 10 layers, 38 single ones with 3) with tiny layers runs on the CPU,
+streamed through copies that do nothing; the same model without streaming is subtracted. Medians; no GPU, no ComfyUI.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = {"double": (19, 10), "single": (38, 3)}
+
+
+class Block(nn.Module):
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(128, 128) for _ in range(layers))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            layer(x)
+        return x
+
+
+def import_offload() -> Any:
+    package = types.ModuleType("flux_nf4")
+    package.__path__ = [str(ROOT)]
+    sys.modules["flux_nf4"] = package
+    from flux_nf4.offload import copies, plan, streamer  # type: ignore[import-not-found]
+
+    return copies, plan, streamer
+
+
+def forward_us(blocks: list[nn.Module], repeats: int) -> float:
+    x = torch.zeros(1, 128)
+    times = []
+    with torch.inference_mode():
+        for _ in range(repeats):
+            started = time.perf_counter()
+            for block in blocks:
+                block(x)
+            times.append(1e6 * (time.perf_counter() - started))
+    return statistics.median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=50)
+    repeats = parser.parse_args().repeats
+    torch.set_num_threads(1)
+    copies, plan, streamer_module = import_offload()
+
+    class NoCopies(copies.InlineCopies):  # type: ignore[name-defined]
+        def copy(self, destination: torch.Tensor, source: torch.Tensor, **events: Any) -> None:
+            pass
+
+    groups = {kind: [Block(layers) for _ in range(count)] for kind, (count, layers) in LAYERS.items()}
+    blocks: list[nn.Module] = [block for group in groups.values() for block in group]
+    plain = forward_us(blocks, repeats)
+    streamer = streamer_module.Streamer(groups)
+    streamer.start(plan.plan_for(streamer.sizes(), (), staging_bytes=20 * 65536), NoCopies(torch.device("cpu")))
+    forward_us(blocks, 2)
+    streamed = forward_us(blocks, repeats)
+    tiles = sum(count * layers for count, layers in LAYERS.values())
+    cost = streamed - plain
+    print(f"{cost / len(blocks):.1f} us a block, {cost / tiles:.2f} us a tile, {cost / 1000:.2f} ms a forward")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,419 @@
+"""Copies through bounce buffers: nothing overtakes, nothing is lost, nothing hangs, whatever the worker's timing."""
+
+import functools
+import gc
+import random
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import weakref
+from pathlib import Path
+
+import pytest
+import streaming_model
+import torch
+from bounced_device import BouncedDevice, SimulatedLane
+
+from flux_nf4.offload import bounce
+from flux_nf4.offload import record as record_module
+from flux_nf4.offload.bounce import BouncedCopies, through_bounce_buffers
+from flux_nf4.offload.copies import InlineCopies, StreamCopies
+from flux_nf4.offload.streamer import Streamer
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def some_bytes(nbytes, seed=0):
+    return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def send(copies, source, after=None):
+    """Queue a copy of ``source`` to new memory on the device; returns that and the event."""
+    destination, done = copies.empty(source.nbytes), copies.event()
+    copies.copy(destination, source, after=copies.event() if after is None else after, done=done)
+    return destination, done
+
+
+def read_by_compute(copies, tensor):
+    """Queue a kernel that reads ``tensor``; returns a function that gives what it read."""
+    seen = []
+    copies.launch(lambda: seen.append(tensor.clone()))
+    return functools.partial(seen.__getitem__, 0)
+
+
+class Held:
+    """Holds the worker up inside the block; no longer than the block."""
+
+    def __init__(self, device):
+        self.gate = device.lane.gate
+
+    def __enter__(self):
+        self.gate.clear()
+        return self
+
+    def __exit__(self, *_):
+        self.gate.set()
+
+
+def in_thread(call):
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("pins_every", [0, 2, 3])
+def test_a_streamed_model_computes_the_same_bits(pins_every, monkeypatch):
+    monkeypatch.setattr(record_module, "SMALL_BYTES", 128)
+    monkeypatch.setattr(streaming_model, "SimulatedDevice", functools.partial(BouncedDevice, pins_every=pins_every))
+    for seed in range(45):
+        streaming_model.exercise(Streamer, seed)
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 255, 256, 257, 512, 1000])
+def test_a_source_of_any_size_arrives_whole(nbytes):
+    device = BouncedDevice(pins_every=0)
+    source = some_bytes(nbytes)
+    destination, done = send(device, source)
+    device.compute_waits(done)
+    device.synchronise()
+    assert torch.equal(destination, source)
+
+
+def test_compute_waits_for_a_copy_that_the_worker_has_not_come_to():
+    device = BouncedDevice()
+    source = some_bytes(700)
+    with Held(device):
+        destination, done = send(device, source)
+        device.lane.compute.clear()
+        waiting = in_thread(lambda: device.compute_waits(done))
+        waiting.join(0.05)
+        assert waiting.is_alive(), "compute would have waited for nothing"
+    waiting.join(10)
+    assert not waiting.is_alive()
+    read = read_by_compute(device, destination)
+    device.synchronise()
+    assert torch.equal(read(), source)
+
+
+def test_a_copy_waits_for_the_recording_that_was_there_when_it_was_asked_for():
+    """Not for one that came later: compute after that one may be waiting for this very copy."""
+    device = BouncedDevice()
+    free = device.event()
+    device.record(free)
+    with Held(device):
+        _, done = send(device, some_bytes(100), after=free)
+        device.launch(lambda: None)
+        device.record(free)
+        later = device.lane.compute.pop()
+    device.compute_waits(done)
+    device.synchronise()  # a deadlock, if the copy waited for what is never launched
+    assert not later.done.passed
+
+
+def test_nothing_grows_with_the_number_of_copies():
+    device = BouncedDevice(pins_every=2)
+    source, destination = some_bytes(600), device.empty(600)
+    free, ready = device.event(), device.event()
+
+    def live():
+        gc.collect()
+        return sum(isinstance(thing, (bounce._Recording, bounce._Job)) for thing in gc.get_objects())
+
+    counts = []
+    for _ in range(3):
+        for _ in range(100):
+            device.record(free)
+            device.copy(destination, source, after=free, done=ready)
+        device.compute_waits(ready)
+        device.synchronise()
+        counts.append(live())
+    assert counts[0] == counts[1] == counts[2]
+    assert len(device.lane.buffers) == 2
+
+
+@pytest.mark.parametrize("pins_every", [0, 2])
+def test_copies_arrive_in_the_order_of_asking(pins_every):
+    device = BouncedDevice(pins_every=pins_every)
+    rng = random.Random(0)
+    memory, done = device.empty(2000), device.event()
+    expected = torch.zeros(2000, dtype=torch.uint8)
+    start = device.event()
+    device.copy(memory, expected.clone(), after=start, done=done)
+    for seed in range(300):
+        begin = rng.randrange(1900)
+        source = some_bytes(rng.randrange(1, 2000 - begin), seed)
+        expected[begin : begin + source.nbytes] = source
+        device.copy(memory[begin : begin + source.nbytes], source, after=start, done=done)
+    device.compute_waits(done)
+    device.synchronise()
+    assert torch.equal(memory, expected)
+
+
+def test_timed_events_tell_how_long_a_copy_took():
+    device = BouncedDevice(pins_every=0)
+    begun, done, free = device.event(timed=True), device.event(timed=True), device.event()
+    with Held(device):
+        device.copy(device.empty(600), some_bytes(600), after=free, begun=begun, done=done)
+        assert device.elapsed_ms(begun, done) is None
+    device.compute_waits(done)
+    device.synchronise()
+    assert device.elapsed_ms(begun, done) > 0
+
+
+def test_a_failure_of_the_worker_is_raised_where_its_bytes_are_needed(monkeypatch):
+    device = BouncedDevice(pins_every=0)
+    broken, good = some_bytes(300, 1), some_bytes(300, 2)
+    copy = device.lane.copy
+
+    def fail(destination, source, **events):
+        if source[0] == broken[0]:
+            raise RuntimeError("the bus is gone")
+        copy(destination, source, **events)
+
+    monkeypatch.setattr(device.lane, "copy", fail)
+    lost, failed = send(device, broken)
+    for _ in range(2):  # never bytes that did not arrive, however often one asks
+        with pytest.raises(RuntimeError, match="the bus is gone"):
+            device.compute_waits(failed)
+    after_it, done = send(device, good)
+    device.compute_waits(done)
+    device.synchronise()
+    assert torch.equal(after_it, good)
+    assert not torch.equal(lost, broken)
+    with pytest.raises(RuntimeError, match="the bus is gone"):
+        device.compute_waits(send(device, good, after=failed)[1])
+
+
+def test_a_worker_that_cannot_start_is_an_error_and_no_hang(monkeypatch):
+    def fail(self):
+        raise RuntimeError("no such device")
+
+    monkeypatch.setattr(SimulatedLane, "enter_thread", fail)
+    device = BouncedDevice()
+    with pytest.raises(RuntimeError):
+        device.compute_waits(send(device, some_bytes(10))[1])
+
+
+def test_the_worker_and_its_buffers_go_with_the_last_user():
+    device = BouncedDevice(pins_every=0)
+    lane = device.lane
+    device.compute_waits(send(device, some_bytes(300))[1])
+    buffers = [weakref.ref(buffer) for buffer in lane.buffers]
+    lane.buffers.clear()
+    lane.synchronise()
+    assert lane.worker.is_alive()
+    del device
+    lane.worker.join(10)
+    assert not lane.worker.is_alive()
+    assert [buffer() for buffer in buffers] == [None, None]
+
+
+@pytest.mark.parametrize("pins_every", [0, 1])
+def test_a_queued_source_stays_alive_and_a_submitted_one_does_not(pins_every):
+    device = BouncedDevice(pins_every=pins_every)
+    expected = some_bytes(300)
+    source = expected.clone()
+    gone = weakref.ref(source)
+    with Held(device):
+        destination, done = send(device, source)
+        del source
+        assert gone() is not None
+    device.compute_waits(done)
+    if not pins_every:  # else the simulated copy reads the source's address later, as a real one does
+        assert gone() is None
+        device.synchronise()
+        assert torch.equal(destination, expected)
+
+
+def test_a_destination_is_its_owners_alone_once_compute_waits_for_it():
+    for _ in range(200):
+        device = BouncedDevice(pins_every=0)
+        destination, done = send(device, some_bytes(300))
+        device.compute_waits(done)
+        del destination
+        assert device.lane.held_bytes == 0
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_destinations_of_either_inference_mode_can_be_written(inference):
+    device = BouncedDevice(pins_every=0)
+    source = some_bytes(300)
+    with torch.inference_mode(inference):
+        destination, done = torch.zeros(300, dtype=torch.uint8), device.event()
+
+    def plain_copy(destination, source, *, after, done, begun):
+        destination.copy_(source)
+
+    device.lane.copy = plain_copy
+    device.copy(destination, source, after=device.event(), done=done)
+    device.compute_waits(done)
+    assert torch.equal(destination, source)
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_buffers_that_were_made_in_either_inference_mode_can_be_filled(inference):
+    with torch.inference_mode(inference):
+        device = BouncedDevice(pins_every=0)
+    source = some_bytes(300)
+    destination, done = send(device, source)
+    device.compute_waits(done)
+    device.synchronise()
+    assert torch.equal(destination, source)
+
+
+@pytest.mark.parametrize("when", ["stop", "new plan", "drop"])
+def test_a_model_with_copies_in_the_queue_can_be_let_go(when, monkeypatch):
+    monkeypatch.setattr(record_module, "SMALL_BYTES", 128)
+    device = BouncedDevice()
+    model = streaming_model.StreamedModel(Streamer, device)
+    model.forward()
+    device.lane.gate.clear()
+    index = len(model.streamer._staged) // 2
+    model.streamer._fetch_all((index, *model.streamer._ring.beside[index]))
+
+    def let_go():
+        nonlocal model
+        if when == "stop":
+            model.stop()
+            assert model.streamer.device_bytes == 0
+        elif when == "new plan":
+            model.start(double=1, single=1)
+        else:
+            model = None
+
+    leaving = in_thread(let_go)
+    time.sleep(0.02)
+    device.lane.gate.set()
+    leaving.join(20)
+    assert not leaving.is_alive()
+    if model is not None:
+        model.forward()
+        model.check()
+        model.stop()
+    model = None
+    worker = device.lane.worker
+    device.compute_waits(send(device, some_bytes(1))[1])  # the queue is empty now
+    device.synchronise()
+    lane = device.lane
+    del device
+    worker.join(10)
+    assert lane.held_bytes == 0
+
+
+def run_script(script):
+    """Run ``script`` in a Python of its own; it must end, and end well, within a minute."""
+    head = f"""
+        import os, sys, types
+        sys.path[:0] = [{str(ROOT / "tests" / "support")!r}]
+        package = types.ModuleType("flux_nf4")
+        package.__path__ = [{str(ROOT)!r}]
+        sys.modules["flux_nf4"] = package
+        import torch
+        from bounced_device import BouncedDevice
+
+        device = BouncedDevice(pins_every=0)
+        source, destination = torch.ones(9000, dtype=torch.uint8), torch.zeros(9000, dtype=torch.uint8)
+        done, free = device.event(), device.event()
+        device.copy(destination, source, after=free, done=done)
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(head) + textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr, result.stderr
+    assert "Exception" not in result.stderr, result.stderr
+    return result.stdout
+
+
+def test_a_fork_is_told_that_it_has_no_worker():
+    out = run_script("""
+        import signal
+
+        device.compute_waits(done)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            told = 0
+            for call in (
+                lambda: device.copy(destination, source, after=free, done=done),
+                lambda: device.compute_waits(done),
+            ):
+                try:
+                    call()
+                except RuntimeError as error:
+                    told += "forked" in str(error)
+            os._exit(told)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        device.copy(destination, source, after=free, done=done)
+        device.compute_waits(done)
+    """)
+    assert out.strip() == "2"
+
+
+def test_python_exits_with_copies_in_the_queue_and_users_that_clean_up_late():
+    run_script("""
+        import time
+
+        class User:
+            def __del__(self):
+                device.compute_waits(done)
+
+        device.lane.latency.random = lambda: time.sleep(0.02) or 1.0
+        for _ in range(20):
+            device.copy(destination, source, after=free, done=done)
+        sys.user = User()
+    """)
+
+
+class FakeStreamCopies(StreamCopies):
+    """Copies on streams, without a device that has them."""
+
+    def __init__(self, refuse=False):
+        self.device = CPU
+        self.refuse = refuse
+        self.lane = SimulatedLane()
+
+    def event(self, *, timed=False):
+        return self.lane.event()
+
+    def pinned(self, nbytes):
+        if self.refuse:
+            raise RuntimeError("CUDA error: out of memory")
+        return self.lane.pinned(nbytes)
+
+
+def test_users_of_one_device_share_buffers_and_later_ones_get_new_ones():
+    copies = FakeStreamCopies()
+    first, second = through_bounce_buffers(copies), through_bounce_buffers(copies)
+    assert isinstance(first, BouncedCopies)
+    assert first is second
+    assert len(copies.lane.buffers) == 2
+    assert {buffer.nbytes for buffer in copies.lane.buffers} == {bounce.BUFFER_BYTES}
+    gone = weakref.ref(first)
+    del first, second
+    assert gone() is None
+    assert through_bounce_buffers(copies) is not None
+    assert len(copies.lane.buffers) == 4
+
+
+def test_where_not_even_the_buffers_can_be_pinned_copies_are_plain_and_it_is_said_once(caplog):
+    bounce._say_pageable.cache_clear()
+    copies = FakeStreamCopies(refuse=True)
+    for _ in range(3):
+        assert through_bounce_buffers(copies) is copies
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 1
+    assert "out of memory" in messages[0]
+    assert caplog.records[0].levelname == "WARNING"
+
+
+def test_devices_without_streams_need_no_buffers():
+    copies = InlineCopies(CPU)
+    assert through_bounce_buffers(copies) is copies
