@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,18 +28,19 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
-RING = 160
+RING = 208
 PLANS = {
     "all resident": (19, 38, RING),
     "0/0": (0, 0, RING),
     "7/7": (7, 7, RING),
     "12/24": (12, 24, RING),
-    "0/0, ring of 80 MiB": (0, 0, 80),
     "0/0, ring of 112 MiB": (0, 0, 112),
-    "0/0, ring of 256 MiB": (0, 0, 256),
+    "0/0, ring of 160 MiB": (0, 0, 160),
     "0/0, ring of 384 MiB": (0, 0, 384),
+    "0/0, whole blocks": (0, 0, -384),
+    "12/24, ring of 384 MiB": (12, 24, 384),
 }
-"""Double and single blocks that stay, and MiB of the staging ring."""
+"""Double and single blocks that stay, and MiB of the staging ring; negative: two slots of whole blocks, no tiles."""
 
 
 def import_package() -> types.ModuleType:
@@ -85,6 +87,41 @@ def milliseconds(call: Callable[[], Any], repeats: int) -> list[float]:
         event.record()
     torch.cuda.synchronize()
     return [before.elapsed_time(after) for before, after in itertools.pairwise(events)]
+
+
+def allocations_and_syncs(forward: "Forward", model: Any) -> tuple[int, int]:
+    """What one forward allocates on the device, and how often the host waits for it."""
+
+    def allocated() -> int:
+        return int(torch.cuda.memory_stats()["allocation.all.allocated"])
+
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        before = allocated()
+        forward(model)
+        count = allocated() - before
+    torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    return count, sum("synchronizing" in str(warning.message) for warning in caught)
+
+
+def interrupted_forward_leaves_next_equal(patcher: Any, forward: "Forward", reference: torch.Tensor) -> None:
+    """Raise in the middle of some blocks; the next forward must give the same bits."""
+    transformer = patcher.model.diffusion_model
+    layers = (transformer.double_blocks[5].img_mlp[2], transformer.single_blocks[20].linear2)
+    for layer in layers:
+
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        handle = layer.register_forward_pre_hook(interrupt)
+        try:
+            forward(patcher.model)
+        except KeyboardInterrupt:
+            handle.remove()
+        if not torch.equal(forward(patcher.model), reference):
+            raise SystemExit(f"after an interrupt at {forward.pixels}: the output differs")
 
 
 def copy_gbps(record: torch.Tensor, device: torch.device) -> float:
@@ -150,15 +187,18 @@ def measure_plans(patcher: Any, forward: "Forward", rounds: int, repeats: int) -
         for name, (double, single, ring) in PLANS.items():
             clone = patcher.clone()
             clone.resident = {"double": double, "single": single}
-            clone.staging_bytes = ring << 20
+            clone.staging_bytes = abs(ring) << 20
+            clone.whole_blocks = ring < 0
             comfy.model_management.load_models_gpu([clone])
             output = forward(clone.model).clone()
             reference = output if reference is None else reference
             if not torch.equal(output, reference):
                 raise SystemExit(f"{name} at {forward.pixels}: the output differs")
+            interrupted_forward_leaves_next_equal(clone, forward, reference)
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+            rows[name]["allocations"], rows[name]["syncs"] = allocations_and_syncs(forward, clone.model)
             times[name] += milliseconds(functools.partial(forward, clone.model), repeats)[1:]
             rows[name]["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
             rows[name]["bus_gb"] = streamer.plan.bytes_per_forward / 1e9
@@ -169,11 +209,12 @@ def measure_plans(patcher: Any, forward: "Forward", rounds: int, repeats: int) -
 
 
 def table(results: dict[str, Any]) -> str:
-    lines = ["| picture | double/single resident | ms | against all resident | peak GiB | GB over the bus |"]
-    lines.append("|---|---|---|---|---|---|")
+    columns = "picture | plan | ms | against all resident | peak GiB | GB over the bus | allocations | syncs"
+    lines = [f"| {columns} |", "|---" * 8 + "|"]
     for row in results["rows"]:
         figures = f"{row['ms']:.1f} | {row['ratio']:.3f} | {row['peak_gib']:.2f} | {row['bus_gb']:.2f}"
-        lines.append(f"| {row['pixels']} | {row['plan']} | {figures} |")
+        counts = f"{row['allocations']} | {row['syncs']}"
+        lines.append(f"| {row['pixels']} | {row['plan']} | {figures} | {counts} |")
     return "\n".join(lines)
 
 

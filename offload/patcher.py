@@ -57,13 +57,15 @@ def _tensors(module: nn.Module) -> list[torch.Tensor]:
 class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     """Keeps some of a model's blocks on the load device and streams the others at every forward.
 
-    The model must have gone through `attach_streaming`. ``resident`` is the number of resident blocks of each
-    kind; set it on a fresh patcher or a clone. It takes effect when ComfyUI loads the model the next time, and
-    then moves only the difference.
+    The model must have gone through `attach_streaming`. Settings are the patcher's own; set them on a fresh one or a
+    clone. They take effect when ComfyUI loads the model the next time, and then move only the difference:
+    ``resident`` is the number of resident blocks of each kind, ``staging_bytes`` the size of the ring, ``whole_blocks``
+    streams blocks, not layers (done anyway where they are compiled).
     """
 
     resident: Mapping[str, int] = {}
     staging_bytes: int = STAGING_BYTES
+    whole_blocks: bool = False
 
     def __init__(
         self, model: nn.Module, load_device: torch.device, offload_device: torch.device, *args: Any, **kwargs: Any
@@ -75,12 +77,13 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         other = super().clone(*args, **kwargs)
         other.resident = self.resident
         other.staging_bytes = self.staging_bytes
+        other.whole_blocks = self.whole_blocks
         return other
 
     @property
     def plan(self) -> ResidencyPlan:
         """What this patcher's settings ask for."""
-        sizes = self._streaming.streamer.sizes(whole_blocks=self._is_compiled)
+        sizes = self._streaming.streamer.sizes(whole_blocks=self._needs_whole_blocks)
         return plan_by_counts(sizes, self.resident, self.staging_bytes)
 
     def model_size(self) -> int:
@@ -158,11 +161,12 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         return self.model.streaming
 
     @property
-    def _is_compiled(self) -> bool:
-        """Whether a block, or the whole model, is run through torch.compile: by ComfyUI's node or another's."""
+    def _needs_whole_blocks(self) -> bool:
+        """Asked for, or a block or the whole model is run through torch.compile: by ComfyUI's node or another's."""
         wrappers = self.model_options.get("transformer_options", {}).get("wrappers", {})
         return (
-            any("torch.compile" in keyed for keyed in wrappers.values())
+            self.whole_blocks
+            or any("torch.compile" in keyed for keyed in wrappers.values())
             or any(type(patch).__name__ == "OptimizedModule" for patch in self.object_patches.values())
             or any(block.module._compiled_call_impl is not None for block in self._streaming.streamer.blocks)
         )
@@ -190,7 +194,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
                 self._streaming.other_bytes / _MIB,
                 plan.bytes_per_forward / _MIB,
             )
-        streamer.start(plan, copies, whole_blocks=self._is_compiled)
+        streamer.start(plan, copies, whole_blocks=self._needs_whole_blocks)
 
     def _set_weight_functions(self, patches: Mapping[str, Any]) -> None:
         """Have each patched layer compute its patched weight from a fresh dense copy, as ComfyUI's lowvram does."""

@@ -78,6 +78,34 @@ class _Staged:
         self.present = False
 
 
+class _RingMemory:
+    """Staging bytes on a device. Streamers with rings of one size share them: the one that runs has them."""
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self.memory = memory
+        self._user: weakref.ref[Streamer] | None = None
+
+    def is_used_by(self, streamer: "Streamer") -> bool:
+        return self._user is not None and self._user() is streamer
+
+    def give_to(self, streamer: "Streamer") -> None:
+        before = self._user() if self._user is not None else None
+        if before is not None:
+            before._lose_ring()
+        self._user = weakref.ref(streamer)
+
+
+_rings: weakref.WeakKeyDictionary[Copies, weakref.WeakValueDictionary[int, _RingMemory]] = weakref.WeakKeyDictionary()
+
+
+def _ring_memory(nbytes: int, copies: Copies) -> _RingMemory:
+    rings = _rings.setdefault(copies, weakref.WeakValueDictionary())
+    ring = rings.get(nbytes)
+    if ring is None:
+        ring = rings[nbytes] = _RingMemory(copies.empty(nbytes))
+    return ring
+
+
 class Streamer:
     """Keeps some blocks of a model resident on a device and streams the rest from host memory.
 
@@ -103,7 +131,7 @@ class Streamer:
         self.plan: ResidencyPlan | None = None
         self.telemetry: Telemetry | None = None
         self._copies: Copies | None = None
-        self._ring_memory: torch.Tensor | None = None
+        self._ring_memory: _RingMemory | None = None
         self._ring = Ring((), (), (), ())
         self._free: Any = None
         self._staged: list[_Staged] = []
@@ -115,8 +143,8 @@ class Streamer:
 
     @property
     def device_bytes(self) -> int:
-        """Bytes held on the device: residents, small parts, staging."""
-        ring = 0 if self._ring_memory is None else self._ring_memory.nbytes
+        """Bytes held on the device: residents, small parts, staging (which another streamer may share)."""
+        ring = 0 if self._ring_memory is None else self._ring_memory.memory.nbytes
         return ring + sum(block.buffer.nbytes for block in self.blocks if block.buffer is not None)
 
     def sizes(self, *, whole_blocks: bool = False) -> tuple[BlockSize, ...]:
@@ -196,18 +224,17 @@ class Streamer:
 
     def _begin_staging(self, plan: ResidencyPlan) -> None:
         copies = self._require_copies()
-        memory = self._ring_memory
-        if memory is None or memory.nbytes != plan.staging_bytes:
-            self._ring_memory = memory = None
-            memory = copies.empty(plan.staging_bytes)
-        self._ring_memory = memory
+        if self._ring_memory is None or self._ring_memory.memory.nbytes != plan.staging_bytes:
+            self._ring_memory = None
+            self._ring_memory = _ring_memory(plan.staging_bytes, copies)
+        self._ring_memory.give_to(self)
         self._free = copies.event()
         self.telemetry = Telemetry(copies)
         for index in plan.streamed:
             if self.blocks[index].buffer is None:
                 self._put(self.blocks[index], resident=False)
             self._hook(index)
-        self._place(plan, memory)
+        self._place(plan)
         if self._staged:
             self._measure_link()
             self._fetch_all((0, *self._ring.beside[0]))
@@ -218,9 +245,10 @@ class Streamer:
         copies.copy(first.place, first.tile.source, after=self._free, begun=begun, done=ended)
         self._require_telemetry().link_was_measured(first.place.nbytes, begun, ended)
 
-    def _place(self, plan: ResidencyPlan, memory: torch.Tensor) -> None:
+    def _place(self, plan: ResidencyPlan) -> None:
         """Give every streamed tile its place in the ring."""
-        copies = self._require_copies()
+        assert self._ring_memory is not None
+        memory, copies = self._ring_memory.memory, self._require_copies()
         order = [(index, local) for index in plan.streamed for local in self._order(index)]
         tiles = [self.blocks[index].tiles[local] for index, local in order]
         self._ring = lay_out([tile.tile.nbytes for tile in tiles], plan.staging_bytes)
@@ -261,7 +289,20 @@ class Streamer:
         self._staged = []
         self._seen = (-1, [])
 
+    def _lose_ring(self) -> None:
+        """Another streamer takes the ring: what is in it is gone."""
+        self._release()
+        for staged in self._staged:
+            staged.present = False
+
+    def _take_ring(self) -> None:
+        assert self._ring_memory is not None
+        if not self._ring_memory.is_used_by(self):
+            self._ring_memory.give_to(self)
+            self._released()
+
     def _before(self, key: tuple[int, int]) -> None:
+        self._take_ring()
         self._release()
         telemetry = self._require_telemetry()
         position = self._positions[key]
@@ -284,6 +325,7 @@ class Streamer:
         self._active = staged
 
     def _after(self, key: tuple[int, int]) -> None:
+        self._take_ring()
         self._release()
         self._learn_order(*key)
         self._fetch_all(self._ring.ahead[self._positions[key]])
@@ -333,8 +375,7 @@ class Streamer:
             if self._orders[layout] == registered:
                 return
             assert self.plan is not None
-            assert self._ring_memory is not None
-            self._place(self.plan, self._ring_memory)
+            self._place(self.plan)
 
     def _require_telemetry(self) -> Telemetry:
         assert self.telemetry is not None

@@ -80,8 +80,9 @@ def make_twin(path: Path, recipe: Recipe, dtype: torch.dtype, say: Callable[[str
         if _is_linear_weight(name, shape):
             say(f"dequantise {name}")
             weight, state = quantised(recipe, name, shape)
-            state.dtype = dtype
-            tensors[TRANSFORMER + name] = bnb.dequantize_4bit(weight, state)
+            # Flat: for rows that end inside a block, bitsandbytes' CPU kernel gives wrong values.
+            state.dtype, state.shape = dtype, torch.Size((math.prod(shape),))
+            tensors[TRANSFORMER + name] = bnb.dequantize_4bit(weight, state).view(shape)
         else:
             # A file has one weight dtype for ComfyUI's eyes; bf16 values are exact in both.
             tensors[TRANSFORMER + name] = _random(recipe, name, shape).bfloat16().to(dtype)

@@ -228,6 +228,12 @@ CASES = {
 }
 
 
+def decode_only(workflow):
+    """The good prompt after a bad one: loads the whole file again, and takes the shortest way to a picture."""
+    workflow["7"]["inputs"]["samples"] = ["5", 0]
+    return {name: workflow[name] for name in ("1", "5", "7", "8")}
+
+
 @pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
 def test_a_bad_file_is_refused_and_the_server_goes_on(make, server, checkpoint, workflow, error_of, picture):
     path = server.base / "models" / "checkpoints" / f"{make.__name__}.safetensors"
@@ -237,7 +243,7 @@ def test_a_bad_file_is_refused_and_the_server_goes_on(make, server, checkpoint, 
     for fragment in CASES[make]:
         assert fragment in message
     path.unlink()
-    picture(workflow(seed=len(make.__name__), steps=1))
+    picture(decode_only(workflow()))
 
 
 @pytest.mark.parametrize("name", ["gone.safetensors", "../outside.safetensors"])
@@ -249,7 +255,7 @@ def test_a_file_that_is_not_in_the_folder_is_refused(name, server, workflow, err
     message = error_of(asked)
     assert name in message
     assert "no such file in the checkpoints folder" in message
-    picture(workflow(seed=len(name), steps=1))
+    picture(decode_only(workflow()))
 
 
 def test_a_name_that_is_not_listed_is_refused_at_once(server, workflow):

@@ -1,0 +1,60 @@
+"""The node class, in process."""
+
+import importlib
+import logging
+import sys
+import types
+
+import folder_paths
+import pytest
+import torch
+from make_checkpoint import Recipe, make_checkpoint, make_twin
+from safetensors.torch import load_file
+
+from flux_nf4 import nodes
+from flux_nf4.nf4_loader.kernels import dequantise_by_table
+
+OLD_NODE = "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload"
+
+
+def test_a_name_that_another_package_has_is_said_in_the_log(monkeypatch, caplog):
+    other = types.ModuleType("nodes")
+    other.NODE_CLASS_MAPPINGS = {OLD_NODE: object}
+    monkeypatch.setitem(sys.modules, "nodes", other)
+    with caplog.at_level(logging.WARNING):
+        importlib.reload(nodes)
+    assert f"another package has registered the node {OLD_NODE}" in caplog.text
+    other.NODE_CLASS_MAPPINGS = {}
+    caplog.clear()
+    importlib.reload(nodes)
+    assert caplog.text == ""
+
+
+def test_a_missing_file_is_an_error_that_names_the_folder():
+    with pytest.raises(FileNotFoundError, match=r"gone\.safetensors: there is no such file in the checkpoints folder"):
+        nodes.NODE_CLASS_MAPPINGS[OLD_NODE]().load_checkpoint("gone.safetensors")
+    assert folder_paths.get_folder_paths("checkpoints")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_dense_twin_has_the_values_of_the_packed_file(nested, tmp_path):
+    """The maker's two files against each other, by the table: the oracle stands on this."""
+    recipe = Recipe(hidden=256, blocksize=128, nested=nested, unet_only=True)
+    make_checkpoint(tmp_path / "nf4.safetensors", recipe)
+    make_twin(tmp_path / "twin.safetensors", recipe, torch.float32)
+    packed, twin = load_file(tmp_path / "nf4.safetensors"), load_file(tmp_path / "twin.safetensors")
+    checked = 0
+    for name, weight in twin.items():
+        if f"{name}.absmax" not in packed:
+            assert torch.equal(weight, packed[name].float())
+            continue
+        absmax = packed[f"{name}.absmax"]
+        if nested:
+            scales = packed[f"{name}.nested_absmax"].repeat_interleave(256)[: absmax.numel()]
+            state = bytes(packed[f"{name}.quant_state.bitsandbytes__nf4"].tolist()).decode()
+            offset = float(state.split('"nested_offset": ')[1].rstrip("}"))
+            absmax = packed[f"{name}.nested_quant_map"][absmax.long()] * scales + offset
+        dense = dequantise_by_table(packed[name].view(-1), absmax, tuple(weight.shape), 128, "nf4", torch.float32)
+        assert torch.equal(weight, dense)
+        checked += 1
+    assert checked > 20
