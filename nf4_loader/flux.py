@@ -1,5 +1,6 @@
 """From a catalogue to ComfyUI's Flux model, CLIP and VAE."""
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,11 +14,11 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from .catalogue import TRANSFORMER_PREFIX, Catalogue, Weight4bit
+from .catalogue import TRANSFORMER_PREFIX, Catalogue
 from .errors import CheckpointError
 from .header import TensorEntry, natural_key
 from .linear4bit import Linear4bit
-from .quant_state import CODES, expand_nested_absmax
+from .quant_state import CODES, NestedAbsmax, expand_nested_absmax
 from .read import FileSlice, read_slices
 
 logger = logging.getLogger(__name__)
@@ -127,9 +128,21 @@ def _check_complete(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> 
                 f"{names[name]}: it has shape {shapes[names[name]]}; this model needs {wanted[name]}. "
                 "The file is damaged or of another model.",
             )
+    without_bias = [path for path, module in model.diffusion_model.named_modules() if _lacks_bias(module)]
+    if without_bias and any(name.endswith(".bias") for name in wanted):
+        logger.warning(
+            "NF4: %s: %d layers have no bias, though others have: %s",
+            catalogue.path.name,
+            len(without_bias),
+            ", ".join(without_bias[:4]),
+        )
     unknown = sorted(names.keys() - wanted.keys(), key=natural_key)
     if unknown:
         logger.warning("NF4: %s: %d tensors not used: %s", catalogue.path.name, len(unknown), ", ".join(unknown[:4]))
+
+
+def _lacks_bias(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Linear4bit) and module.bias is None
 
 
 def _tensor_shapes(diffusion_model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -177,12 +190,12 @@ def fill(model: comfy.model_base.BaseModel, catalogue: Catalogue, progress: Call
     """
     direct: list[FileSlice] = []
     converted: list[tuple[FileSlice, torch.Tensor]] = []
-    nested: list[tuple[Weight4bit, torch.Tensor, torch.Tensor]] = []
     modules = dict(model.diffusion_model.named_modules())
     names = _model_names(model, catalogue)
     destinations = dict(model.diffusion_model.named_parameters())
 
     with torch.inference_mode(False), torch.no_grad():
+        tables = _read_nested_tables(catalogue)
         for name, weight in catalogue.weights4bit.items():
             linear = modules.get(name.removesuffix(".weight"))
             if not isinstance(linear, Linear4bit):
@@ -191,9 +204,8 @@ def fill(model: comfy.model_base.BaseModel, catalogue: Catalogue, progress: Call
             if weight.state.nested is None:
                 direct.append(FileSlice(weight.absmax.offset, linear.absmax))
             else:
-                codes = torch.empty(weight.state.absmax_count, dtype=torch.uint8)
-                direct.append(FileSlice(weight.absmax.offset, codes))
-                nested.append((weight, codes, linear.absmax))
+                expand = functools.partial(_expand, weight.state.nested, linear.absmax, *tables[name])
+                direct.append(FileSlice(weight.absmax.offset, _codes_of(linear.absmax), expand))
         for name, destination in destinations.items():
             entry = catalogue.dense[names[name]]
             if _torch_dtype(catalogue, entry) == destination.dtype:
@@ -206,8 +218,6 @@ def fill(model: comfy.model_base.BaseModel, catalogue: Catalogue, progress: Call
         read_slices(catalogue.path, [*direct, *(item for item, _ in converted)], progress)
         for item, destination in converted:
             destination.copy_(item.destination)
-        for weight, codes, absmax in nested:
-            _expand(catalogue, weight, codes, absmax)
 
 
 def _torch_dtype(catalogue: Catalogue, entry: TensorEntry) -> torch.dtype:
@@ -239,12 +249,32 @@ def _check_code_tables(catalogue: Catalogue) -> None:
             )
 
 
-def _expand(catalogue: Catalogue, weight: Weight4bit, codes: torch.Tensor, absmax: torch.Tensor) -> None:
-    assert weight.state.nested is not None
-    assert weight.nested_absmax is not None
-    assert weight.nested_map is not None
-    scales, table = _read_small(catalogue, [weight.nested_absmax, weight.nested_map])
-    absmax.copy_(expand_nested_absmax(weight.state.nested, codes, scales, table))
+def _read_nested_tables(catalogue: Catalogue) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """nested_absmax and nested_quant_map of each weight that has them."""
+    nested = {name: weight for name, weight in catalogue.weights4bit.items() if weight.state.nested is not None}
+    entries = [entry for weight in nested.values() for entry in (weight.nested_absmax, weight.nested_map) if entry]
+    small = _read_small(catalogue, entries)
+    return dict(zip(nested, zip(small[::2], small[1::2], strict=True), strict=True))
+
+
+def _codes_of(absmax: torch.Tensor) -> torch.Tensor:
+    """Where the uint8 codes of ``absmax`` are read to: its own last quarter, so that they take no other memory."""
+    return absmax.view(torch.uint8)[-absmax.numel() :]
+
+
+_PIECE = 1 << 14
+"""Values expanded at once: below what torch spreads over threads, whose waiting would take longer than the work."""
+
+
+def _expand(nested: NestedAbsmax, absmax: torch.Tensor, scales: torch.Tensor, table: torch.Tensor) -> None:
+    """Turn the codes in the last quarter of ``absmax`` into its fp32 values, from the front: no code is overwritten
+    before it is read."""
+    codes = _codes_of(absmax)
+    for start in range(0, absmax.numel(), _PIECE):
+        piece = codes[start : start + _PIECE]
+        first = start // nested.blocksize
+        blocks = scales[first : first + -(-piece.numel() // nested.blocksize)]
+        absmax[start : start + piece.numel()] = expand_nested_absmax(nested, piece, blocks, table)
 
 
 def load_clip_and_vae(catalogue: Catalogue, embedding_directory: Sequence[str]) -> tuple[comfy.sd.CLIP, comfy.sd.VAE]:

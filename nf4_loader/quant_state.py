@@ -133,5 +133,5 @@ def expand_nested_absmax(
     Returns:
         fp32, (b,): bit-equal to what ``bitsandbytes.functional.dequantize_4bit`` computes first.
     """
-    scales = nested_absmax.repeat_interleave(nested.blocksize)[: absmax.numel()]
-    return nested_map[absmax.long()].mul_(scales).add_(nested.offset)
+    scales = nested_absmax[:, None].expand(-1, nested.blocksize).flatten()[: absmax.numel()]
+    return nested_map.index_select(0, absmax.int()).mul_(scales).add_(nested.offset)

@@ -18,11 +18,13 @@ THREADS = min(8, os.cpu_count() or 1)
 class FileSlice:
     """``destination.nbytes`` bytes of the file from ``offset`` on, to be read into ``destination``.
 
-    ``destination`` is a contiguous CPU tensor of any dtype; its bytes are overwritten.
+    ``destination`` is a contiguous CPU tensor of any dtype; its bytes are overwritten. ``then`` is called when they are,
+    by the thread that read them, while others go on; such a slice is read in one piece.
     """
 
     offset: int
     destination: torch.Tensor
+    then: Callable[[], None] | None = None
 
 
 def read_slices(path: Path, slices: Sequence[FileSlice], progress: Callable[[int], None]) -> None:
@@ -41,18 +43,22 @@ def read_slices(path: Path, slices: Sequence[FileSlice], progress: Callable[[int
     chunks.sort(key=lambda chunk: chunk[0])
     pool = ThreadPoolExecutor(THREADS, thread_name_prefix="nf4-read")
     try:
-        for done in as_completed([pool.submit(_read_chunk, path, offset, view) for offset, view in chunks]):
+        for done in as_completed([pool.submit(_read_chunk, path, *chunk) for chunk in chunks]):
             progress(done.result())
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _chunks(item: FileSlice) -> list[tuple[int, memoryview]]:
+Chunk = tuple[int, memoryview, Callable[[], None] | None]
+
+
+def _chunks(item: FileSlice) -> list[Chunk]:
     view = memoryview(item.destination.detach().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-    return [(item.offset + start, view[start : start + CHUNK_BYTES]) for start in range(0, view.nbytes, CHUNK_BYTES)]
+    size = max(view.nbytes, 1) if item.then else CHUNK_BYTES
+    return [(item.offset + start, view[start : start + size], item.then) for start in range(0, view.nbytes, size)]
 
 
-def _read_chunk(path: Path, offset: int, view: memoryview) -> int:
+def _read_chunk(path: Path, offset: int, view: memoryview, then: Callable[[], None] | None) -> int:
     done = 0
     try:
         with path.open("rb", buffering=0) as file:
@@ -63,4 +69,6 @@ def _read_chunk(path: Path, offset: int, view: memoryview) -> int:
         raise CheckpointError(path, f"reading it failed ({error}). Check the disk, then try again.") from error
     if done < view.nbytes:
         raise CheckpointError(path, f"it ended at byte {offset + done:,} while it was read. Download it again.")
+    if then is not None:
+        then()
     return done

@@ -73,6 +73,7 @@ class _Staged:
         self.name = name
         self.tile = tile
         self.place = place
+        self.nbytes = place.nbytes
         self.views: Views = views_of(tile.tile, place)
         self.ready = copies.event()
         self.present = False
@@ -85,12 +86,9 @@ class _RingMemory:
         self.memory = memory
         self._user: weakref.ref[Streamer] | None = None
 
-    def is_used_by(self, streamer: "Streamer") -> bool:
-        return self._user is not None and self._user() is streamer
-
     def give_to(self, streamer: "Streamer") -> None:
         before = self._user() if self._user is not None else None
-        if before is not None:
+        if before is not None and before is not streamer:
             before._lose_ring()
         self._user = weakref.ref(streamer)
 
@@ -124,6 +122,8 @@ class Streamer:
         _refuse_shared(modules)
         layouts = [layout_of(block) for block in modules]
         self._kinds = kinds
+        numbers: dict[RecordLayout, int] = {}
+        self._structures = [numbers.setdefault(layout, len(numbers)) for layout in layouts]
         self._layouts = {False: layouts, True: [layout.whole() for layout in layouts]}
         self._whole_blocks = False
         self.arena = HostArena([layout.nbytes for layout in layouts])
@@ -132,13 +132,14 @@ class Streamer:
         self.telemetry: Telemetry | None = None
         self._copies: Copies | None = None
         self._ring_memory: _RingMemory | None = None
+        self._lost_ring = False
         self._ring = Ring((), (), (), ())
         self._free: Any = None
         self._staged: list[_Staged] = []
         self._active: _Staged | None = None
         self._hooks: list[RemovableHandle] = []
         self._positions: dict[tuple[int, int], int] = {}
-        self._orders: dict[RecordLayout, tuple[int, ...]] = {}
+        self._orders: dict[int, tuple[int, ...]] = {}
         self._seen: tuple[int, list[int]] = (-1, [])
 
     @property
@@ -170,6 +171,7 @@ class Streamer:
             self._copies, self._whole_blocks = copies, whole_blocks
             for block, layout in zip(self.blocks, self._layouts[whole_blocks], strict=True):
                 block.lay_out(layout)
+            self._orders.clear()
         wanted = plan
         while True:
             try:
@@ -228,6 +230,7 @@ class Streamer:
             self._ring_memory = None
             self._ring_memory = _ring_memory(plan.staging_bytes, copies)
         self._ring_memory.give_to(self)
+        self._lost_ring = False
         self._free = copies.event()
         self.telemetry = Telemetry(copies)
         for index in plan.streamed:
@@ -291,13 +294,15 @@ class Streamer:
 
     def _lose_ring(self) -> None:
         """Another streamer takes the ring: what is in it is gone."""
+        self._lost_ring = True
         self._release()
         for staged in self._staged:
             staged.present = False
 
     def _take_ring(self) -> None:
         assert self._ring_memory is not None
-        if not self._ring_memory.is_used_by(self):
+        if self._lost_ring:
+            self._lost_ring = False
             self._ring_memory.give_to(self)
             self._released()
 
@@ -352,27 +357,26 @@ class Streamer:
                     self._staged[evicted].present = False
                 with _label("fetch", staged):
                     copies.copy(staged.place, staged.tile.source, after=self._free, done=staged.ready)
-                self._require_telemetry().copied(staged.place.nbytes)
+                self._require_telemetry().copied(staged.nbytes)
                 staged.present = True
 
     def _order(self, index: int) -> Sequence[int]:
         """A block's tiles in the order in which blocks of its structure were seen to use them."""
-        layout = self.blocks[index].layout
-        return self._orders.get(layout, range(len(layout.tiles)))
+        return self._orders.get(self._structures[index], range(len(self.blocks[index].tiles)))
 
     def _learn_order(self, index: int, local: int) -> None:
-        layout = self.blocks[index].layout
-        if layout in self._orders:
+        structure = self._structures[index]
+        if structure in self._orders:
             return
         seen_index, seen = self._seen
         if seen_index != index:
             seen = []
             self._seen = (index, seen)
         seen.append(local)
-        if len(seen) == len(layout.tiles):
+        if len(seen) == len(self.blocks[index].tiles):
             registered = tuple(range(len(seen)))
-            self._orders[layout] = tuple(seen) if set(seen) == set(registered) else registered
-            if self._orders[layout] == registered:
+            self._orders[structure] = tuple(seen) if set(seen) == set(registered) else registered
+            if self._orders[structure] == registered:
                 return
             assert self.plan is not None
             self._place(self.plan)

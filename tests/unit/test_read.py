@@ -141,10 +141,10 @@ def test_what_progress_raises_ends_the_reading_and_is_raised(path, monkeypatch, 
     monkeypatch.setattr(read, "THREADS", 1)
     chunks_read = []
 
-    def counted(path, offset, view, read_chunk=read._read_chunk):
+    def counted(path, *chunk, read_chunk=read._read_chunk):
         chunks_read.append(offset)
         interrupted.wait(0.01)  # the rest is still to come when the first is reported
-        return read_chunk(path, offset, view)
+        return read_chunk(path, *chunk)
 
     interrupted = threading.Event()
 
@@ -221,3 +221,15 @@ def test_short_reads_are_continued(path, content, monkeypatch):
     destination = torch.zeros(500, dtype=torch.uint8)
     read_slices(path, [FileSlice(11, destination)], ignore)
     assert bytes_of(destination) == content[11:511]
+
+
+def test_what_is_to_be_done_after_a_slice_finds_all_its_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(read, "CHUNK_BYTES", 7)
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(200)))
+    slices, found = [], {}
+    for start in range(0, 200, 50):
+        destination = torch.zeros(50, dtype=torch.uint8)
+        slices.append(read.FileSlice(start, destination, lambda s=start, d=destination: found.update({s: d.tolist()})))
+    read.read_slices(path, slices, lambda _: None)
+    assert found == {start: list(range(start, start + 50)) for start in range(0, 200, 50)}
