@@ -18,8 +18,8 @@ THREADS = min(8, os.cpu_count() or 1)
 class FileSlice:
     """``destination.nbytes`` bytes of the file from ``offset`` on, to be read into ``destination``.
 
-    ``destination`` is a contiguous CPU tensor of any dtype; its bytes are overwritten. ``then`` is called when they are,
-    by the thread that read them, while others go on; such a slice is read in one piece.
+    ``destination`` is a contiguous CPU tensor of any dtype; its bytes are overwritten. ``then`` is called when they
+    are, by the thread that read them, while others go on; such a slice is read in one piece.
     """
 
     offset: int

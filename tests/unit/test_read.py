@@ -142,7 +142,7 @@ def test_what_progress_raises_ends_the_reading_and_is_raised(path, monkeypatch, 
     chunks_read = []
 
     def counted(path, *chunk, read_chunk=read._read_chunk):
-        chunks_read.append(offset)
+        chunks_read.append(chunk[0])
         interrupted.wait(0.01)  # the rest is still to come when the first is reported
         return read_chunk(path, *chunk)
 
