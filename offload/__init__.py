@@ -1,6 +1,7 @@
 """Keeps part of a model's blocks resident on a device and streams the rest from pinned host memory.
 
 Knows torch, not what the blocks compute. From the bottom: ``plan`` (who stays, integers only), ``record`` (a
-block's flat bytes), ``arena`` (host memory), ``copies`` (streams and events), ``streamer`` (fetch, wait, release),
-``patcher`` (ComfyUI's ModelPatcher, the one file that knows ComfyUI).
+block's flat bytes), ``ring`` (places in the staging bytes, integers), ``arena`` (host memory, pinned), ``copies``
+(streams and events), ``bounce`` (copies of what is not pinned), ``streamer`` (fetch, wait, release), ``telemetry``
+(what it cost), ``patcher`` (ComfyUI's ModelPatcher, the one file that knows ComfyUI).
 """

@@ -60,7 +60,10 @@ class StreamCopies:
         self._copy_stream = self._module.Stream(device)
 
     def empty(self, nbytes: int) -> torch.Tensor:
-        return _empty(nbytes, self.device)
+        memory = _empty(nbytes, self.device)
+        # Whoever gets it next, even if this one's owner just vanishes, must not meet a copy that is under way.
+        memory.record_stream(self._copy_stream)
+        return memory
 
     def event(self, *, timed: bool = False) -> Any:
         return self._module.Event(enable_timing=timed)

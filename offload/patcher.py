@@ -226,6 +226,6 @@ def _pin_limit() -> tuple[int, Shortfall]:
     limit = psutil.virtual_memory().total * share
     comfy_limit = getattr(management, "MAX_PINNED_MEMORY", limit)
     pinned_by_comfy = getattr(management, "TOTAL_PINNED_MEMORY", 0)
-    limit_bytes = max(0, int(min(limit, comfy_limit) - pinned_by_comfy))
-    reason = f"ComfyUI and this package may pin {min(limit, comfy_limit) / 2**30:.1f} GiB of the RAM together"
-    return limit_bytes, Shortfall(reason, "Unload other models, or add RAM.")
+    shared = max(0, min(limit, comfy_limit))
+    reason = f"ComfyUI and this package may pin {shared / 2**30:.1f} GiB of the RAM together"
+    return max(0, int(shared - pinned_by_comfy)), Shortfall(reason, "Unload other models, or add RAM.")

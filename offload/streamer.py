@@ -194,11 +194,13 @@ class Streamer:
 
     def stop(self) -> None:
         """Bind every block to host memory and free everything on the device. Idempotent."""
-        self._end_staging()
-        self._ring_memory = None
-        for block in self.blocks:
-            block.drop()
-        self.plan = self.telemetry = self._copies = None
+        try:
+            self._end_staging()
+        finally:
+            self._ring_memory = None
+            for block in self.blocks:
+                block.drop()
+            self.plan = self.telemetry = self._copies = None
 
     def _apply(self, plan: ResidencyPlan) -> None:
         self._end_staging()
@@ -286,11 +288,11 @@ class Streamer:
             hook.remove()
         self._hooks.clear()
         self._release()
-        for staged in self._staged:
+        staged_tiles, self._staged = self._staged, []
+        self._seen = (-1, [])
+        for staged in staged_tiles:
             # Whoever gets this memory next must not meet a copy that is under way.
             self._require_copies().compute_waits(staged.ready)
-        self._staged = []
-        self._seen = (-1, [])
 
     def _lose_ring(self) -> None:
         """Another streamer takes the ring: what is in it is gone."""

@@ -59,7 +59,9 @@ class SimulatedLane(SimulatedDevice):
             super().copy(destination, source, **events)
 
     def _is_in_a_buffer(self, source):
-        return any(buffer.data_ptr() <= source.data_ptr() < buffer.data_ptr() + buffer.nbytes for buffer in self.buffers)
+        return any(
+            buffer.data_ptr() <= source.data_ptr() < buffer.data_ptr() + buffer.nbytes for buffer in self.buffers
+        )
 
     # What the caller calls.
 

@@ -3,18 +3,14 @@
 import functools
 import gc
 import random
-import subprocess
-import sys
-import textwrap
 import threading
-import time
 import weakref
-from pathlib import Path
 
 import pytest
 import streaming_model
 import torch
 from bounced_device import BouncedDevice, SimulatedLane
+from own_python import run_script
 
 from flux_nf4.offload import bounce
 from flux_nf4.offload import record as record_module
@@ -23,7 +19,6 @@ from flux_nf4.offload.copies import InlineCopies, StreamCopies
 from flux_nf4.offload.streamer import Streamer
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def some_bytes(nbytes, seed=0):
@@ -31,7 +26,7 @@ def some_bytes(nbytes, seed=0):
 
 
 def send(copies, source, after=None):
-    """Queue a copy of ``source`` to new memory on the device; returns that and the event."""
+    """Queue a copy of ``source`` to new memory on the device; returns that, to be kept until then, and the event."""
     destination, done = copies.empty(source.nbytes), copies.event()
     copies.copy(destination, source, after=copies.event() if after is None else after, done=done)
     return destination, done
@@ -98,19 +93,21 @@ def test_compute_waits_for_a_copy_that_the_worker_has_not_come_to():
     assert torch.equal(read(), source)
 
 
-def test_a_copy_waits_for_the_recording_that_was_there_when_it_was_asked_for():
+def test_a_copy_waits_for_the_recording_that_was_there_when_it_was_asked_for(monkeypatch):
     """Not for one that came later: compute after that one may be waiting for this very copy."""
-    device = BouncedDevice()
-    free = device.event()
+    device = BouncedDevice(pins_every=0)
+    monkeypatch.setattr(device.lane, "_let_time_pass", lambda: None)
+    source, free = some_bytes(100), device.event()
     device.record(free)
     with Held(device):
-        _, done = send(device, some_bytes(100), after=free)
-        device.launch(lambda: None)
+        _first, _ = send(device, source)  # holds the worker up
+        destination, done = send(device, source, after=free)
         device.record(free)
         later = device.lane.compute.pop()
     device.compute_waits(done)
     device.synchronise()  # a deadlock, if the copy waited for what is never launched
     assert not later.done.passed
+    assert torch.equal(destination, source)
 
 
 def test_nothing_grows_with_the_number_of_copies():
@@ -120,7 +117,7 @@ def test_nothing_grows_with_the_number_of_copies():
 
     def live():
         gc.collect()
-        return sum(isinstance(thing, (bounce._Recording, bounce._Job)) for thing in gc.get_objects())
+        return sum(type(thing) in (bounce._Recording, bounce._Job) for thing in gc.get_objects())
 
     counts = []
     for _ in range(3):
@@ -141,10 +138,12 @@ def test_copies_arrive_in_the_order_of_asking(pins_every):
     memory, done = device.empty(2000), device.event()
     expected = torch.zeros(2000, dtype=torch.uint8)
     start = device.event()
-    device.copy(memory, expected.clone(), after=start, done=done)
+    sources = [expected.clone()]  # pinned memory must outlive copies from it, as an arena does
+    device.copy(memory, sources[0], after=start, done=done)
     for seed in range(300):
         begin = rng.randrange(1900)
         source = some_bytes(rng.randrange(1, 2000 - begin), seed)
+        sources.append(source)
         expected[begin : begin + source.nbytes] = source
         device.copy(memory[begin : begin + source.nbytes], source, after=start, done=done)
     device.compute_waits(done)
@@ -155,8 +154,9 @@ def test_copies_arrive_in_the_order_of_asking(pins_every):
 def test_timed_events_tell_how_long_a_copy_took():
     device = BouncedDevice(pins_every=0)
     begun, done, free = device.event(timed=True), device.event(timed=True), device.event()
+    destination = device.empty(600)
     with Held(device):
-        device.copy(device.empty(600), some_bytes(600), after=free, begun=begun, done=done)
+        device.copy(destination, some_bytes(600), after=free, begun=begun, done=done)
         assert device.elapsed_ms(begun, done) is None
     device.compute_waits(done)
     device.synchronise()
@@ -200,7 +200,8 @@ def test_a_worker_that_cannot_start_is_an_error_and_no_hang(monkeypatch):
 def test_the_worker_and_its_buffers_go_with_the_last_user():
     device = BouncedDevice(pins_every=0)
     lane = device.lane
-    device.compute_waits(send(device, some_bytes(300))[1])
+    _destination, done = send(device, some_bytes(300))
+    device.compute_waits(done)
     buffers = [weakref.ref(buffer) for buffer in lane.buffers]
     lane.buffers.clear()
     lane.synchronise()
@@ -218,6 +219,7 @@ def test_a_queued_source_stays_alive_and_a_submitted_one_does_not(pins_every):
     source = expected.clone()
     gone = weakref.ref(source)
     with Held(device):
+        _first, _ = send(device, expected)  # holds the worker up
         destination, done = send(device, source)
         del source
         assert gone() is not None
@@ -264,76 +266,43 @@ def test_buffers_that_were_made_in_either_inference_mode_can_be_filled(inference
     assert torch.equal(destination, source)
 
 
-@pytest.mark.parametrize("when", ["stop", "new plan", "drop"])
-def test_a_model_with_copies_in_the_queue_can_be_let_go(when, monkeypatch):
+@pytest.mark.parametrize(
+    "leave", [lambda model: model.stop(), lambda model: model.start(double=1)], ids=["stop", "start"]
+)
+def test_a_model_with_copies_in_the_queue_can_be_let_go(leave, monkeypatch):
     monkeypatch.setattr(record_module, "SMALL_BYTES", 128)
     device = BouncedDevice()
     model = streaming_model.StreamedModel(Streamer, device)
     model.forward()
-    device.lane.gate.clear()
-    index = len(model.streamer._staged) // 2
-    model.streamer._fetch_all((index, *model.streamer._ring.beside[index]))
-
-    def let_go():
-        nonlocal model
-        if when == "stop":
-            model.stop()
-            assert model.streamer.device_bytes == 0
-        elif when == "new plan":
-            model.start(double=1, single=1)
-        else:
-            model = None
-
-    leaving = in_thread(let_go)
-    time.sleep(0.02)
-    device.lane.gate.set()
+    with Held(device):
+        model.forward(order=[4], stop_at=0, stop_before=0)
+        model.streamer._fetch_all(range(len(model.streamer._staged)))
+        leaving = in_thread(lambda: leave(model))
+        leaving.join(0.05)
+        assert leaving.is_alive(), "nothing was in the queue"
     leaving.join(20)
     assert not leaving.is_alive()
-    if model is not None:
-        model.forward()
-        model.check()
-        model.stop()
-    model = None
-    worker = device.lane.worker
-    device.compute_waits(send(device, some_bytes(1))[1])  # the queue is empty now
-    device.synchronise()
-    lane = device.lane
-    del device
-    worker.join(10)
-    assert lane.held_bytes == 0
+    model.forward()
+    model.check()
+    model.stop()
+    model.check()
+    assert device.lane.held_bytes == 0
 
 
-def run_script(script):
-    """Run ``script`` in a Python of its own; it must end, and end well, within a minute."""
-    head = f"""
-        import os, sys, types
-        sys.path[:0] = [{str(ROOT / "tests" / "support")!r}]
-        package = types.ModuleType("flux_nf4")
-        package.__path__ = [{str(ROOT)!r}]
-        sys.modules["flux_nf4"] = package
-        import torch
-        from bounced_device import BouncedDevice
+QUEUED_COPY = """
+    from bounced_device import BouncedDevice
 
-        device = BouncedDevice(pins_every=0)
-        source, destination = torch.ones(9000, dtype=torch.uint8), torch.zeros(9000, dtype=torch.uint8)
-        done, free = device.event(), device.event()
-        device.copy(destination, source, after=free, done=done)
-    """
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(head) + textwrap.dedent(script)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "Traceback" not in result.stderr, result.stderr
-    assert "Exception" not in result.stderr, result.stderr
-    return result.stdout
+    device = BouncedDevice(pins_every=0)
+    source, destination = torch.ones(9000, dtype=torch.uint8), torch.zeros(9000, dtype=torch.uint8)
+    done, free = device.event(), device.event()
+    device.copy(destination, source, after=free, done=done)
+"""
 
 
 def test_a_fork_is_told_that_it_has_no_worker():
-    out = run_script("""
+    out = run_script(
+        QUEUED_COPY,
+        """
         import signal
 
         device.compute_waits(done)
@@ -353,12 +322,15 @@ def test_a_fork_is_told_that_it_has_no_worker():
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
         device.copy(destination, source, after=free, done=done)
         device.compute_waits(done)
-    """)
-    assert out.strip() == "2"
+    """,
+    )
+    assert out == ["2"]
 
 
 def test_python_exits_with_copies_in_the_queue_and_users_that_clean_up_late():
-    run_script("""
+    run_script(
+        QUEUED_COPY,
+        """
         import time
 
         class User:
@@ -369,7 +341,8 @@ def test_python_exits_with_copies_in_the_queue_and_users_that_clean_up_late():
         for _ in range(20):
             device.copy(destination, source, after=free, done=done)
         sys.user = User()
-    """)
+    """,
+    )
 
 
 class FakeStreamCopies(StreamCopies):

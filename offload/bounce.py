@@ -1,0 +1,212 @@
+"""Copies of host memory that is not pinned: through two small pinned buffers, filled by a worker thread.
+
+A plain copy from pageable memory holds the calling thread up until the bytes have left, and runs at a fraction of the
+bus's speed. Here the worker fills one buffer while the bus empties the other. All copies, of pinned memory too, go
+through its queue, for they must reach the copy stream in the order in which they were asked for.
+
+What is different from `StreamCopies`: compute can wait on the device only for what has been submitted there, so the
+caller waits for the worker to submit a copy where it is needed sooner than that.
+"""
+
+import functools
+import logging
+import os
+import weakref
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from .copies import Copies, StreamCopies
+
+logger = logging.getLogger(__name__)
+
+BUFFER_BYTES = 32 << 20
+"""Size of each of the two buffers: a tile of Flux NF4 at a time, mostly."""
+
+
+class Lane(Copies, Protocol):
+    """Copies for which the worker may wait, and which can tell pinned memory."""
+
+    def enter_thread(self) -> None: ...
+
+    def host_waits(self, event: Any) -> None: ...
+
+    def pinned(self, nbytes: int) -> torch.Tensor: ...
+
+    def is_pinned(self, source: torch.Tensor) -> bool: ...
+
+
+@dataclass(frozen=True)
+class _Recording:
+    """One recording of an event: an event of the lane that is recorded once only, and when that is submitted."""
+
+    event: Any
+    submission: "Future[None] | None" = None
+
+    def submitted(self) -> Any:
+        """The lane's event, once it has been recorded; raises what kept it from being."""
+        if self.submission is not None:
+            self.submission.result()
+        return self.event
+
+
+@dataclass
+class _Event:
+    """An event as the caller knows it: recorded again and again, while the worker still needs earlier recordings."""
+
+    is_timed: bool
+    recording: _Recording
+
+
+@dataclass
+class _Job:
+    """A copy in the worker's queue. It keeps its memory alive until it is submitted, and no longer."""
+
+    memory: tuple[torch.Tensor, torch.Tensor] | None
+    after: _Recording
+    done: Any
+    begun: Any
+
+    def take(self) -> tuple[torch.Tensor, torch.Tensor]:
+        memory, self.memory = self.memory, None
+        assert memory is not None
+        return memory
+
+
+@dataclass
+class _Buffer:
+    """Pinned memory, and the event that passes when its bytes have left."""
+
+    memory: torch.Tensor
+    emptied: Any
+
+
+class _Bounce:
+    """The worker's side: takes one copy after the other to the lane."""
+
+    def __init__(self, lane: Lane, buffer_bytes: int) -> None:
+        self._lane = lane
+        self._buffers = deque(_Buffer(lane.pinned(buffer_bytes), lane.event()) for _ in range(2))
+
+    def submit(self, job: _Job) -> None:
+        # Inference mode is each thread's own; in it, tensors of either kind may be written.
+        with torch.inference_mode():
+            after = job.after.submitted()
+            destination, source = job.take()
+            if self._lane.is_pinned(source):
+                self._lane.copy(destination, source, after=after, done=job.done, begun=job.begun)
+            else:
+                self._submit_in_parts(destination, source, job, after)
+
+    def _submit_in_parts(self, destination: torch.Tensor, source: torch.Tensor, job: _Job, after: Any) -> None:
+        part_bytes = self._buffers[0].memory.nbytes
+        starts = range(0, source.nbytes, part_bytes)
+        for start in starts:
+            buffer = self._buffers[0]
+            self._buffers.rotate()
+            self._lane.host_waits(buffer.emptied)
+            part = source[start : start + part_bytes]
+            filled = buffer.memory[: part.nbytes].copy_(part)
+            buffer.emptied = job.done if start == starts[-1] else self._lane.event()
+            begun = job.begun if start == 0 else None
+            target = destination[start : start + part_bytes]
+            self._lane.copy(target, filled, after=after, done=buffer.emptied, begun=begun)
+
+
+class BouncedCopies:
+    """Copies to ``lane.device`` whose sources need not be pinned; the `Copies` protocol.
+
+    The worker ends, and its buffers go, when this does. A copy that fails is raised where compute is to wait for it.
+
+    Raises:
+        RuntimeError: the buffers cannot be pinned.
+    """
+
+    def __init__(self, lane: Lane, buffer_bytes: int = BUFFER_BYTES) -> None:
+        self.device = lane.device
+        self._lane = lane
+        self._bounce = _Bounce(lane, buffer_bytes)
+        self._worker = ThreadPoolExecutor(1, "bounce", initializer=lane.enter_thread)
+        self._process = os.getpid()
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        return self._lane.empty(nbytes)
+
+    def event(self, *, timed: bool = False) -> _Event:
+        return _Event(timed, _Recording(self._lane.event(timed=timed)))
+
+    def elapsed_ms(self, begun: _Event, ended: _Event) -> float | None:
+        for recording in (begun.recording, ended.recording):
+            if recording.submission is not None and not recording.submission.done():
+                return None
+        return self._lane.elapsed_ms(begun.recording.event, ended.recording.event)
+
+    def copy(
+        self,
+        destination: torch.Tensor,
+        source: torch.Tensor,
+        *,
+        after: _Event,
+        done: _Event,
+        begun: _Event | None = None,
+    ) -> None:
+        self._refuse_fork()
+        job = _Job(
+            (destination, source),
+            after.recording,
+            self._lane.event(timed=done.is_timed),
+            None if begun is None else self._lane.event(timed=True),
+        )
+        submission = self._worker.submit(self._bounce.submit, job)
+        done.recording = _Recording(job.done, submission)
+        if begun is not None:
+            begun.recording = _Recording(job.begun, submission)
+
+    def compute_waits(self, event: _Event) -> None:
+        self._refuse_fork()
+        self._lane.compute_waits(event.recording.submitted())
+
+    def record(self, event: _Event) -> None:
+        recorded = self._lane.event(timed=event.is_timed)
+        self._lane.record(recorded)
+        event.recording = _Recording(recorded)
+
+    def _refuse_fork(self) -> None:
+        # Threads are not inherited: nobody would ever answer.
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "this process was forked from the one that streams the model: load the model again, or start the "
+                "process with multiprocessing's method 'spawn'"
+            )
+
+
+_shared: "weakref.WeakValueDictionary[Copies, BouncedCopies]" = weakref.WeakValueDictionary()
+
+
+def through_bounce_buffers(copies: Copies) -> Copies:
+    """``copies`` for host memory that is not all pinned; the same for all who ask while one of them uses it."""
+    if not isinstance(copies, StreamCopies):
+        return copies
+    bounced = _shared.get(copies)
+    if bounced is None:
+        try:
+            bounced = BouncedCopies(copies)
+        except RuntimeError as error:
+            _say_pageable(copies.device, str(error))
+            return copies
+        _shared[copies] = bounced
+    return bounced
+
+
+@functools.cache
+def _say_pageable(device: torch.device, error: str) -> None:
+    logger.warning(
+        "Streaming: not even %d MiB of host memory could be pinned for %s, so copies of what is not pinned hold up "
+        "the computation: %s",
+        2 * BUFFER_BYTES >> 20,
+        device,
+        error,
+    )
