@@ -178,6 +178,13 @@ def transformer_bytes(catalogue: Catalogue) -> int:
     return sum(w.packed.nbytes + w.absmax.nbytes for w in weights) + sum(e.nbytes for e in catalogue.dense.values())
 
 
+def transformer_ram(catalogue: Catalogue) -> int:
+    """Bytes of host memory that the transformer takes once it is read, with nested absmax as fp32."""
+    weights = catalogue.weights4bit.values()
+    dense = sum(entry.nbytes for entry in catalogue.dense.values())
+    return dense + sum(weight.packed.nbytes + 4 * weight.state.absmax_count for weight in weights)
+
+
 def fill(model: comfy.model_base.BaseModel, catalogue: Catalogue, progress: Callable[[int], None]) -> None:
     """Read the transformer's tensors from the file into the host memory that ``model`` is bound to.
 
@@ -258,23 +265,13 @@ def _read_nested_tables(catalogue: Catalogue) -> dict[str, tuple[torch.Tensor, t
 
 
 def _codes_of(absmax: torch.Tensor) -> torch.Tensor:
-    """Where the uint8 codes of ``absmax`` are read to: its own last quarter, so that they take no other memory."""
-    return absmax.view(torch.uint8)[-absmax.numel() :]
-
-
-_PIECE = 1 << 14
-"""Values expanded at once: below what torch spreads over threads, whose waiting would take longer than the work."""
+    """Where the uint8 codes of ``absmax`` are read to: its own first quarter, so that they take no other memory."""
+    return absmax.view(torch.uint8)[: absmax.numel()]
 
 
 def _expand(nested: NestedAbsmax, absmax: torch.Tensor, scales: torch.Tensor, table: torch.Tensor) -> None:
-    """Turn the codes in the last quarter of ``absmax`` into its fp32 values, from the front: no code is overwritten
-    before it is read."""
-    codes = _codes_of(absmax)
-    for start in range(0, absmax.numel(), _PIECE):
-        piece = codes[start : start + _PIECE]
-        first = start // nested.blocksize
-        blocks = scales[first : first + -(-piece.numel() // nested.blocksize)]
-        absmax[start : start + piece.numel()] = expand_nested_absmax(nested, piece, blocks, table)
+    """Turn the codes in ``absmax`` into its fp32 values."""
+    absmax.numpy()[:] = expand_nested_absmax(nested, _codes_of(absmax), scales, table).numpy()
 
 
 def load_clip_and_vae(catalogue: Catalogue, embedding_directory: Sequence[str]) -> tuple[comfy.sd.CLIP, comfy.sd.VAE]:

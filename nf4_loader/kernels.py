@@ -77,6 +77,13 @@ def linear(
     return torch.nn.functional.linear(input, weight, bias)
 
 
+@functools.cache
+def _code_table(quant_type: QuantType, device: torch.device) -> torch.Tensor:
+    # Once a device: making it copies from the host, which waits.
+    with torch.inference_mode(False):
+        return torch.tensor(CODES[quant_type], dtype=torch.float32, device=device)
+
+
 def dequantise_by_table(
     packed: torch.Tensor,
     absmax: torch.Tensor,
@@ -87,7 +94,7 @@ def dequantise_by_table(
 ) -> torch.Tensor:
     """`dequantise` in plain torch, for any device; in chunks, so that the fp32 intermediate stays small."""
     numel = shape[0] * shape[1]
-    code = torch.tensor(CODES[quant_type], dtype=torch.float32, device=packed.device)
+    code = _code_table(quant_type, packed.device)
     out = torch.empty(numel, dtype=dtype, device=packed.device)
     for start in range(0, packed.numel(), _CHUNK_BYTES):
         chunk = packed[start : start + _CHUNK_BYTES]

@@ -17,6 +17,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 
 QuantType = Literal["nf4", "fp4"]
@@ -133,5 +134,14 @@ def expand_nested_absmax(
     Returns:
         fp32, (b,): bit-equal to what ``bitsandbytes.functional.dequantize_4bit`` computes first.
     """
-    scales = nested_absmax[:, None].expand(-1, nested.blocksize).flatten()[: absmax.numel()]
-    return nested_map.index_select(0, absmax.int()).mul_(scales).add_(nested.offset)
+    # numpy, for the threads that read the file: it computes without Python's lock, and without threads of its own
+    # that would wait for each other.
+    scales, size = nested_absmax.numpy(), nested.blocksize
+    values = np.take(nested_map.numpy(), absmax.numpy())
+    whole = values.size // size
+    blocks = values[: whole * size].reshape(whole, size)
+    np.multiply(blocks, scales[:whole, None], out=blocks)
+    if values.size > whole * size:
+        values[whole * size :] *= scales[whole]
+    values += np.float32(nested.offset)
+    return torch.from_numpy(values)

@@ -98,12 +98,14 @@ class _Pins:
     def release(self) -> None:
         """Unregister everything. Idempotent; nothing in a fork, whose parent goes on using what it registered."""
         registrars = [registrar for registrar in self.registrars.values() if registrar is not None]
-        if self.sizes and self._process == os.getpid():
-            for registrar in registrars:
-                registrar.synchronise()  # a copy from these pages may still be under way
-            for pointer in self.sizes:
-                registrars[0].unregister(pointer)
-        self.sizes.clear()
+        sizes, self.sizes = self.sizes, {}
+        if sizes and self._process == os.getpid():
+            try:
+                for registrar in registrars:
+                    registrar.synchronise()  # a copy from these pages may still be under way
+            finally:
+                for pointer in sizes:
+                    registrars[0].unregister(pointer)
 
 
 _all_pins: weakref.WeakSet[_Pins] = weakref.WeakSet()

@@ -130,7 +130,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
             self._set_weight_functions(self.patches)
             self.model.device = device
             self.model.model_lowvram = False
-            self.model.model_loaded_weight_memory = self.model_size()
+            self.model.model_loaded_weight_memory = self._held_bytes()
             self.model.current_weight_patches_uuid = self.patches_uuid
             for callback in self.get_all_callbacks(comfy.model_patcher.CallbacksMP.ON_LOAD):
                 callback(self, device, lowvram_model_memory, force_patch_weights, full_load)
@@ -195,6 +195,11 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
                 plan.bytes_per_forward / _MIB,
             )
         streamer.start(plan, copies, whole_blocks=self._needs_whole_blocks)
+
+    def _held_bytes(self) -> int:
+        """What is on the load device now: less than `model_size` where it had no room for all residents."""
+        on_device = 0 if self._computes_from_host else self._streaming.streamer.device_bytes
+        return self._streaming.other_bytes + (on_device or self._streaming.streamer.arena.nbytes)
 
     def _set_weight_functions(self, patches: Mapping[str, Any]) -> None:
         """Have each patched layer compute its patched weight from a fresh dense copy, as ComfyUI's lowvram does."""

@@ -7,8 +7,8 @@ reorder blocks, stop in the middle, start again:
 - What comes next is derived from the tile that is called for, never counted.
 - A tile left in use by a forward that did not finish is released by the next one.
 
-The host waits for nothing: compute waits on the device for a tile's copy ("ready"), and each copy for all compute
-that was launched before it ("free"), which is what read the bytes that it overwrites.
+The host waits for nothing (`bounce` apart): compute waits on the device for a tile's copy ("ready"), and each copy for
+all compute that was launched before it ("free"), which is what read the bytes that it overwrites.
 """
 
 import logging
@@ -129,6 +129,7 @@ class Streamer:
         self.arena = HostArena([layout.nbytes for layout in layouts])
         self.blocks = tuple(map(_Block, modules, layouts, self.arena.records))
         self.plan: ResidencyPlan | None = None
+        self._asked: ResidencyPlan | None = None
         self.telemetry: Telemetry | None = None
         self._copies: Copies | None = None
         self._ring_memory: _RingMemory | None = None
@@ -159,16 +160,17 @@ class Streamer:
         Tiles are layers. A compiled block must not be entered between its layers: with ``whole_blocks`` a block is one
         tile, and the plan must be made for such sizes.
 
-        Where the device has no room for all residents, as many stay as there is room for; ``self.plan`` tells.
+        Where the device has no room for all residents, those stay that fit, in order; ``self.plan`` tells.
 
         Raises:
             torch.OutOfMemoryError: not even streaming every block fits. Nothing is left on the device then.
         """
-        if self._copies is copies and self.plan == plan and self._whole_blocks == whole_blocks:
+        if (self._copies, self._asked, self._whole_blocks) == (copies, plan, whole_blocks):
             return
+        self._asked = plan
         if self._copies is not copies or self._whole_blocks != whole_blocks:
             self.stop()
-            self._copies, self._whole_blocks = copies, whole_blocks
+            self._copies, self._whole_blocks, self._asked = copies, whole_blocks, plan
             for block, layout in zip(self.blocks, self._layouts[whole_blocks], strict=True):
                 block.lay_out(layout)
             self._orders.clear()
@@ -200,7 +202,7 @@ class Streamer:
             self._ring_memory = None
             for block in self.blocks:
                 block.drop()
-            self.plan = self.telemetry = self._copies = None
+            self.plan = self._asked = self.telemetry = self._copies = None
 
     def _apply(self, plan: ResidencyPlan) -> None:
         self._end_staging()
@@ -324,7 +326,11 @@ class Streamer:
             telemetry.missed()
             self._fetch_all((position, *self._ring.beside[position]))
         before = telemetry.before_wait()
-        self._require_copies().compute_waits(staged.ready)
+        try:
+            self._require_copies().compute_waits(staged.ready)
+        except BaseException:
+            staged.present = False  # its copy has failed
+            raise
         if before is not None:
             telemetry.after_wait(before)
         with _label("bind", staged):

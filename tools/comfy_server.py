@@ -75,7 +75,6 @@ class ComfyServer:
                 process.wait(10)
             except (ProcessLookupError, subprocess.TimeoutExpired):
                 continue
-            return
 
     @property
     def pid(self) -> int:

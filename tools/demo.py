@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def _small_checkpoint() -> Path:
-    print("Making a small checkpoint with random weights (1 GB, about a minute; only the first time)", flush=True)
+    print("Small checkpoint with random weights (made the first time: 1 GB, about a minute)", flush=True)
     from make_checkpoint import Recipe, cached_checkpoint
 
     return cached_checkpoint(environment.CACHE / "checkpoints", Recipe())

@@ -16,7 +16,7 @@ from flux_nf4.offload import record
 from flux_nf4.offload.copies import InlineCopies
 from flux_nf4.offload.patcher import StreamedModelPatcher
 
-HIDDEN, DOUBLES, SINGLES = 256, 4, 10
+HIDDEN, DOUBLES, SINGLES = 256, 8, 10
 CPU = torch.device("cpu")
 
 

@@ -247,7 +247,7 @@ def test_tensors_that_the_model_has_not_are_logged_and_left_out(catalogue_of, ca
 
 
 def test_nested_absmax_is_filled_in_as_bitsandbytes_expands_it(tiny_config, tmp_path):
-    recipe = Recipe(nested=True, hidden=256, double_blocks=4, single_blocks=10, unet_only=True)
+    recipe = Recipe(nested=True, hidden=256, double_blocks=8, single_blocks=10, unet_only=True)
     make_checkpoint(tmp_path / "v1.safetensors", recipe)
     catalogue = read_catalogue(tmp_path / "v1.safetensors")
     model = build_flux(catalogue)
