@@ -6,10 +6,10 @@
 Run it with ComfyUI's Python, on Linux; it needs no GPU. Without a checkpoint it makes two small ones, v1 and v2, with
 random weights (0.7 GB each, kept in ``.cache``). Prints a table and writes ``load.json``.
 
-- Time: everything from the header to the filled transformer, how much of it is reading, and beside it a plain read, in the same process and in
-  turns: every byte range that the loader reads, by as many threads, into one buffer; once into fresh anonymous memory,
-  which is what the loader fills, and once into memory that has been written before. The page cache is warm; each
-  number is a median.
+- Time: everything from the header to the filled transformer, and how much of it is reading; beside it a plain read, in
+  the same process and in turns: every byte range that the loader reads, by as many threads, into one buffer; once into
+  fresh anonymous memory, which is what the loader fills, and once into memory that has been written before. The page
+  cache is warm; each number is a median, the ratios are those of the reading.
 - Memory: how far the resident memory of a fresh process rises while it loads the transformer, against the bytes of the
   model's tensors (the file's, with nested absmax expanded).
 """
