@@ -29,6 +29,11 @@ _TOOLS = (
     "ruff==0.17.6",
     "mypy==2.4.1",
     "requests",  # ComfyUI imports it and leaves it to others to install
+    "diffusers==0.42.1",  # with accelerate and gguf: other tools' own code, which files are made with and read by
+    "accelerate==1.15.0",
+    "gguf==0.19.0",
+    "playwright==1.65.2",  # with axe: the page, in Debian's Chromium
+    "axe-playwright-python==0.1.8",
 )
 _NOT_NEEDED = ("comfyui-workflow-templates", "comfyui-embedded-docs", "torch", "torchvision", "torchaudio")
 _ENTERED = "FLUX_NF4_ENTERED"
