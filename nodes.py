@@ -25,7 +25,7 @@ from .nf4_loader.flux import (
     transformer_bytes,
     transformer_ram,
 )
-from .offload.patcher import StreamedModelPatcher, attach_streaming
+from .offload.patcher import Residency, StreamedModelPatcher, attach_streaming
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,9 @@ def _load_transformer(
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
     )
-    patcher.resident = {kind: _clamped(kind, wanted[kind], len(group)) for kind, group in groups.items()}
+    patcher.residency = Residency(
+        tuple((kind, _clamped(kind, wanted[kind], len(group))) for kind, group in groups.items())
+    )
     return patcher
 
 

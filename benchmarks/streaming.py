@@ -179,6 +179,8 @@ def measure(nodes: Any, path: Path, rounds: int, repeats: int) -> dict[str, Any]
 def measure_plans(patcher: Any, forward: "Forward", rounds: int, repeats: int) -> list[dict[str, Any]]:
     import comfy.model_management
 
+    from flux_nf4.offload.patcher import Residency  # type: ignore[import-not-found]
+
     streamer = patcher.model.streaming.streamer
     rows: dict[str, dict[str, Any]] = {name: {"pixels": forward.pixels, "plan": name} for name in PLANS}
     times: dict[str, list[float]] = {name: [] for name in PLANS}
@@ -186,7 +188,7 @@ def measure_plans(patcher: Any, forward: "Forward", rounds: int, repeats: int) -
     for _ in range(rounds):
         for name, (double, single, ring) in PLANS.items():
             clone = patcher.clone()
-            clone.resident = {"double": double, "single": single}
+            clone.residency = Residency((("double", double), ("single", single)))
             clone.staging_bytes = abs(ring) << 20
             clone.whole_blocks = ring < 0
             comfy.model_management.load_models_gpu([clone])

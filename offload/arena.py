@@ -6,7 +6,7 @@ import mmap
 import os
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -93,6 +93,7 @@ class _Pins:
         error = registrar.register(pointer, nbytes)
         if not error:
             self.sizes[pointer] = nbytes
+            _tell_watchers()
         return error
 
     def release(self) -> None:
@@ -106,10 +107,28 @@ class _Pins:
             finally:
                 for pointer in sizes:
                     registrars[0].unregister(pointer)
+                _tell_watchers()
 
 
 _all_pins: weakref.WeakSet[_Pins] = weakref.WeakSet()
 """Of every arena whose memory is in use: they share one limit."""
+
+_watchers: list[Callable[[], None]] = []
+
+
+def pinned_by_all() -> int:
+    """Bytes that all arenas together have pinned."""
+    return sum(pins.nbytes for pins in _all_pins)
+
+
+def watch_pins(watcher: Callable[[], None]) -> None:
+    """Have ``watcher`` called whenever `pinned_by_all` has changed."""
+    _watchers.append(watcher)
+
+
+def _tell_watchers() -> None:
+    for watcher in _watchers:
+        watcher()
 
 
 class HostArena:
@@ -124,6 +143,7 @@ class HostArena:
         self,
         record_bytes: Sequence[int],
         registrar_for: Callable[[torch.device], Registrar | None] = registrar_for,
+        what: str = "host memory",
     ) -> None:
         starts = [0]
         for nbytes in record_bytes:
@@ -131,11 +151,16 @@ class HostArena:
         self.nbytes = starts[-1]
         self._pins = _Pins()
         self._registrar_for = registrar_for
+        self._what = what
         self._said = ""
-        whole = _map(max(self.nbytes, PAGE), self._pins.release)
+        memory = _map(max(self.nbytes, PAGE), self._pins.release)
         with torch.inference_mode(False):
+            # Each with a storage of its own: torch takes a tensor to be pinned if its storage's first byte is.
             self.records = tuple(
-                whole[start : start + nbytes] for start, nbytes in zip(starts, record_bytes, strict=False)
+                torch.frombuffer(memory, dtype=torch.uint8, count=nbytes, offset=start)
+                if nbytes
+                else torch.empty(0, dtype=torch.uint8)
+                for start, nbytes in zip(starts, record_bytes, strict=False)
             )
 
     @property
@@ -150,8 +175,14 @@ class HostArena:
         """Whether record ``index`` is."""
         return self.records[index].data_ptr() in self._pins.sizes
 
-    def pin(self, limit_bytes: int, device: torch.device, limited_by: Shortfall = THE_LIMIT) -> None:
-        """Register the records with the driver of ``device``, in order, until all are or one may not be.
+    def pin(
+        self,
+        limit_bytes: int,
+        device: torch.device,
+        limited_by: Shortfall = THE_LIMIT,
+        first: Iterable[int] = (),
+    ) -> None:
+        """Register the records with the driver of ``device``, ``first`` ones first, until all are or one may not be.
 
         Called again, it goes on from there. One log line says how much is pinned and why not all, when that changes.
 
@@ -159,24 +190,29 @@ class HostArena:
             limit_bytes: How much all arenas together may pin.
             device: The device that is copied to.
             limited_by: What to say where ``limit_bytes`` is too little.
+            first: Indices of records.
         """
-        self._say(self._pin_more(limit_bytes, device, limited_by))
+        order = dict.fromkeys((*first, *range(len(self.records))))
+        self._say(self._pin_more(order, limit_bytes, device, limited_by))
 
     def unpin(self) -> None:
         """Give back what `pin` has registered, once no copy from it is under way. Idempotent."""
         self._pins.release()
 
-    def _pin_more(self, limit_bytes: int, device: torch.device, limited_by: Shortfall) -> Shortfall | None:
+    def _pin_more(
+        self, order: Iterable[int], limit_bytes: int, device: torch.device, limited_by: Shortfall
+    ) -> Shortfall | None:
         if device not in self._pins.registrars:
             self._pins.registrars[device] = self._registrar_for(device)
         registrar = self._pins.registrars[device]
         if registrar is None:
             return Shortfall(f"{device.type} has no way to pin memory that is there already", "")
-        for index, record in enumerate(self.records):
-            if self.is_pinned(index):
+        for index in order:
+            record = self.records[index]
+            if self.is_pinned(index) or not record.nbytes:
                 continue
             size = _whole_pages(record.nbytes)
-            if sum(pins.nbytes for pins in _all_pins) + size > limit_bytes:
+            if pinned_by_all() + size > limit_bytes:
                 return limited_by
             # Whatever makes the driver refuse one record makes it refuse the others: the first refusal ends it.
             error = self._pins.register(registrar, record.data_ptr(), size)
@@ -185,7 +221,7 @@ class HostArena:
         return None
 
     def _say(self, shortfall: Shortfall | None) -> None:
-        text = f"Streaming: {self.pinned_bytes / _GIB:.2f} of {self.nbytes / _GIB:.2f} GiB of host memory pinned"
+        text = f"Streaming: {self.pinned_bytes / _GIB:.2f} of {self.nbytes / _GIB:.2f} GiB of {self._what} pinned"
         if shortfall is not None:
             text = f"{text}; {shortfall.reason}, so some copies are slower. {shortfall.advice}".rstrip()
         if text != self._said:
@@ -200,11 +236,11 @@ if sys.platform == "linux":
 
 
 def _whole_pages(nbytes: int) -> int:
-    return max(1, -(-nbytes // PAGE)) * PAGE
+    return -(-nbytes // PAGE) * PAGE
 
 
-def _map(nbytes: int, before_it_goes: Callable[[], None]) -> torch.Tensor:
-    """Fresh memory from the system, (nbytes,) uint8; ``before_it_goes`` is called when the last view of it is gone."""
+def _map(nbytes: int, before_it_goes: Callable[[], None]) -> "ctypes.Array[ctypes.c_ubyte]":
+    """Fresh memory from the system; ``before_it_goes`` is called when it and the last tensor on it are gone."""
     # Private where the system knows the difference: shared anonymous memory gets no huge pages.
     flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     memory = mmap.mmap(-1, nbytes, **flags)
@@ -213,8 +249,7 @@ def _map(nbytes: int, before_it_goes: Callable[[], None]) -> torch.Tensor:
     # What every view holds; the mapping's own finalizers would run when it is unmapped already.
     holder = (ctypes.c_ubyte * nbytes).from_buffer(memory)
     weakref.finalize(holder, _release_mapping, before_it_goes, memory)
-    with torch.inference_mode(False):
-        return torch.frombuffer(holder, dtype=torch.uint8)
+    return holder
 
 
 def _release_mapping(before_it_goes: Callable[[], None], memory: mmap.mmap) -> None:

@@ -6,29 +6,43 @@ model (ComfyUI's own rule); a clone carries only its settings, so two of them ma
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
+import comfy.patcher_extension
 import comfy.utils
 import psutil
 import torch
 from comfy.cli_args import args as comfy_args
 from torch import nn
 
-from .arena import Shortfall
+from .arena import Shortfall, pinned_by_all, watch_pins
 from .bounce import through_bounce_buffers
 from .copies import copies_to
-from .plan import STAGING_BYTES, ResidencyPlan, plan_by_counts
+from .plan import STAGING_BYTES, BlockSize, ResidencyPlan, least_device_bytes, plan_by_budget, plan_for, spread
 from .streamer import Streamer
-from .telemetry import summarise
+from .telemetry import ForwardCost, summarise
 
 logger = logging.getLogger(__name__)
 
-_MIB = 1024 * 1024
+_MIB, _GIB = 2**20, 2**30
+
+
+@dataclass(frozen=True)
+class Residency:
+    """How much of a model shall stay on the device; what ComfyUI has room for is the limit in any case.
+
+    ``counts``: how many blocks of which kind. Other kinds share what they leave of ``budget_bytes``, which is for the
+    whole model (residents, staging and what is no block); None is as much as there is room for.
+    """
+
+    counts: tuple[tuple[str, int], ...] = ()
+    budget_bytes: int | None = None
 
 
 @dataclass
@@ -37,6 +51,41 @@ class Streaming:
 
     streamer: Streamer
     other_bytes: int
+    said: set[str] = field(default_factory=set)
+
+    def say_once(self, text: str) -> None:
+        if text not in self.said:
+            self.said.add(text)
+            logger.warning("%s", text)
+
+
+@dataclass(frozen=True)
+class StreamingReport:
+    """What is where, and what it costs. ``node_id`` is of the node that made the patcher, if it said so.
+
+    ``wanted`` are the blocks that the settings ask for; ``resident`` and ``streamed`` those of the plan in effect, or
+    None while the model is not on the device.
+    """
+
+    node_id: str | None
+    kinds: tuple[str, ...]
+    wanted: tuple[int, ...]
+    resident: tuple[int, ...] | None
+    streamed: tuple[int, ...] | None
+    device_bytes: int
+    host_bytes: int
+    pinned_bytes: int
+    link_gbps: float | None
+    cost: ForwardCost | None
+
+    @property
+    def is_lowered(self) -> bool:
+        """Whether less is resident than asked for."""
+        return self.resident is not None and len(self.resident) < len(self.wanted)
+
+
+observers: list[Callable[["StreamedModelPatcher"], None]] = []
+"""Called when a streamed model was loaded, when a forward was timed, when residency was lowered, after a sampling."""
 
 
 def attach_streaming(model: nn.Module, groups: Mapping[str, Sequence[nn.Module]]) -> None:
@@ -48,6 +97,7 @@ def attach_streaming(model: nn.Module, groups: Mapping[str, Sequence[nn.Module]]
     total = sum(tensor.nbytes for tensor in _tensors(model))
     in_blocks = sum(tensor.nbytes for group in groups.values() for block in group for tensor in _tensors(block))
     model.streaming = Streaming(streamer, other_bytes=total - in_blocks)  # type: ignore[assignment]
+    model.state_dict_for_saving = _refuse_to_save  # type: ignore[assignment]
 
 
 def _tensors(module: nn.Module) -> list[torch.Tensor]:
@@ -59,49 +109,88 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
 
     The model must have gone through `attach_streaming`. Settings are the patcher's own; set them on a fresh one or a
     clone. They take effect when ComfyUI loads the model the next time, and then move only the difference:
-    ``resident`` is the number of resident blocks of each kind, ``staging_bytes`` the size of the ring, ``whole_blocks``
-    streams blocks, not layers (done anyway where they are compiled).
+    ``residency`` is what shall stay, ``staging_bytes`` the size of the ring, ``whole_blocks`` streams blocks, not
+    layers (done anyway where they are compiled), ``node_id`` goes into reports.
     """
 
-    resident: Mapping[str, int] = {}
+    residency = Residency()
     staging_bytes: int = STAGING_BYTES
     whole_blocks: bool = False
+    node_id: str | None = None
 
     def __init__(
         self, model: nn.Module, load_device: torch.device, offload_device: torch.device, *args: Any, **kwargs: Any
     ) -> None:
         self.load_device = load_device  # ComfyUI 0.3.64 asks for model_size() before it sets this
         super().__init__(model, load_device, offload_device, *args, **kwargs)
+        self.add_wrapper_with_key(
+            comfy.patcher_extension.WrappersMP.APPLY_MODEL, "retry with less resident", _retry_with_less
+        )
 
     def clone(self, *args: Any, **kwargs: Any) -> "StreamedModelPatcher":
         other = super().clone(*args, **kwargs)
-        other.resident = self.resident
+        other.residency = self.residency
         other.staging_bytes = self.staging_bytes
         other.whole_blocks = self.whole_blocks
+        other.node_id = self.node_id
         return other
 
     @property
     def plan(self) -> ResidencyPlan:
         """What this patcher's settings ask for."""
-        sizes = self._streaming.streamer.sizes(whole_blocks=self._needs_whole_blocks)
-        return plan_by_counts(sizes, self.resident, self.staging_bytes)
+        return self._plan_within(math.inf)
+
+    def report(self) -> StreamingReport:
+        streamer = self._streaming.streamer
+        plan, telemetry = streamer.plan, streamer.telemetry
+        return StreamingReport(
+            node_id=self.node_id,
+            kinds=tuple(size.kind for size in self._sizes),
+            wanted=self.plan.resident,
+            resident=plan.resident if plan is not None else None,
+            streamed=plan.streamed if plan is not None else None,
+            device_bytes=self.loaded_size(),
+            host_bytes=streamer.host_bytes,
+            pinned_bytes=streamer.pinned_bytes,
+            link_gbps=telemetry.link_gbps if telemetry is not None else None,
+            cost=(telemetry.last_timed or telemetry.last) if telemetry is not None else None,
+        )
+
+    def require_budget(self) -> None:
+        """Refuse a budget that the model cannot run in.
+
+        Raises:
+            ValueError: it is too small; the message says what the least is.
+        """
+        budget = self.residency.budget_bytes
+        least = self._streaming.other_bytes + least_device_bytes(self._sizes)
+        if budget is not None and budget < least:
+            raise ValueError(
+                f"a VRAM budget of {budget / _GIB:.2f} GiB is too small: with every block streamed this model takes "
+                f"{least / _GIB:.2f} GiB, and a picture of 1024x1024 about 0.5 GiB more while it is made. Set the "
+                f"budget to {math.ceil(least / _GIB * 100) / 100:.2f} or more, or to 0 (automatic)."
+            )
 
     def model_size(self) -> int:
         """Bytes that the model wants on the load device. ComfyUI makes this much room, so it must not be the whole."""
         if self._computes_from_host:
-            return self._streaming.other_bytes + self._streaming.streamer.arena.nbytes
+            return self._streaming.other_bytes + self._streaming.streamer.host_bytes
         return self._streaming.other_bytes + self.plan.device_bytes
 
     def partially_load(
         self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False, **kwargs: Any
     ) -> int:
-        """Bring the model to ``device_to`` as its settings say; returns the bytes that this added there."""
+        """Bring the model to ``device_to`` as its settings say, or as much of that as there is room for.
+
+        ``extra_memory`` is the room in bytes beside what the model has there; negative, it is to take less. Returns
+        the bytes that this added.
+        """
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             used = self.loaded_size()
             self.unpatch_model(self.offload_device, unpatch_weights=False)
             self.patch_model(load_weights=False)
             try:
-                self.load(device_to, force_patch_weights=force_patch_weights)
+                self.load(device_to, max(used + extra_memory, 1), force_patch_weights=force_patch_weights)
             except BaseException:
                 self.detach()
                 raise
@@ -110,7 +199,23 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     def partially_unload(
         self, device_to: torch.device, memory_to_free: float = 0, force_patch_weights: bool = False, **kwargs: Any
     ) -> int:
-        """Frees nothing by halves; ComfyUI then unloads the model whole, which copies nothing."""
+        """Give residents up until ``memory_to_free`` bytes are free; copies nothing. Returns how many are.
+
+        Where that is not enough nothing is given up: ComfyUI then unloads the model whole.
+        """
+        streamer = self._streaming.streamer
+        plan = streamer.plan
+        if plan is None or self._computes_from_host:
+            return 0
+        before = self._held_bytes()
+        sizes, staging = streamer.sizes(whole_blocks=streamer.whole_blocks), plan.staging_bytes or self.staging_bytes
+        for count in range(len(plan.resident) - 1, -1, -1):
+            fewer = plan_for(sizes, spread(plan.resident, count), staging)
+            if plan.device_bytes - fewer.device_bytes >= memory_to_free:
+                streamer.change(fewer)
+                self._loaded()
+                logger.info("Streaming: gave up %d resident blocks", len(plan.resident) - count)
+                return before - self._held_bytes()
         return 0
 
     def load(
@@ -121,34 +226,63 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         full_load: bool = False,
         **kwargs: Any,
     ) -> None:
+        """As ComfyUI's: ``lowvram_model_memory`` is the room for the whole model in bytes, 0 any."""
         with self.use_ejected():
             self.unpatch_hooks()
             device = self.load_device if device_to is None else device_to
             self.model.to(device)  # everything but the blocks, which keep their place
             if not self._computes_from_host:
-                self._stream(device)
+                room = math.inf if full_load or not lowvram_model_memory else lowvram_model_memory
+                self._stream(device, self._plan_within(room))
             self._set_weight_functions(self.patches)
             self.model.device = device
             self.model.model_lowvram = False
-            self.model.model_loaded_weight_memory = self._held_bytes()
+            self._loaded()
             self.model.current_weight_patches_uuid = self.patches_uuid
             for callback in self.get_all_callbacks(comfy.model_patcher.CallbacksMP.ON_LOAD):
                 callback(self, device, lowvram_model_memory, force_patch_weights, full_load)
             self.apply_hooks(self.forced_hooks, force_apply=True)
 
+    def prepare_state(self, *args: Any, **kwargs: Any) -> None:
+        """Each forward of a sampling begins here."""
+        super().prepare_state(*args, **kwargs)
+        telemetry = self._streaming.streamer.telemetry
+        if telemetry is not None and telemetry.has_news():
+            self._notify()
+
     def cleanup(self) -> None:
         """The end of a sampling."""
         super().cleanup()
         streamer = self._streaming.streamer
-        summary = summarise(streamer.telemetry, streamer.arena.pinned_bytes == streamer.arena.nbytes)
+        summary = summarise(streamer.telemetry, streamer.all_pinned)
         if summary:
             logger.info("Streaming: %s", summary)
+        self._notify()
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
         if unpatch_weights:
             self._set_weight_functions({})
             self._streaming.streamer.stop()
         super().unpatch_model(device_to, unpatch_weights)
+
+    def state_dict_for_saving(self, *_: Any, **__: Any) -> None:
+        _refuse_to_save()
+
+    def add_patches(
+        self, patches: Mapping[Any, Any], strength_patch: float = 1.0, strength_model: float = 1.0
+    ) -> list[Any]:
+        """ComfyUI's.
+
+        Raises:
+            ValueError: the patches are another model's weights, as the nodes that merge models have them.
+        """
+        if any(isinstance(value, list) for value in patches.values()):
+            raise ValueError(
+                "a streamed model cannot be merged with another: its weights stay as they are in the file. Merge the "
+                "dense models first; then save the result in 4 bits (node: Quantise Flux and Save) or stream it (node: "
+                "Stream Model Blocks)."
+            )
+        return super().add_patches(patches, strength_patch, strength_model)
 
     def patch_weight_to_device(self, key: str, *args: Any, **kwargs: Any) -> None:
         """Patches never change the weights, which every clone shares: see `_set_weight_functions`."""
@@ -159,6 +293,10 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     @property
     def _streaming(self) -> Streaming:
         return self.model.streaming
+
+    @property
+    def _sizes(self) -> tuple[BlockSize, ...]:
+        return self._streaming.streamer.sizes(whole_blocks=self._needs_whole_blocks)
 
     @property
     def _needs_whole_blocks(self) -> bool:
@@ -175,31 +313,58 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     def _computes_from_host(self) -> bool:
         return self.load_device.type == "cpu"
 
-    def _stream(self, device: torch.device) -> None:
-        streamer, plan = self._streaming.streamer, self.plan
+    def _plan_within(self, room: float) -> ResidencyPlan:
+        """The best plan for ``room`` bytes of the device, and as the settings say; the least one if nothing fits."""
+        budget, counts = self.residency.budget_bytes, self.residency.counts
+        limit = min(room, math.inf if budget is None else budget) - self._streaming.other_bytes
+        sizes = self._sizes
+        return plan_by_budget(sizes, max(limit, least_device_bytes(sizes)), self.staging_bytes, counts)
+
+    def _stream(self, device: torch.device, plan: ResidencyPlan) -> None:
+        streamer = self._streaming.streamer
         limit_bytes, limited_by = _pin_limit()
-        streamer.arena.pin(limit_bytes, device, limited_by)
+        streamer.pin(limit_bytes, device, limited_by, first=plan.streamed)
         copies = copies_to(device)
-        if not streamer.arena.all_pinned:
+        if not streamer.all_pinned:
             copies = through_bounce_buffers(copies)
-        if streamer.plan != plan:
-            logger.info(
-                "Streaming: %d blocks resident, %d streamed; %.0f MiB on the device (%.0f blocks, %.0f staging, "
-                "%.0f other), %.0f MiB over the bus a forward",
-                len(plan.resident),
-                len(plan.streamed),
-                self.model_size() / _MIB,
-                (plan.resident_bytes + plan.small_bytes) / _MIB,
-                plan.staging_bytes / _MIB,
-                self._streaming.other_bytes / _MIB,
-                plan.bytes_per_forward / _MIB,
-            )
+        changes = streamer.plan != plan
         streamer.start(plan, copies, whole_blocks=self._needs_whole_blocks)
+        if changes and streamer.plan is not None:
+            self._say(streamer.plan)
+
+    def _say(self, plan: ResidencyPlan) -> None:
+        logger.info(
+            "Streaming: %d blocks resident, %d streamed; %.0f MiB on the device (%.0f blocks, %.0f staging, "
+            "%.0f other), %.0f MiB over the bus a forward",
+            len(plan.resident),
+            len(plan.streamed),
+            (self._streaming.other_bytes + plan.device_bytes) / _MIB,
+            (plan.resident_bytes + plan.small_bytes) / _MIB,
+            plan.staging_bytes / _MIB,
+            self._streaming.other_bytes / _MIB,
+            plan.bytes_per_forward / _MIB,
+        )
+        wanted = self.plan
+        if self.residency != Residency() and len(plan.resident) < len(wanted.resident):
+            self._streaming.say_once(
+                f"Streaming: there is room for {len(plan.resident)} of the {len(wanted.resident)} blocks that shall "
+                "stay on the device; the others are streamed. The picture is the same."
+            )
+
+    def _loaded(self) -> None:
+        self.model.model_loaded_weight_memory = self._held_bytes()
+        self._notify()
+
+    def _notify(self) -> None:
+        for observer in observers:
+            observer(self)
 
     def _held_bytes(self) -> int:
         """What is on the load device now: less than `model_size` where it had no room for all residents."""
-        on_device = 0 if self._computes_from_host else self._streaming.streamer.device_bytes
-        return self._streaming.other_bytes + (on_device or self._streaming.streamer.arena.nbytes)
+        streamer = self._streaming.streamer
+        return self._streaming.other_bytes + (
+            streamer.host_bytes if self._computes_from_host else streamer.device_bytes
+        )
 
     def _set_weight_functions(self, patches: Mapping[str, Any]) -> None:
         """Have each patched layer compute its patched weight from a fresh dense copy, as ComfyUI's lowvram does."""
@@ -222,6 +387,57 @@ def _patched(key: str, patch: Any, weight: torch.Tensor) -> torch.Tensor:
     return comfy.lora.calculate_weight(patch, weight, key, intermediate_dtype=weight.dtype)
 
 
+def _retry_with_less(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """Wraps a forward: where the device's memory is not enough, give up all residents and run it once more."""
+    model = executor.class_obj
+    streamer: Streamer = model.streaming.streamer
+    try:
+        return executor(*args, **kwargs)
+    except Exception as error:
+        if not _is_out_of_memory(error) or streamer.plan is None or not streamer.plan.resident:
+            raise
+    # Outside of the handler, so that the traceback keeps none of the forward's tensors.
+    given_up = len(streamer.plan.resident)
+    streamer.change(plan_for(streamer.sizes(whole_blocks=streamer.whole_blocks), (), streamer.plan.staging_bytes))
+    model.streaming.say_once(
+        f"Streaming: out of memory, so the {given_up} resident blocks were given up and the forward runs again. It is "
+        "slower where the bus is; a lower budget or fewer resident blocks avoid the first attempt."
+    )
+    patcher = model.current_patcher
+    if isinstance(patcher, StreamedModelPatcher):
+        patcher._loaded()
+    return executor(*args, **kwargs)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    management = comfy.model_management
+    if hasattr(management, "is_oom"):
+        return bool(management.is_oom(error))
+    return isinstance(error, torch.OutOfMemoryError)
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    raise ValueError(
+        "a streamed model cannot be saved by this node, which would write neither packed weights nor patches right. "
+        "Save a 4-bit model with the node Quantise Flux and Save, a dense one from before it is streamed."
+    )
+
+
+_counted_bytes = 0
+
+
+def _count_pins() -> None:
+    """Have ComfyUI count what this package has pinned, for its own limit."""
+    global _counted_bytes
+    now = pinned_by_all()
+    if hasattr(comfy.model_management, "TOTAL_PINNED_MEMORY"):
+        comfy.model_management.TOTAL_PINNED_MEMORY += now - _counted_bytes
+    _counted_bytes = now
+
+
+watch_pins(_count_pins)
+
+
 def _pin_limit() -> tuple[int, Shortfall]:
     """How much this package may pin: a share of the RAM, less what ComfyUI pinned, none if forbidden; and why."""
     if getattr(comfy_args, "disable_pinned_memory", False):
@@ -230,7 +446,7 @@ def _pin_limit() -> tuple[int, Shortfall]:
     share = 0.45 if management.WINDOWS else 0.9
     limit = psutil.virtual_memory().total * share
     comfy_limit = getattr(management, "MAX_PINNED_MEMORY", limit)
-    pinned_by_comfy = getattr(management, "TOTAL_PINNED_MEMORY", 0)
+    pinned_by_comfy = getattr(management, "TOTAL_PINNED_MEMORY", _counted_bytes) - _counted_bytes
     shared = max(0, min(limit, comfy_limit))
-    reason = f"ComfyUI and this package may pin {shared / 2**30:.1f} GiB of the RAM together"
+    reason = f"ComfyUI and this package may pin {shared / _GIB:.1f} GiB of the RAM together"
     return max(0, int(shared - pinned_by_comfy)), Shortfall(reason, "Unload other models, or add RAM.")

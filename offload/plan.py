@@ -5,6 +5,7 @@ the next. Residents are spread so that streamed bytes come at an even rate: ever
 on the bus, and every block computes about as long, whatever its size.
 """
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -80,28 +81,68 @@ def plan_by_counts(
 
     Where the rest would fit into the ring it is resident, too.
     """
-    stay = [index for kind, count in resident.items() for index in _spread(_indices(blocks, kind), count)]
-    return _all_if_no_more(plan_for(blocks, stay, staging_bytes), blocks)
+    return _all_if_no_more(plan_for(blocks, _by_counts(blocks, resident), staging_bytes), blocks)
 
 
-def plan_by_budget(blocks: Sequence[BlockSize], budget_bytes: int, staging_bytes: int = STAGING_BYTES) -> ResidencyPlan:
+def least_device_bytes(blocks: Sequence[BlockSize]) -> int:
+    """What the blocks need on the device at the very least: all streamed, through the smallest ring."""
+    return min(plan_for(blocks, (), 0).device_bytes, plan_for(blocks, range(len(blocks)), 0).device_bytes)
+
+
+@functools.lru_cache(maxsize=64)
+def plan_by_budget(
+    blocks: tuple[BlockSize, ...],
+    budget_bytes: float,
+    staging_bytes: int = STAGING_BYTES,
+    counts: tuple[tuple[str, int], ...] = (),
+) -> ResidencyPlan:
     """Spend at most ``budget_bytes`` of the device on the blocks, so that the least possible goes over the bus.
+
+    Args:
+        blocks: In execution order.
+        budget_bytes: May be infinite.
+        staging_bytes: Of the ring; where the budget is too small for it, the ring is as small as it can be.
+        counts: Kinds, and how many blocks of each stay: no more, and fewer only where they do not fit. What they
+            leave of the budget goes to the other kinds.
 
     Raises:
         ValueError: even with every block streamed it would take more; the message says how much.
     """
-    plans = [
-        _all_if_no_more(plan_for(blocks, _residents_at(blocks, rate), staging_bytes), blocks)
-        for rate in range(_RATES + 1)
-    ]
-    fitting = [plan for plan in plans if plan.device_bytes <= budget_bytes]
-    if not fitting:
-        least = min(plan.device_bytes for plan in plans)
-        raise ValueError(
-            f"a budget of {budget_bytes / 2**20:.0f} MiB is too small for the blocks: streaming all of them takes "
-            f"{least / 2**20:.0f} MiB"
-        )
-    return min(fitting, key=lambda plan: (plan.bytes_per_forward, plan.device_bytes))
+    for plans in (
+        _plans_beside(blocks, dict(counts), staging_bytes),
+        _plans_of_fewer(blocks, dict(counts), staging_bytes),
+        [plan_for(blocks, (), 0)],
+    ):
+        fitting = [plan for plan in plans if plan.device_bytes <= budget_bytes]
+        if fitting:
+            return min(fitting, key=lambda plan: (plan.bytes_per_forward, plan.device_bytes))
+    raise ValueError(
+        f"a budget of {budget_bytes / 2**20:.0f} MiB is too small for the blocks: streaming all of them takes "
+        f"{least_device_bytes(blocks) / 2**20:.0f} MiB"
+    )
+
+
+def _plans_beside(
+    blocks: Sequence[BlockSize], counts: Mapping[str, int], staging_bytes: int
+) -> Iterable[ResidencyPlan]:
+    """Those that keep all that ``counts`` says, and more and more of the other kinds."""
+    stay = _by_counts(blocks, counts)
+    if all(block.kind in counts for block in blocks):
+        yield _all_if_no_more(plan_for(blocks, stay, staging_bytes), blocks)
+        return
+    sets = {tuple(_residents_at(blocks, rate)): None for rate in range(_RATES + 1)}
+    for residents in sets:
+        others = [index for index in residents if blocks[index].kind not in counts]
+        yield _all_if_no_more(plan_for(blocks, {*stay, *others}, staging_bytes), blocks)
+
+
+def _plans_of_fewer(
+    blocks: Sequence[BlockSize], counts: Mapping[str, int], staging_bytes: int
+) -> Iterable[ResidencyPlan]:
+    """Those that keep only a share of ``counts``."""
+    sets = {tuple((kind, count * share // _RATES) for kind, count in counts.items()): None for share in range(_RATES)}
+    for fewer in map(dict, sets):
+        yield plan_for(blocks, _by_counts(blocks, fewer), staging_bytes)
 
 
 def predict_stall_ms(plan: ResidencyPlan, blocks: Sequence[BlockSize], gbps: float, compute_ms: float) -> float:
@@ -132,12 +173,16 @@ def _all_if_no_more(plan: ResidencyPlan, blocks: Sequence[BlockSize]) -> Residen
     return plan if plan.bytes_per_forward > plan.staging_bytes else plan_for(blocks, range(len(blocks)))
 
 
+def _by_counts(blocks: Sequence[BlockSize], counts: Mapping[str, int]) -> list[int]:
+    return [index for kind, count in counts.items() for index in spread(_indices(blocks, kind), count)]
+
+
 def _indices(blocks: Sequence[BlockSize], kind: str) -> list[int]:
     return [index for index, block in enumerate(blocks) if block.kind == kind]
 
 
-def _spread(indices: Sequence[int], count: int) -> list[int]:
-    """``count`` of ``indices`` at even distances."""
+def spread(indices: Sequence[int], count: int) -> list[int]:
+    """``count`` of ``indices`` (all, if more) at even distances."""
     count = min(max(count, 0), len(indices))
     return [indices[(2 * i + 1) * len(indices) // (2 * count)] for i in range(count)]
 

@@ -6,14 +6,12 @@ biases and norms; it is a thousandth of a Flux block, stays on the device, and s
 """
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-
-from .plan import BlockSize
 
 ALIGNMENT = 256
 """Bytes. CUDA kernels want 16; 256 is what the device allocator itself keeps."""
@@ -59,9 +57,6 @@ class RecordLayout:
         tiles = (Tile("", 0, self.small.offset, tuple(fields)),) if self.tiles else ()
         return RecordLayout(tiles, self.small, self.nbytes)
 
-    def size(self, kind: str) -> BlockSize:
-        return BlockSize(kind, tuple(tile.nbytes for tile in self.tiles), self.small.nbytes)
-
 
 def layout_of(block: nn.Module) -> RecordLayout:
     """Lay out every parameter and buffer of ``block``.
@@ -88,6 +83,33 @@ def layout_of(block: nn.Module) -> RecordLayout:
         offset += tile.nbytes
     small = _tile("", offset, [f for fields in owners.values() for f in fields if f.nbytes < SMALL_BYTES])
     return RecordLayout(tuple(tiles), small, offset + small.nbytes)
+
+
+def extras_layouts(
+    own: RecordLayout, extras: Mapping[str, Mapping[str, torch.Tensor]]
+) -> tuple[RecordLayout, RecordLayout]:
+    """Layouts of tensors to be added to the modules of a block laid out as ``own``.
+
+    The first has the large ones of modules that have a tile, and as many tiles as ``own``; the second the others, in
+    its small part. ``extras`` maps a module's path, then a name, to the tensor.
+    """
+    tiles: dict[str, list[Field]] = {tile.module: [] for tile in own.tiles}
+    staying: list[Field] = []
+    for path, tensors in extras.items():
+        for name, tensor in tensors.items():
+            nbytes = tensor.numel() * tensor.element_size()
+            field = Field(path, name, False, tensor.dtype, tuple(tensor.shape), 0, nbytes)
+            travels = tiles.get(path if path in tiles else "") if nbytes >= SMALL_BYTES else None
+            (staying if travels is None else travels).append(field)
+    placed: list[Tile] = []
+    for path, fields in tiles.items():
+        placed.append(_tile(path, sum(tile.nbytes for tile in placed), fields))
+    nbytes = sum(tile.nbytes for tile in placed)
+    small = _tile("", 0, staying)
+    return (
+        RecordLayout(tuple(placed), Tile("", nbytes, 0, ()), nbytes),
+        RecordLayout((), small, small.nbytes),
+    )
 
 
 def _owned_fields(block: nn.Module) -> Iterable[tuple[str, list[Field]]]:

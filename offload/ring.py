@@ -5,6 +5,7 @@ forward after the last of this one. Each tile has one fixed place, so what may b
 the tiles that follow the present one, up to the first whose place is still taken by one of them.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,8 +27,9 @@ class Ring:
     evicted: tuple[tuple[int, ...], ...]
 
 
-def lay_out(tiles: Sequence[int], ring_bytes: int) -> Ring:
-    """Place tiles of these sizes (bytes, each at most ``ring_bytes``) in a ring.
+@functools.lru_cache(maxsize=16)
+def lay_out(tiles: tuple[int, ...], ring_bytes: int) -> Ring:
+    """Place tiles of these sizes (bytes, each at most ``ring_bytes``) in a ring. Kept for the next time.
 
     Raises:
         ValueError: a tile is larger than the ring.

@@ -13,70 +13,70 @@ all compute that was launched before it ("free"), which is what read the bytes t
 
 import logging
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .arena import HostArena
+from .arena import THE_LIMIT, HostArena, Shortfall
+from .block import Block, Extras, HostRecord
 from .copies import Copies
-from .plan import BlockSize, ResidencyPlan, plan_for
-from .record import BoundTile, RecordLayout, Views, keep_in_place, layout_of, views_of
+from .plan import BlockSize, ResidencyPlan, plan_for, spread
+from .record import BoundTile, RecordLayout, Views, extras_layouts, layout_of, views_of
 from .ring import Ring, lay_out
-from .telemetry import Telemetry
+from .telemetry import Link, Telemetry
 
 logger = logging.getLogger(__name__)
 
 
-class _Block:
-    """A block in host memory, and what of it is on the device."""
+@dataclass(frozen=True)
+class _Part:
+    """One record's share of a staged tile, and where that is in the ring."""
 
-    def __init__(self, block: nn.Module, layout: RecordLayout, record: torch.Tensor) -> None:
-        self.module = block
-        self.record = record
-        self.small = BoundTile(block, layout.small, record)
-        self.lay_out(layout)
-        self.buffer: torch.Tensor | None = None
-        self.is_resident = False
-        keep_in_place(block)
-
-    def lay_out(self, layout: RecordLayout) -> None:
-        """Cut the record into the tiles of ``layout``, while none of it is on the device."""
-        self.layout = layout
-        self.tiles = tuple(BoundTile(self.module, tile, self.record) for tile in layout.tiles)
-
-    def bytes_for(self, resident: bool) -> torch.Tensor:
-        """What of the record is always on the device: all of it, or the small part."""
-        return self.record if resident else self.record[self.small.tile.offset :]
-
-    def take(self, buffer: torch.Tensor, resident: bool) -> None:
-        """Bind to ``buffer``, a copy of `bytes_for`."""
-        self.buffer, self.is_resident = buffer, resident
-        start = 0 if resident else self.small.tile.offset
-        for part in (*self.tiles, self.small) if resident else (self.small,):
-            part.bind(views_of(part.tile, buffer[part.tile.offset - start :]))
-
-    def drop(self) -> None:
-        """Give the device's bytes up: back to host memory."""
-        self.buffer, self.is_resident = None, False
-        for part in (*self.tiles, self.small):
-            part.bind(part.home)
+    tile: BoundTile
+    place: torch.Tensor
+    views: Views
+    is_pinned: bool
 
 
 class _Staged:
     """A streamed tile: its place in the ring, and whether its bytes are there, from its fetch to its use."""
 
-    def __init__(self, name: str, tile: BoundTile, place: torch.Tensor, copies: Copies) -> None:
+    def __init__(
+        self, name: str, parts: Sequence[tuple[BoundTile, HostRecord]], place: torch.Tensor, copies: Copies
+    ) -> None:
         self.name = name
-        self.tile = tile
-        self.place = place
-        self.nbytes = place.nbytes
-        self.views: Views = views_of(tile.tile, place)
+        self.parts: tuple[_Part, ...] = ()
+        for tile, record in parts:
+            mine, place = place[: tile.tile.nbytes], place[tile.tile.nbytes :]
+            self.parts += (_Part(tile, mine, views_of(tile.tile, mine), record.is_pinned),)
+        self.nbytes = sum(part.place.nbytes for part in self.parts)
+        self.pinned_bytes = sum(part.place.nbytes for part in self.parts if part.is_pinned)
+        self.begun: Any = None
         self.ready = copies.event()
         self.present = False
+
+    def time_copies(self, copies: Copies) -> Link:
+        """Have each fetch tell how long its copy took."""
+        self.begun, self.ready = copies.event(timed=True), copies.event(timed=True)
+        return Link(self.nbytes, self.begun, self.ready)
+
+    def bind(self) -> None:
+        for part in self.parts:
+            part.tile.bind(part.views)
+
+    def unbind(self) -> None:
+        for part in self.parts:
+            part.tile.bind(part.tile.home)
+
+    @property
+    def is_home(self) -> bool:
+        """Whether nobody has put other tensors in the place of those in host memory."""
+        return all(part.tile.is_bound_to(part.tile.home) for part in self.parts)
 
 
 class _RingMemory:
@@ -121,13 +121,13 @@ class Streamer:
         kinds = [kind for kind, group in groups.items() for _ in group]
         _refuse_shared(modules)
         layouts = [layout_of(block) for block in modules]
-        self._kinds = kinds
         numbers: dict[RecordLayout, int] = {}
         self._structures = [numbers.setdefault(layout, len(numbers)) for layout in layouts]
-        self._layouts = {False: layouts, True: [layout.whole() for layout in layouts]}
-        self._whole_blocks = False
+        self.whole_blocks = False
         self.arena = HostArena([layout.nbytes for layout in layouts])
-        self.blocks = tuple(map(_Block, modules, layouts, self.arena.records))
+        self.blocks = tuple(map(Block, modules, kinds, layouts, self.arena.records))
+        self.extras_arena: HostArena | None = None
+        self._extras: dict[tuple[int, str, str], weakref.ref[torch.Tensor]] = {}
         self.plan: ResidencyPlan | None = None
         self._asked: ResidencyPlan | None = None
         self.telemetry: Telemetry | None = None
@@ -147,12 +147,113 @@ class Streamer:
     def device_bytes(self) -> int:
         """Bytes held on the device: residents, small parts, staging (which another streamer may share)."""
         ring = 0 if self._ring_memory is None else self._ring_memory.memory.nbytes
-        return ring + sum(block.buffer.nbytes for block in self.blocks if block.buffer is not None)
+        return ring + sum(block.device_bytes for block in self.blocks)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory that hold the blocks and their extras."""
+        return sum(arena.nbytes for arena in self._arenas)
+
+    @property
+    def pinned_bytes(self) -> int:
+        return sum(arena.pinned_bytes for arena in self._arenas)
+
+    @property
+    def all_pinned(self) -> bool:
+        return all(arena.all_pinned for arena in self._arenas)
 
     def sizes(self, *, whole_blocks: bool = False) -> tuple[BlockSize, ...]:
         """What a plan is made for."""
-        layouts = self._layouts[whole_blocks]
-        return tuple(layout.size(kind) for kind, layout in zip(self._kinds, layouts, strict=True))
+        return tuple(block.size(whole=whole_blocks) for block in self.blocks)
+
+    def pin(
+        self,
+        limit_bytes: int,
+        device: torch.device,
+        limited_by: Shortfall = THE_LIMIT,
+        first: Iterable[int] = (),
+    ) -> None:
+        """Pin host memory as far as may be, before `start`; see `HostArena.pin`.
+
+        ``first``: indices of blocks that matter most, as the streamed ones do.
+        """
+        for arena in self._arenas:
+            arena.pin(limit_bytes, device, limited_by, first)
+        for index, block in enumerate(self.blocks):
+            block.own.is_pinned = self.arena.is_pinned(index)
+            if block.travelling is not None and self.extras_arena is not None:
+                block.travelling.is_pinned = self.extras_arena.is_pinned(index)
+
+    def set_extras(self, extras: Mapping[nn.Module, Mapping[str, torch.Tensor]]) -> None:
+        """Give modules of the blocks these host tensors, in place of those that an earlier call gave; {} for none.
+
+        They become buffers of their modules (not in the state dict) and are where the module's own tensors are
+        whenever it computes. Large ones are copied into host records and travel with the tile of their module; they
+        are left alone if all of them are the same objects as before. Small ones stay on the device.
+
+        After this `start` has to be called, with a plan for the new `sizes`, before the next forward.
+
+        Raises:
+            ValueError: a module is not in a block.
+        """
+        by_block = self._by_block(extras)
+        layouts = [extras_layouts(block.own.layout, given) for block, given in zip(self.blocks, by_block, strict=True)]
+        travelling = [_of_layout(given, large) for given, (large, _) in zip(by_block, layouts, strict=True)]
+        for block in self.blocks:
+            if block.staying is not None:
+                block.staying.remove()
+                block.staying = None
+        self._travel([large for large, _ in layouts], travelling)
+        for block, given, (_, small) in zip(self.blocks, by_block, layouts, strict=True):
+            self._stay(block, small, _of_layout(given, small))
+        self._asked = None
+
+    def _by_block(self, extras: Mapping[nn.Module, Mapping[str, torch.Tensor]]) -> list[Extras]:
+        by_block: list[dict[str, Mapping[str, torch.Tensor]]] = [{} for _ in self.blocks]
+        if extras:
+            places = {
+                module: (index, path)
+                for index, block in enumerate(self.blocks)
+                for path, module in block.module.named_modules()
+            }
+            for module, tensors in extras.items():
+                if module not in places:
+                    raise ValueError(f"a {type(module).__name__} that gets extra tensors is not in a streamed block")
+                index, path = places[module]
+                by_block[index][path] = tensors
+        return list(by_block)
+
+    def _travel(self, layouts: Sequence[RecordLayout], extras: Sequence[Extras]) -> None:
+        tensors = {
+            (index, path, name): tensor
+            for index, given in enumerate(extras)
+            for path, named in given.items()
+            for name, tensor in named.items()
+        }
+        known = self._extras
+        if tensors.keys() == known.keys() and all(known[key]() is tensor for key, tensor in tensors.items()):
+            return
+        self._end_staging()
+        self.plan = None
+        self._extras = {key: weakref.ref(tensor) for key, tensor in tensors.items()}
+        for block in self.blocks:
+            if block.travelling is not None:
+                block.travelling.remove()
+                block.travelling = None
+        self.extras_arena = HostArena([layout.nbytes for layout in layouts], what="LoRA memory") if tensors else None
+        if self.extras_arena is not None:
+            for block, layout, host, given in zip(self.blocks, layouts, self.extras_arena.records, extras, strict=True):
+                if layout.nbytes:
+                    block.travelling = HostRecord(block.module, layout, host, given)
+                    block.travelling.cut(whole=self.whole_blocks)
+
+    def _stay(self, block: Block, layout: RecordLayout, extras: Extras) -> None:
+        if layout.nbytes:
+            with torch.inference_mode(False):
+                host = torch.empty(layout.nbytes, dtype=torch.uint8)
+            block.staying = HostRecord(block.module, layout, host, extras)
+            if self.plan is not None:
+                self._put(block.staying, block.is_resident)
 
     def start(self, plan: ResidencyPlan, copies: Copies, *, whole_blocks: bool = False) -> None:
         """Put ``plan`` into effect; of a plan in effect, what both have in common stays where it is.
@@ -160,39 +261,41 @@ class Streamer:
         Tiles are layers. A compiled block must not be entered between its layers: with ``whole_blocks`` a block is one
         tile, and the plan must be made for such sizes.
 
-        Where the device has no room for all residents, those stay that fit, in order; ``self.plan`` tells.
+        Where the device has no room for all residents, the plan before stays in effect, or, if there is none, fewer
+        are resident; ``self.plan`` tells.
 
         Raises:
             torch.OutOfMemoryError: not even streaming every block fits. Nothing is left on the device then.
         """
-        if (self._copies, self._asked, self._whole_blocks) == (copies, plan, whole_blocks):
+        if (self._copies, self._asked, self.whole_blocks) == (copies, plan, whole_blocks):
             return
-        self._asked = plan
-        if self._copies is not copies or self._whole_blocks != whole_blocks:
+        if self._copies is not copies or self.whole_blocks != whole_blocks:
             self.stop()
-            self._copies, self._whole_blocks, self._asked = copies, whole_blocks, plan
-            for block, layout in zip(self.blocks, self._layouts[whole_blocks], strict=True):
-                block.lay_out(layout)
+            self._copies, self.whole_blocks = copies, whole_blocks
+            for block in self.blocks:
+                block.cut(whole=whole_blocks)
             self._orders.clear()
-        wanted = plan
-        while True:
+        self._asked = plan
+        before = self.plan
+        for candidate in (plan, *self._smaller(plan, before)):
             try:
-                self._apply(wanted)
+                self._apply(candidate)
                 break
-            except torch.OutOfMemoryError:
-                held = [index for index, block in enumerate(self.blocks) if block.is_resident]
-                if len(held) == len(wanted.resident):
-                    if not held:
-                        self.stop()
-                        raise
-                    held.pop()
-                wanted = plan_for(self.sizes(whole_blocks=whole_blocks), held, plan.staging_bytes)
-        if wanted is not plan:
+            except torch.OutOfMemoryError as error:
+                failure = error.with_traceback(None)
+        else:
+            self.stop()
+            raise failure
+        if candidate is not plan:
             logger.warning(
                 "Streaming: the device has room for %d of %d resident blocks; the others are streamed",
-                len(wanted.resident),
+                len(candidate.resident),
                 len(plan.resident),
             )
+
+    def change(self, plan: ResidencyPlan) -> None:
+        """`start` again with ``plan``, the rest as it is. Giving residents up copies nothing and frees their memory."""
+        self.start(plan, self._require_copies(), whole_blocks=self.whole_blocks)
 
     def stop(self) -> None:
         """Bind every block to host memory and free everything on the device. Idempotent."""
@@ -204,6 +307,18 @@ class Streamer:
                 block.drop()
             self.plan = self._asked = self.telemetry = self._copies = None
 
+    @property
+    def _arenas(self) -> tuple[HostArena, ...]:
+        return tuple(arena for arena in (self.arena, self.extras_arena) if arena is not None)
+
+    def _smaller(self, plan: ResidencyPlan, before: ResidencyPlan | None) -> Iterable[ResidencyPlan]:
+        """What to try where the device has no room for ``plan``."""
+        if before is not None and before.device_bytes < plan.device_bytes:
+            yield before
+        sizes, count = self.sizes(whole_blocks=self.whole_blocks), len(plan.resident)
+        for fewer in sorted({3 * count // 4, count // 2, count // 4, 0} - {count}, reverse=True):
+            yield plan_for(sizes, spread(plan.resident, fewer), plan.staging_bytes)
+
     def _apply(self, plan: ResidencyPlan) -> None:
         self._end_staging()
         self.plan = plan
@@ -213,20 +328,28 @@ class Streamer:
                 block.drop()
         self._begin_staging(plan)
         for index in plan.resident:
-            if not self.blocks[index].is_resident:
-                self._put(self.blocks[index], resident=True)
+            block = self.blocks[index]
+            block.is_resident = True  # first: where memory runs out it is the plan's successor that drops it
+            self._put_missing(block, resident=True)
 
-    def _put(self, block: _Block, resident: bool) -> None:
+    def _put_missing(self, block: Block, resident: bool) -> None:
+        for record in block.records:
+            if record.buffer is None:
+                self._put(record, resident)
+
+    def _put(self, record: HostRecord, resident: bool) -> None:
         """Copy what is to be always on the device there, before any compute that comes after this."""
         copies = self._require_copies()
-        source = block.bytes_for(resident)
+        source = record.bytes_for(resident)
+        if not source.nbytes:
+            return
         buffer = copies.empty(source.nbytes)
         # The allocator may have handed out bytes that earlier compute still reads.
         free, ready = copies.event(), copies.event()
         copies.record(free)
         copies.copy(buffer, source, after=free, done=ready)
         copies.compute_waits(ready)
-        block.take(buffer, resident)
+        record.take(buffer, resident)
 
     def _begin_staging(self, plan: ResidencyPlan) -> None:
         copies = self._require_copies()
@@ -238,33 +361,26 @@ class Streamer:
         self._free = copies.event()
         self.telemetry = Telemetry(copies)
         for index in plan.streamed:
-            if self.blocks[index].buffer is None:
-                self._put(self.blocks[index], resident=False)
+            self._put_missing(self.blocks[index], resident=False)
             self._hook(index)
         self._place(plan)
         if self._staged:
-            self._measure_link()
             self._fetch_all((0, *self._ring.beside[0]))
-
-    def _measure_link(self) -> None:
-        copies, first = self._require_copies(), self._staged[0]
-        begun, ended = copies.event(timed=True), copies.event(timed=True)
-        copies.copy(first.place, first.tile.source, after=self._free, begun=begun, done=ended)
-        self._require_telemetry().link_was_measured(first.place.nbytes, begun, ended)
 
     def _place(self, plan: ResidencyPlan) -> None:
         """Give every streamed tile its place in the ring."""
         assert self._ring_memory is not None
         memory, copies = self._ring_memory.memory, self._require_copies()
         order = [(index, local) for index in plan.streamed for local in self._order(index)]
-        tiles = [self.blocks[index].tiles[local] for index, local in order]
-        self._ring = lay_out([tile.tile.nbytes for tile in tiles], plan.staging_bytes)
+        parts = [self.blocks[index].parts(local) for index, local in order]
+        tiles = [sum(tile.tile.nbytes for tile, _ in together) for together in parts]
+        self._ring = lay_out(tuple(tiles), plan.staging_bytes)
         self._staged = [
-            _Staged(
-                f"{self._kinds[index]} {index} {tile.tile.module}", tile, memory[start:][: tile.tile.nbytes], copies
-            )
-            for (index, _), tile, start in zip(order, tiles, self._ring.offsets, strict=True)
+            _Staged(f"{self.blocks[index].kind} {index} {together[0][0].tile.module}", together, memory[start:], copies)
+            for (index, _), together, start in zip(order, parts, self._ring.offsets, strict=True)
         ]
+        if self._staged:
+            self._require_telemetry().link = self._staged[0].time_copies(copies)
         self._positions = {tile: position for position, tile in enumerate(order)}
         self._released()  # what is in the ring now
 
@@ -272,7 +388,7 @@ class Streamer:
         # Weak: a block that held its streamer would keep the arena alive until the garbage collector runs.
         streamer = weakref.proxy(self)
         # A compiled block is traced with its hooks: they have to stay outside of what is compiled.
-        hook: Any = torch.compiler.disable if self._whole_blocks else lambda function: function
+        hook: Any = torch.compiler.disable if self.whole_blocks else lambda function: function
         for local, tile in enumerate(self.blocks[index].tiles):
 
             def before(*_: object, key: tuple[int, int] = (index, local)) -> None:
@@ -290,11 +406,8 @@ class Streamer:
             hook.remove()
         self._hooks.clear()
         self._release()
-        staged_tiles, self._staged = self._staged, []
+        self._staged = []
         self._seen = (-1, [])
-        for staged in staged_tiles:
-            # Whoever gets this memory next must not meet a copy that is under way.
-            self._require_copies().compute_waits(staged.ready)
 
     def _lose_ring(self) -> None:
         """Another streamer takes the ring: what is in it is gone."""
@@ -317,10 +430,11 @@ class Streamer:
         position = self._positions[key]
         telemetry.tile(position)
         staged = self._staged[position]
-        if not staged.tile.is_bound_to(staged.tile.home):
+        if not staged.is_home:
+            layer = staged.parts[0].tile.tile.module or "a block"
             raise RuntimeError(
-                f"the tensors of {staged.tile.tile.module or 'a block'} in streamed block {key[0]} were replaced from "
-                "outside. Change weights with a patch (LoRA and the like), or load the model again."
+                f"the tensors of {layer} in streamed block {key[0]} were replaced from outside. Change weights with a "
+                "patch (LoRA and the like), or load the model again."
             )
         if not staged.present:
             telemetry.missed()
@@ -334,7 +448,7 @@ class Streamer:
         if before is not None:
             telemetry.after_wait(before)
         with _label("bind", staged):
-            staged.tile.bind(staged.views)
+            staged.bind()
         self._active = staged
 
     def _after(self, key: tuple[int, int]) -> None:
@@ -346,7 +460,7 @@ class Streamer:
     def _release(self) -> None:
         """Take the tile that computes, or was when its forward was cut short, off the ring."""
         if self._active is not None:
-            self._active.tile.bind(self._active.tile.home)
+            self._active.unbind()
             self._active.present = False
             self._active = None
             self._released()
@@ -364,13 +478,16 @@ class Streamer:
                 for evicted in self._ring.evicted[position]:
                     self._staged[evicted].present = False
                 with _label("fetch", staged):
-                    copies.copy(staged.place, staged.tile.source, after=self._free, done=staged.ready)
-                self._require_telemetry().copied(staged.nbytes)
+                    begun = staged.begun
+                    for part in staged.parts:
+                        copies.copy(part.place, part.tile.source, after=self._free, done=staged.ready, begun=begun)
+                        begun = None
+                self._require_telemetry().copied(staged.nbytes, staged.pinned_bytes)
                 staged.present = True
 
     def _order(self, index: int) -> Sequence[int]:
         """A block's tiles in the order in which blocks of its structure were seen to use them."""
-        return self._orders.get(self._structures[index], range(len(self.blocks[index].tiles)))
+        return self._orders.get(self._structures[index], range(len(self.blocks[index].own.tiles)))
 
     def _learn_order(self, index: int, local: int) -> None:
         structure = self._structures[index]
@@ -381,7 +498,7 @@ class Streamer:
             seen = []
             self._seen = (index, seen)
         seen.append(local)
-        if len(seen) == len(self.blocks[index].tiles):
+        if len(seen) == len(self.blocks[index].own.tiles):
             registered = tuple(range(len(seen)))
             self._orders[structure] = tuple(seen) if set(seen) == set(registered) else registered
             if self._orders[structure] == registered:
@@ -403,6 +520,13 @@ def _label(verb: str, staged: _Staged) -> AbstractContextManager[Any]:
     if not torch.autograd.profiler._is_profiler_enabled:
         return _NO_LABEL
     return torch.profiler.record_function(f"{verb} {staged.name}")
+
+
+def _of_layout(extras: Extras, layout: RecordLayout) -> Extras:
+    """Those of ``extras`` that ``layout`` has a field for."""
+    fields = {(field.module, field.name) for tile in (*layout.tiles, layout.small) for field in tile.fields}
+    chosen = {path: {n: t for n, t in named.items() if (path, n) in fields} for path, named in extras.items()}
+    return {path: named for path, named in chosen.items() if named}
 
 
 _NO_LABEL: AbstractContextManager[Any] = nullcontext()

@@ -15,11 +15,13 @@ _SAMPLED_EVERY = 8
 class ForwardCost:
     """One forward over the streamed blocks, from its first tile to the first of the next.
 
-    ``refetched`` counts tiles that were not there when they were called for (in a steady forward none). ``total_ms``
-    and ``stall_ms`` (compute waiting for copies) are None where they were not measured.
+    ``pinned_bytes``: how many of ``copied_bytes`` came from pinned memory. ``refetched`` counts tiles that were not
+    there when they were called for (in a steady forward none). ``total_ms`` and ``stall_ms`` (compute waiting for
+    copies) are None where they were not measured.
     """
 
     copied_bytes: int
+    pinned_bytes: int
     refetched: int
     total_ms: float | None
     stall_ms: float | None
@@ -33,7 +35,17 @@ class _Running:
     ended: Any = None
     waits: list[tuple[Any, Any]] = field(default_factory=list)
     copied_bytes: int = 0
+    pinned_bytes: int = 0
     refetched: int = 0
+
+
+@dataclass(frozen=True)
+class Link:
+    """A copy of ``nbytes`` between two timed events, made again in each forward: how fast the bus is."""
+
+    nbytes: int
+    begun: Any
+    ended: Any
 
 
 class Telemetry:
@@ -48,7 +60,9 @@ class Telemetry:
         self._passing: list[_Running] = []
         self._last: ForwardCost | None = None
         self._last_timed: ForwardCost | None = None
-        self._link: tuple[int, Any, Any] | None = None
+        self._shown: ForwardCost | None = None
+        self.link: Link | None = None
+        self._gbps: float | None = None
 
     @property
     def last(self) -> ForwardCost | None:
@@ -62,14 +76,18 @@ class Telemetry:
         self._collect()
         return self._last_timed
 
+    def has_news(self) -> bool:
+        """Whether a timed forward has passed since the last call."""
+        before, self._shown = self._shown, self.last_timed
+        return self._shown is not before
+
     @property
     def link_gbps(self) -> float | None:
-        """1e9 bytes a second from host to device, as the first copy to the ring showed; None while it is not done."""
-        if self._link is None:
-            return None
-        nbytes, begun, ended = self._link
-        elapsed_ms = self._copies.elapsed_ms(begun, ended)
-        return nbytes / elapsed_ms / 1e6 if elapsed_ms else None
+        """1e9 bytes a second from host to device, as a recent copy to the ring showed; None while none is done."""
+        if self.link is not None:
+            elapsed_ms = self._copies.elapsed_ms(self.link.begun, self.link.ended)
+            self._gbps = self.link.nbytes / elapsed_ms / 1e6 if elapsed_ms else self._gbps
+        return self._gbps
 
     def tile(self, position: int) -> None:
         """The tile at ``position`` in the cycle is called for: a new forward, if it is not after the last one."""
@@ -77,16 +95,13 @@ class Telemetry:
             self._next_forward()
         self._last_position = position
 
-    def copied(self, nbytes: int) -> None:
+    def copied(self, nbytes: int, pinned_bytes: int) -> None:
         self._now.copied_bytes += nbytes
+        self._now.pinned_bytes += pinned_bytes
 
     def missed(self) -> None:
         self._now.refetched += 1
         self.refetched += 1
-
-    def link_was_measured(self, nbytes: int, begun: Any, ended: Any) -> None:
-        """A copy of ``nbytes`` takes place between two timed events."""
-        self._link = (nbytes, begun, ended)
 
     def before_wait(self) -> Any:
         """Where compute comes to a wait: what `after_wait` wants, or None in a forward that is not timed."""
@@ -123,7 +138,7 @@ class Telemetry:
                     return
                 stall_ms = sum(self._copies.elapsed_ms(before, after) or 0.0 for before, after in done.waits)
             del self._passing[0]
-            self._last = ForwardCost(done.copied_bytes, done.refetched, total_ms, stall_ms)
+            self._last = ForwardCost(done.copied_bytes, done.pinned_bytes, done.refetched, total_ms, stall_ms)
             if total_ms is not None:
                 self._last_timed = self._last
 

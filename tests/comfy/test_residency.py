@@ -7,6 +7,8 @@ import comfy.model_management
 import pytest
 import torch
 
+from flux_nf4.offload.patcher import Residency
+
 DOUBLES, SINGLES = 8, 10
 
 
@@ -70,7 +72,7 @@ def test_changed_block_counts_take_effect_without_reading_the_file_again(load, s
     hooks = len(streamer._hooks)
     for double, single in ((2, 5), (4, 10), (0, 3), (0, 0)):
         changed = patcher.clone()
-        changed.resident = {"double": double, "single": single}
+        changed.residency = Residency((("double", double), ("single", single)))
         assert torch.equal(sample(changed), expected)
         assert streamer.plan == changed.plan
         patcher = changed
@@ -80,7 +82,7 @@ def test_changed_block_counts_take_effect_without_reading_the_file_again(load, s
 def test_two_clones_with_their_own_settings_can_be_sampled_in_turn(load, sample, expected, copies):
     first = load(0, 0)
     second = first.clone()
-    second.resident = {"double": 3, "single": 4}
+    second.residency = Residency((("double", 3), ("single", 4)))
     for _ in range(2):
         for patcher in (first, second):
             assert torch.equal(sample(patcher), expected)

@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+from collections import deque
 
 import torch
 from simulated_device import SimulatedDevice
@@ -24,6 +25,7 @@ class SimulatedLane(SimulatedDevice):
         self.pins_every = pins_every
         self.buffers = []
         self.worker = None
+        self.asked = deque()
         self.latency = random.Random(seed)
 
     # What the worker calls.
@@ -36,9 +38,10 @@ class SimulatedLane(SimulatedDevice):
         return self.buffers[-1]
 
     def is_pinned(self, source):
-        assert self.gate.wait(20)
-        if self.latency.random() < 0.1:
-            time.sleep(1e-4)
+        if threading.current_thread() is self.worker:
+            assert self.gate.wait(20)
+            if self.latency.random() < 0.1:
+                time.sleep(1e-4)
         return self.pins_every and source.data_ptr() // 256 % self.pins_every == 0
 
     def host_waits(self, event):
@@ -52,7 +55,10 @@ class SimulatedLane(SimulatedDevice):
                 assert any(map(self._step, queues)), "deadlock: what the host waits for can never pass"
 
     def copy(self, destination, source, **events):
-        assert threading.current_thread() is self.worker, "a copy went past the queue"
+        (pointer, left), nbytes = self.asked.popleft(), destination.nbytes
+        assert pointer == destination.data_ptr(), "a copy overtook another"
+        if left > nbytes:
+            self.asked.appendleft((pointer + nbytes, left - nbytes))
         if not self._is_in_a_buffer(source):
             assert self.is_pinned(source), "a copy of memory that is not pinned"
         with self.lock:
@@ -96,6 +102,14 @@ class BouncedDevice(BouncedCopies):
     def __init__(self, seed=0, pins_every=3, buffer_bytes=256):
         self.lane = SimulatedLane(seed, pins_every)
         super().__init__(self.lane, buffer_bytes)
+
+    def copy(self, destination, source, **events):
+        if source.nbytes:
+            self.lane.asked.append((destination.data_ptr(), source.nbytes))
+        super().copy(destination, source, **events)
+
+    def holds(self, tensor):
+        return self.lane.holds(tensor)
 
     def launch(self, kernel):
         self.lane.launch(kernel)

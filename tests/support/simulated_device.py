@@ -53,6 +53,7 @@ class SimulatedDevice:
         self.copies: deque[Operation] = deque()
         self.freed: list[torch.Tensor] = []
         self.held_bytes = 0
+        self.held: dict[int, int] = {}
         self.copied_bytes = 0
         self.capacity = None
         self.time = 0
@@ -69,6 +70,7 @@ class SimulatedDevice:
         else:
             self.freed = [other for other in self.freed if other is not memory]
         handed_out = memory[:nbytes].detach()
+        self.held[memory.data_ptr()] = nbytes
         weakref.finalize(handed_out, self._free, memory, nbytes)
         return handed_out
 
@@ -84,14 +86,15 @@ class SimulatedDevice:
     ) -> None:
         self.copied_bytes += source.nbytes
         done.marker = Marker()
-        # Addresses, not tensors: a copy under way must not keep memory that its owner gave back.
-        target, origin, nbytes = destination.data_ptr(), source.data_ptr(), source.nbytes
+        # An address, not a tensor: a copy under way must not keep memory that its owner gave back. The source is kept
+        # here as the arena keeps it: that does not give memory back before copies from it are done.
+        target, nbytes = destination.data_ptr(), source.nbytes
         start = None
         if begun is not None:
             start = begun.marker = Marker()
         self.copies.append(Operation(after=after.marker, done=start))
         self.copies.append(Operation(lambda: _fill(target, nbytes)))
-        self.copies.append(Operation(lambda: _move(target, origin, nbytes), done=done.marker))
+        self.copies.append(Operation(lambda: _move(target, source.data_ptr(), nbytes), done=done.marker))
         self._let_time_pass()
 
     def compute_waits(self, event: Event) -> None:
@@ -104,6 +107,11 @@ class SimulatedDevice:
         self._let_time_pass()
 
     # What tests call.
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether all of ``tensor`` is in memory of this device."""
+        start = tensor.data_ptr()
+        return any(first <= start and start + tensor.nbytes <= first + size for first, size in self.held.items())
 
     def launch(self, kernel: Callable[[], None]) -> None:
         """Queue compute."""
@@ -120,8 +128,12 @@ class SimulatedDevice:
             assert memory.eq(POISON).all(), "memory was written to after it was given back"
 
     def _free(self, memory: torch.Tensor, nbytes: int) -> None:
+        """Compute gets it next; as torch's allocator does, not before the copies that were queued by now."""
         self.held_bytes -= nbytes
-        self.compute.append(Operation(lambda: memory.fill_(POISON)))
+        del self.held[memory.data_ptr()]
+        copied = Marker()
+        self.copies.append(Operation(done=copied))
+        self.compute.append(Operation(lambda: memory.fill_(POISON), after=copied))
         self.freed.append(memory)
 
     def _let_time_pass(self) -> None:

@@ -24,24 +24,24 @@ class Value:
 
 
 class Layer(nn.Module):
+    """``extra`` is a tensor that it may be given later."""
+
     def __init__(self, width, generator):
         super().__init__()
         self.weight = nn.Parameter(torch.randint(-9, 9, (width, 4), generator=generator).float(), requires_grad=False)
         self.bias = nn.Parameter(torch.randint(-9, 9, (4,), generator=generator).float(), requires_grad=False)
         self.device = None
-        self.host = range(0)
 
     def forward(self, x):
+        tensors = [self.weight, self.bias, *([self.extra] if hasattr(self, "extra") else [])]
         if self.device is None:
-            return Value(compute(x.tensor, self.weight, self.bias))
-        weight, bias, out = self.weight.data_ptr(), self.bias.data_ptr(), Value()
-        assert weight not in self.host, "a weight is in host memory"
-        assert bias not in self.host, "a bias is in host memory"
-        shape = self.weight.shape
+            return Value(compute(x.tensor, *tensors))
+        assert all(map(self.device.holds, tensors)), "a tensor is not on the device"
+        places, out = [(tensor.data_ptr(), tensor.shape) for tensor in tensors], Value()
 
         def kernel():
             # By address: a kernel that is queued keeps no memory alive, on a GPU neither.
-            out.tensor = compute(x.tensor, at(weight, shape), at(bias, shape[1:]))
+            out.tensor = compute(x.tensor, *(at(pointer, shape) for pointer, shape in places))
 
         self.device.launch(kernel)
         return out
@@ -53,8 +53,8 @@ def at(pointer, shape):
     return torch.frombuffer(memory, dtype=torch.float32).view(shape)
 
 
-def compute(x, weight, bias):
-    return (x * 3 + (weight.sum(0) * torch.arange(1, 5)) + bias) % 1009
+def compute(x, weight, bias, extra=torch.zeros(1, 4)):  # noqa: B008
+    return (x * 3 + (weight.sum(0) * torch.arange(1, 5)) + bias + 7 * extra.sum(0)) % 1009
 
 
 class Block(nn.Module):
@@ -86,21 +86,40 @@ class StreamedModel:
         self.blocks = [block for group in groups.values() for block in group]
         self.reference = [block for group in make_groups(seed).values() for block in group]
         self.streamer = streamer_class(groups)
-        arena = self.streamer.arena.records
-        for block in self.blocks:
-            for layer in block.layers:
-                layer.device = device
-                layer.host = range(arena[0].data_ptr(), arena[-1].data_ptr() + arena[-1].nbytes)
+        self.layers = [layer for block in self.blocks for layer in block.layers]
+        self.reference_layers = [layer for block in self.reference for layer in block.layers]
+        for layer in self.layers:
+            layer.device = device
         self.pending = []
         self.calls = 0
+        self.started = None
 
     def start(self, double=0, single=0, staging=1200):
+        self.started = (double, single, staging)
         self.streamer.start(
             plan_by_counts(self.streamer.sizes(), {"double": double, "single": single}, staging), self.device
         )
 
     def stop(self):
+        self.started = None
         self.streamer.stop()
+
+    def set_extras(self, rows):
+        """Give the n-th layer an extra tensor of so many rows, the others none; large ones of as many rows are kept."""
+        before = {id(layer): layer.extra for layer in self.reference_layers if hasattr(layer, "extra")}
+        extras = {}
+        rows = [*rows, *[0] * len(self.layers)]
+        for layer, reference, count in zip(self.layers, self.reference_layers, rows, strict=False):
+            if hasattr(reference, "extra"):
+                del reference.extra
+            if count:
+                kept = before.get(id(reference))
+                is_kept = kept is not None and len(kept) == count and count > 8
+                reference.extra = kept if is_kept else torch.full((count, 4), float(self.calls % 7 + count))
+                extras[layer] = {"extra": reference.extra}
+        self.streamer.set_extras(extras)
+        if self.started is not None:
+            self.start(*self.started)
 
     def forward(self, order=None, stop_at=None, stop_before=0):
         """Run blocks in ``order`` (all by default); at the ``stop_at``-th call raise before a layer."""
@@ -134,7 +153,7 @@ def exercise(streamer_class, seed, steps=25):
     count = len(models[0].blocks)
     for _ in range(steps):
         model = rng.choice(models)
-        action = rng.randrange(8)
+        action = rng.randrange(10)
         if action < 3:
             model.forward()
         elif action == 3:
@@ -146,13 +165,24 @@ def exercise(streamer_class, seed, steps=25):
             model.start(double, single, rng.choice((0, 1200, 2000)))
         elif action == 6:
             model.stop()
+        elif action == 7:
+            model.set_extras([rng.choice((0, 2, 12, 20)) for _ in model.layers])
+        elif action == 8:
+            model.check()
+            models[models.index(model)] = StreamedModel(
+                streamer_class, device, seed=3
+            )  # and let go, with copies under way
         else:
             model.check()
     for staging in (1200, 2000, 0):
         for model in models:
             model.start(staging=staging)
             model.forward()
-    for model in models:
+    for model in (*models, *models):
         model.stop()  # with copies under way
+        model.start(staging=1200)  # in a ring that the other one's compute still reads
+        model.forward()
+    for model in models:
+        model.stop()
     for model in models:
         model.check()

@@ -78,7 +78,7 @@ def test_a_source_of_any_size_arrives_whole(nbytes):
 
 
 def test_compute_waits_for_a_copy_that_the_worker_has_not_come_to():
-    device = BouncedDevice()
+    device = BouncedDevice(pins_every=0)
     source = some_bytes(700)
     with Held(device):
         destination, done = send(device, source)
@@ -108,6 +108,22 @@ def test_a_copy_waits_for_the_recording_that_was_there_when_it_was_asked_for(mon
     device.synchronise()  # a deadlock, if the copy waited for what is never launched
     assert not later.done.passed
     assert torch.equal(destination, source)
+
+
+def test_pinned_memory_does_not_wait_for_an_idle_worker_nor_overtake_a_busy_one():
+    device = BouncedDevice(pins_every=1)
+    source = some_bytes(700)
+    destinations = [send(device, source)[0]]
+    assert device._last is None
+    with Held(device):
+        device.lane.pins_every = 0
+        destinations.append(send(device, source)[0])
+        device.lane.pins_every = 1
+        destinations.append(send(device, source)[0])
+        assert not device._last.done()
+    device._last.result()
+    device.synchronise()
+    assert all(torch.equal(destination, source) for destination in destinations)
 
 
 def test_nothing_grows_with_the_number_of_copies():
@@ -170,6 +186,7 @@ def test_a_failure_of_the_worker_is_raised_where_its_bytes_are_needed(monkeypatc
 
     def fail(destination, source, **events):
         if source[0] == broken[0]:
+            device.lane.asked.popleft()
             raise RuntimeError("the bus is gone")
         copy(destination, source, **events)
 
@@ -192,7 +209,7 @@ def test_a_worker_that_cannot_start_is_an_error_and_no_hang(monkeypatch):
         raise RuntimeError("no such device")
 
     monkeypatch.setattr(SimulatedLane, "enter_thread", fail)
-    device = BouncedDevice()
+    device = BouncedDevice(pins_every=0)
     with pytest.raises(RuntimeError):
         device.compute_waits(send(device, some_bytes(10))[1])
 
@@ -214,12 +231,13 @@ def test_the_worker_and_its_buffers_go_with_the_last_user():
 
 @pytest.mark.parametrize("pins_every", [0, 1])
 def test_a_queued_source_stays_alive_and_a_submitted_one_does_not(pins_every):
-    device = BouncedDevice(pins_every=pins_every)
+    device = BouncedDevice(pins_every=0)
     expected = some_bytes(300)
     source = expected.clone()
     gone = weakref.ref(source)
     with Held(device):
         _first, _ = send(device, expected)  # holds the worker up
+        device.lane.pins_every = pins_every
         destination, done = send(device, source)
         del source
         assert gone() is not None
@@ -277,15 +295,16 @@ def test_a_model_with_copies_in_the_queue_can_be_let_go(leave, monkeypatch):
     with Held(device):
         model.forward(order=[4], stop_at=0, stop_before=0)
         model.streamer._fetch_all(range(len(model.streamer._staged)))
+        assert not device._last.done()
         leaving = in_thread(lambda: leave(model))
         leaving.join(0.05)
-        assert leaving.is_alive(), "nothing was in the queue"
     leaving.join(20)
     assert not leaving.is_alive()
     model.forward()
     model.check()
     model.stop()
     model.check()
+    device._last.result()  # what is in the queue keeps its memory until it is submitted
     assert device.lane.held_bytes == 0
 
 

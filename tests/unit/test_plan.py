@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flux_nf4.offload.plan import STAGING_BYTES, BlockSize, plan_by_budget, plan_by_counts, predict_stall_ms
+from flux_nf4.offload.plan import (
+    STAGING_BYTES,
+    BlockSize,
+    least_device_bytes,
+    plan_by_budget,
+    plan_by_counts,
+    predict_stall_ms,
+)
 
 DOUBLE = BlockSize("double", (15_900_000,) * 2 + (5_300_000,) * 2 + (21_200_000,) * 4 + (31_850_000,) * 2, 192_512)
 SINGLE = BlockSize("single", (15_900_000, 37_160_000, 26_540_000), 62_000)
@@ -40,7 +47,7 @@ def test_a_budget_is_never_exceeded(blocks, budget):
     try:
         plan = plan_by_budget(blocks, budget)
     except ValueError:
-        assert budget < plan_by_counts(blocks, {}).device_bytes
+        assert budget < least_device_bytes(blocks)
     else:
         check(plan, blocks)
         assert plan.device_bytes <= budget
@@ -62,10 +69,36 @@ def test_a_budget_is_used_up_to_one_block():
 
 
 def test_a_budget_that_is_too_small_names_the_smallest():
-    least = plan_by_counts(FLUX, {}).device_bytes
+    least = least_device_bytes(FLUX)
     with pytest.raises(ValueError, match=f"takes {least / 2**20:.0f} MiB"):
         plan_by_budget(FLUX, least - 1)
     assert plan_by_budget(FLUX, least).device_bytes == least
+    assert least < plan_by_counts(FLUX, {}).device_bytes
+
+
+@given(budgets, st.integers(0, 20), st.integers(0, 40))
+def test_counts_are_kept_where_the_budget_allows_and_shrink_where_it_does_not(budget, double, single):
+    asked = plan_by_counts(FLUX, {"double": double, "single": single})
+    plan = plan_by_budget(FLUX, max(budget, least_device_bytes(FLUX)), counts=(("double", double), ("single", single)))
+    check(plan, FLUX)
+    if asked.device_bytes <= budget:
+        assert plan == asked
+    else:
+        assert plan.bytes_per_forward >= asked.bytes_per_forward
+        for kind in ("double", "single"):
+            staying = [sum(FLUX[i].kind == kind for i in p.resident) for p in (plan, asked)]
+            assert staying[0] <= staying[1]
+
+
+@given(budgets, st.integers(0, 19))
+def test_what_the_count_of_one_kind_leaves_goes_to_the_other(budget, double):
+    alone = plan_by_counts(FLUX, {"double": double})
+    plan = plan_by_budget(FLUX, max(budget, alone.device_bytes), counts=(("double", double),))
+    check(plan, FLUX)
+    assert set(alone.resident) <= set(plan.resident)
+    if plan.streamed:
+        assert sum(FLUX[i].kind == "double" for i in plan.resident) == double
+        assert plan.device_bytes > min(budget, alone.device_bytes + 5 * SINGLE.nbytes) - 6 * SINGLE.nbytes
 
 
 def test_blocks_that_would_sit_in_the_ring_for_ever_are_resident():

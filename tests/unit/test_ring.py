@@ -16,7 +16,7 @@ def overlap(sizes, ring, one, other):
 
 @given(tiles, st.integers(100, 400))
 def test_what_is_fetched_ahead_never_overwrites_what_is_still_needed(sizes, nbytes):
-    ring = lay_out(sizes, nbytes)
+    ring = lay_out(tuple(sizes), nbytes)
     for index in range(len(sizes)):
         assert 0 <= ring.offsets[index] <= nbytes - sizes[index]
         for needed, run in (([], ring.ahead[index]), ([index], ring.beside[index])):
@@ -27,7 +27,7 @@ def test_what_is_fetched_ahead_never_overwrites_what_is_still_needed(sizes, nbyt
 
 @given(tiles, st.integers(100, 400))
 def test_what_is_evicted_is_what_overlaps(sizes, nbytes):
-    ring = lay_out(sizes, nbytes)
+    ring = lay_out(tuple(sizes), nbytes)
     for index in range(len(sizes)):
         others = [other for other in range(len(sizes)) if other != index and overlap(sizes, ring, index, other)]
         assert list(ring.evicted[index]) == others
@@ -35,7 +35,7 @@ def test_what_is_evicted_is_what_overlaps(sizes, nbytes):
 
 @given(tiles, st.integers(100, 400))
 def test_as_much_as_fits_is_fetched_ahead(sizes, nbytes):
-    ring = lay_out(sizes, nbytes)
+    ring = lay_out(tuple(sizes), nbytes)
     for index, run in enumerate(ring.ahead):
         following = (index + len(run) + 1) % len(sizes)
         if len(run) < len(sizes) - 1:
@@ -44,4 +44,4 @@ def test_as_much_as_fits_is_fetched_ahead(sizes, nbytes):
 
 def test_a_tile_larger_than_the_ring_is_refused():
     with pytest.raises(ValueError, match="101 bytes does not fit into a staging ring of 100"):
-        lay_out([5, 101], 100)
+        lay_out((5, 101), 100)

@@ -192,7 +192,7 @@ def test_a_block_called_inside_another_is_right():
 
 
 def residents(streamer):
-    return {i: block.buffer.data_ptr() for i, block in enumerate(streamer.blocks) if block.is_resident}
+    return {i: block.own.buffer.data_ptr() for i, block in enumerate(streamer.blocks) if block.is_resident}
 
 
 def test_changing_the_plan_keeps_the_output_and_moves_the_difference(expected):

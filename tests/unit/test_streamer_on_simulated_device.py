@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 from simulated_device import SimulatedDevice
@@ -21,7 +21,7 @@ from flux_nf4.offload import record as record_module
 from flux_nf4.offload import streamer as streamer_module
 from flux_nf4.offload.streamer import Streamer
 
-COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+COMMON = {"deadline": None, "phases": [Phase.reuse, Phase.generate], "suppress_health_check": list(HealthCheck)}
 settings.register_profile("short", max_examples=50, stateful_step_count=30, **COMMON)
 settings.register_profile("long", max_examples=3500, stateful_step_count=40, **COMMON)
 PROFILE = settings.get_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
@@ -69,6 +69,15 @@ class TwoModels(RuleBasedStateMachine):
             assert self.models[model].streamer.device_bytes == 0
         finally:
             self.device.capacity = None
+
+    @rule(model=models, rows=st.lists(st.sampled_from((0, 2, 12, 20)), min_size=1, max_size=19))
+    def change_extras(self, model, rows):
+        self.models[model].set_extras(rows)
+
+    @rule(model=models)
+    def let_go_without_stop(self, model):
+        self.models[model].check()
+        self.models[model] = StreamedModel(Streamer, self.device, model + 3)
 
     @rule(model=models)
     def stop(self, model):

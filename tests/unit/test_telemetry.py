@@ -7,7 +7,7 @@ from streaming_model import StreamedModel
 from flux_nf4.offload import record as record_module
 from flux_nf4.offload.copies import InlineCopies
 from flux_nf4.offload.streamer import Streamer
-from flux_nf4.offload.telemetry import Telemetry, summarise
+from flux_nf4.offload.telemetry import Link, Telemetry, summarise
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +32,19 @@ def test_steady_forwards_copy_what_the_plan_says_and_refetch_nothing(model):
     assert telemetry.forwards - before == 5  # each ends when the next begins
     assert telemetry.last.copied_bytes == model.streamer.plan.bytes_per_forward
     assert telemetry.last.refetched == 0
+    assert telemetry.last.pinned_bytes == 0
+
+
+def test_pinned_bytes_are_those_of_pinned_records(model):
+    model.stop()
+    for index in (2, 5):
+        model.streamer.blocks[index].own.is_pinned = True
+    model.start()
+    for _ in range(3):
+        model.forward()
+    model.check()
+    sizes = model.streamer.sizes()
+    assert model.streamer.telemetry.last.pinned_bytes == sizes[2].streamed + sizes[5].streamed
 
 
 def test_skipped_blocks_show_as_refetched_tiles(model):
@@ -85,14 +98,14 @@ def test_a_stall_is_measured_and_advised_upon():
     def line(late, is_pinned=True, gigabytes=0.02):
         device = LateDevice()
         device.late = late
-        telemetry = Telemetry(device)
         begun, ended = device.event(timed=True), device.event(timed=True)
         begun.seconds, ended.seconds = 0.0, 0.001
-        telemetry.link_was_measured(int(gigabytes * 1e9), begun, ended)
+        telemetry = Telemetry(device)
+        telemetry.link = Link(int(gigabytes * 1e9), begun, ended)
         for _ in range(3):
             for position in range(4):
                 telemetry.tile(position)
-                telemetry.copied(10**9)
+                telemetry.copied(10**9, pinned_bytes=10**9)
                 before = telemetry.before_wait()
                 device.compute_waits(None)
                 if before is not None:
