@@ -197,9 +197,10 @@ class BoundTile:
         for (tensors, name), view in zip(self._targets, views, strict=True):
             tensors[name] = view
 
-    def is_bound_to(self, views: Views) -> bool:
-        """Whether nobody has put other tensors in their place."""
-        return all(tensors.get(name) is view for (tensors, name), view in zip(self._targets, views, strict=True))
+    def swaps(self, views: Views) -> Iterable[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]]:
+        """For each tensor: where its module has it, its name there, and what is bound at home and under ``views``."""
+        for (tensors, name), home, view in zip(self._targets, self.home, views, strict=True):
+            yield tensors, name, home, view
 
 
 def keep_in_place(block: nn.Module) -> None:

@@ -96,9 +96,11 @@ def test_a_tile_swaps_between_copies_of_its_bytes():
     other = views_of(tile.tile, torch.ones(tile.tile.nbytes, dtype=torch.uint8))
     tile.bind(other)
     assert block.linear.weight is other[0]
-    assert not tile.is_bound_to(tile.home)
     tile.bind(tile.home)
-    assert tile.is_bound_to(tile.home)
+    assert block.linear.weight is tile.home[0]
+    for tensors, name, home, view in tile.swaps(other):
+        assert tensors[name] is home
+        assert any(view is one for one in other)
 
 
 def test_moving_the_model_does_not_move_a_bound_block():
