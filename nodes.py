@@ -16,15 +16,8 @@ import torch
 
 from .nf4_loader.catalogue import Catalogue, read_catalogue, require_all_in_one
 from .nf4_loader.errors import CheckpointError
-from .nf4_loader.flux import (
-    block_groups,
-    build_flux,
-    fill,
-    load_clip_and_vae,
-    materialise,
-    transformer_bytes,
-    transformer_ram,
-)
+from .nf4_loader.fill import fill
+from .nf4_loader.flux import block_groups, build_flux, load_clip_and_vae, materialise
 from .offload.patcher import StreamedModelPatcher, attach_streaming
 
 logger = logging.getLogger(__name__)
@@ -113,7 +106,7 @@ def _load_transformer(
     groups = block_groups(model)
     attach_streaming(model, groups)
     materialise(model.diffusion_model)
-    progress = comfy.utils.ProgressBar(transformer_bytes(catalogue))
+    progress = comfy.utils.ProgressBar(catalogue.transformer_bytes)
     fill(model, catalogue, progress.update)
     patcher = StreamedModelPatcher(
         model,
@@ -132,7 +125,7 @@ def _clamped(kind: str, wanted: int, depth: int) -> int:
 
 def _require_ram(catalogue: Catalogue) -> None:
     parts = (catalogue.text_encoders, catalogue.vae)
-    needed = transformer_ram(catalogue) + sum(entry.nbytes for part in parts for entry in part.values())
+    needed = catalogue.transformer_ram + sum(entry.nbytes for part in parts for entry in part.values())
     free = comfy.model_management.get_free_memory(torch.device("cpu")) + psutil.swap_memory().free
     if needed > free:
         raise CheckpointError(

@@ -50,9 +50,12 @@ def ranges_read(path: Path) -> list[Range]:
     from flux_nf4.nf4_loader.catalogue import read_catalogue  # type: ignore[import-not-found]
 
     catalogue = read_catalogue(path)
-    entries = [entry for weight in catalogue.weights4bit.values() for entry in (weight.packed, weight.absmax)]
+    parts = catalogue.parts
+    entries = [
+        entry for part in parts for entry in ((part.packed, part.absmax) if hasattr(part, "packed") else (part,))
+    ]
     joined: list[Range] = []
-    for entry in sorted((*entries, *catalogue.dense.values()), key=lambda entry: entry.offset):
+    for entry in sorted(entries, key=lambda entry: entry.offset):
         if joined and sum(joined[-1]) == entry.offset:
             joined[-1] = (joined[-1][0], joined[-1][1] + entry.nbytes)
         else:

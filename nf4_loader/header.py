@@ -52,8 +52,9 @@ _DAMAGED = "The file is damaged or cut short: download it again."
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of the file: its bytes are ``[offset, offset + nbytes)`` of the whole file."""
+    """One tensor: its bytes are ``[offset, offset + nbytes)`` of the whole file ``path``."""
 
+    path: Path
     name: str
     dtype: str
     shape: tuple[int, ...]
@@ -63,7 +64,8 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file holds. ``tensors`` maps full names to entries, in file order."""
+    """What a checkpoint holds, in one file or several. ``path`` is what was asked for; ``tensors`` maps full names to
+    entries, in file order."""
 
     path: Path
     tensors: Mapping[str, TensorEntry]
@@ -120,7 +122,7 @@ def _parse(
     path: Path, raw: bytes, data_start: int, file_size: int
 ) -> tuple[Mapping[str, TensorEntry], Mapping[str, str]]:
     try:
-        document = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
+        document = json.loads(raw.decode("utf-8"), object_pairs_hook=object_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(path, f"its header is not readable as JSON ({error}). {_DAMAGED}") from None
     if not isinstance(document, dict):
@@ -134,7 +136,7 @@ def _parse(
     return {entry.name: entry for entry in tensors}, {str(k): str(v) for k, v in metadata.items()}
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in pairs:
         if name in result:
@@ -161,7 +163,7 @@ def _entry(path: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
             f"{name}: {dtype} of shape {tuple(shape)} needs {expected:,} bytes; "
             f"the header gives it {end - begin:,} ([{begin}, {end})). {_DAMAGED}",
         )
-    return TensorEntry(name, dtype, tuple(shape), data_start + begin, end - begin)
+    return TensorEntry(path, name, dtype, tuple(shape), data_start + begin, end - begin)
 
 
 def _is_sizes(value: Any) -> TypeGuard[list[int]]:
