@@ -231,7 +231,8 @@ def _read_all(path: Path, states: Mapping[str, TensorEntry]) -> dict[str, bytes]
         with source.open("rb") as file:
             for weight, entry in group:
                 if entry.nbytes > MAX_QUANT_STATE_BYTES:
-                    raise CheckpointError(path, f"{entry.name}: {entry.nbytes:,} bytes are no quant state. {_DAMAGED}")
+                    problem = f"{entry.name}: {entry.nbytes:,} bytes are no quant state. {_DAMAGED}"
+                    raise CheckpointError(path, problem)
                 file.seek(entry.offset)
                 read[weight] = file.read(entry.nbytes)
     return read
