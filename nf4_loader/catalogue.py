@@ -200,7 +200,7 @@ def require_all_in_one(catalogue: Catalogue) -> None:
             catalogue.path,
             f"it has the Flux transformer but no {', no '.join(missing)} (looked for '{CLIP_L_PREFIX}*', "
             f"'{T5_PREFIX}*' and '{VAE_PREFIX}*'). This node gives MODEL, CLIP and VAE from one all-in-one file, such "
-            "as flux1-dev-bnb-nf4-v2.safetensors. Put a file without them into models/diffusion_models and load it with "
+            "as flux1-dev-bnb-nf4-v2.safetensors. A file without them goes into models/diffusion_models: load it with "
             "'Load Flux NF4 UNet (streamed)', with 'DualCLIPLoader' (clip_l and t5xxl, type flux) and 'Load VAE' "
             "(ae.safetensors) beside it.",
         )

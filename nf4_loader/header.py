@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,8 @@ def read_header(path: Path) -> Header:
 
 def _read_raw(path: Path) -> tuple[bytes, int]:
     """The bytes of the header's JSON, and the size of the file."""
+    if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for who writes into it
+        raise CheckpointError(path, f"it is no ordinary file ({path}). Pick a .safetensors file.")
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)

@@ -9,6 +9,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 COMFYUI_PATH = os.environ.get("COMFYUI_PATH")
@@ -29,6 +30,15 @@ def _enter_comfyui(tree: str) -> None:
     import comfy.cli_args  # reads sys.argv once
 
     sys.argv = arguments
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors here are tiny: more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

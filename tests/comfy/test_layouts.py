@@ -226,20 +226,21 @@ def test_a_layer_whose_quant_state_is_in_another_shard_is_read(quantised, load, 
 
 
 def test_parts_that_are_quantised_in_different_ways_stay_as_they_are(quantised, load, tmp_path, dense_model):
-    """q in nested NF4, k in FP4, v dense: one Linear of three parts, and no part loses a bit."""
+    """q in nested NF4, k in FP4, v dense or as q: one Linear of parts, and no part loses a bit."""
     reference, folder = quantised(double_quant=True)
     tensors = {name: tensor for shard in folder.glob("*.safetensors") for name, tensor in load_file(shard).items()}
     other, other_folder = quantised(quant_type="fp4")
     fp4 = {name: tensor for shard in other_folder.glob("*.safetensors") for name, tensor in load_file(shard).items()}
     dense = load_file(next(dense_model.glob("*.safetensors")))
     mixed = dict(reference.named_modules())
-    for block in ("transformer_blocks.0", "single_transformer_blocks.1"):
-        to_k, to_v = f"{block}.attn.to_k", f"{block}.attn.to_v"
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith((to_k, to_v))}
+    for to_k in ("transformer_blocks.0.attn.to_k", "single_transformer_blocks.1.attn.to_k"):
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(to_k)}
         tensors |= {name: tensor for name, tensor in fp4.items() if name.startswith(to_k)}
-        tensors |= {name: tensor for name, tensor in dense.items() if name.startswith(to_v)}
         mixed[to_k] = other.get_submodule(to_k)
-        mixed[to_v] = FluxTransformer2DModel.from_pretrained(dense_model).bfloat16().get_submodule(to_v)
+    to_v = "transformer_blocks.0.attn.to_v"
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(to_v)}
+    tensors |= {name: tensor for name, tensor in dense.items() if name.startswith(to_v)}
+    mixed[to_v] = FluxTransformer2DModel.from_pretrained(dense_model).bfloat16().get_submodule(to_v)
     path = tmp_path / "mixed.safetensors"
     save_file(tensors, path)
     model = load(path)
