@@ -18,6 +18,10 @@ from .nf4_loader.catalogue import Catalogue, read_catalogue, require_all_in_one
 from .nf4_loader.errors import CheckpointError
 from .nf4_loader.fill import fill
 from .nf4_loader.flux import block_groups, build_flux, load_clip_and_vae, materialise
+from .nf4_loader.model_sources import sources_of_encoders, sources_of_model
+from .nf4_loader.quant_state import QuantType
+from .nf4_loader.quantise import QuantSettings
+from .nf4_loader.save import save_quantised
 from .offload.patcher import StreamedModelPatcher, attach_streaming
 
 logger = logging.getLogger(__name__)
@@ -135,6 +139,99 @@ def _require_ram(catalogue: Catalogue) -> None:
         )
 
 
+class FluxNF4QuantiseSave:
+    """Makes an NF4 or FP4 file of any Flux MODEL."""
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": ("MODEL", {"tooltip": "A Flux model, dense, fp8, GGUF or 4-bit. LoRAs on it are merged."}),
+                "filename_prefix": (
+                    "STRING",
+                    {
+                        "default": "diffusion_models/flux1-nf4",
+                        "tooltip": "The name of the file, to which a number is added; folders may stand before it. "
+                        "ComfyUI finds models in output/diffusion_models and output/checkpoints.",
+                    },
+                ),
+                "folder": (
+                    ["output", "diffusion_models", "checkpoints"],
+                    {"tooltip": "ComfyUI's output folder, or the first folder of that kind of models."},
+                ),
+                "quant_type": (["nf4", "fp4"], {"tooltip": "NF4 is the more exact for weights of a model."}),
+                "absmax": (
+                    ["fp32", "nested"],
+                    {"tooltip": "fp32: as in v2 files, more exact. nested: as in v1 files, 8 % smaller."},
+                ),
+                "keep_dense": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "tooltip": "Layers that stay as they are, with commas between them, such as: img_in, "
+                        "final_layer.*, double_blocks.0.*",
+                    },
+                ),
+            },
+            "optional": {
+                "clip": ("CLIP", {"tooltip": "With VAE: make an all-in-one file, with these text encoders."}),
+                "vae": ("VAE", {"tooltip": "With CLIP: make an all-in-one file, with this VAE."}),
+            },
+        }
+
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "save"
+    CATEGORY = "advanced/model_merging/flux nf4"
+    DESCRIPTION = (
+        "Quantises a Flux model to NF4 or FP4, layer by layer, and saves it: the transformer alone, or with CLIP and "
+        "VAE as an all-in-one file. What is loaded from a file in 4 bits and has no LoRA is saved as it is."
+    )
+
+    def save(
+        self,
+        model: Any,
+        filename_prefix: str,
+        folder: str,
+        quant_type: QuantType,
+        absmax: str,
+        keep_dense: str,
+        clip: Any = None,
+        vae: Any = None,
+    ) -> dict[str, Any]:
+        root = folder_paths.get_output_directory() if folder == "output" else folder_paths.get_folder_paths(folder)[0]
+        place, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, root)
+        path = Path(place, f"{name}_{counter:05}_.safetensors")
+        if model.model.model_config.unet_config.get("image_model") != "flux":
+            raise CheckpointError(
+                path, f"the model is a {type(model.model).__name__}, and only Flux.1 can be saved here."
+            )
+        if (clip is None) != (vae is None):
+            raise CheckpointError(path, "connect both CLIP and VAE for an all-in-one file, or neither.")
+        sources = sources_of_model(model) + (sources_of_encoders(clip, vae) if clip is not None else [])
+        device = comfy.model_management.get_torch_device()
+        comfy.model_management.free_memory(_GIB, device)
+        progress = comfy.utils.ProgressBar(sum(torch.Size(source.shape).numel() for source in sources))
+        save_quantised(
+            path,
+            sources,
+            QuantSettings(quant_type, nested=absmax == "nested"),
+            prefix="model.diffusion_model." if clip is not None else "",
+            keep_dense=[layer.strip() for layer in keep_dense.split(",") if layer.strip()],
+            metadata=_origin(model),
+            device=device,
+            progress=progress.update,
+        )
+        logger.info("NF4: saved %s (%.2f GiB)", path, path.stat().st_size / _GIB)
+        return {"ui": {"text": [str(path)]}}
+
+
+def _origin(model: Any) -> dict[str, str]:
+    catalogue: Catalogue | None = getattr(model.model, "nf4_catalogue", None)
+    source = catalogue.path.name if catalogue else type(model.model).__name__
+    return {"flux_nf4.source": source, "flux_nf4.patched_weights": str(len(model.patches))}
+
+
 _OLD_NAME = "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload"
 
 if _OLD_NAME in getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {}):
@@ -144,5 +241,11 @@ if _OLD_NAME in getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {}):
         _OLD_NAME,
     )
 
-NODE_CLASS_MAPPINGS: dict[str, type] = {_OLD_NAME: FluxNF4CheckpointLoader}
-NODE_DISPLAY_NAME_MAPPINGS = {_OLD_NAME: "Load Flux NF4 Checkpoint (streamed)"}
+NODE_CLASS_MAPPINGS: dict[str, type] = {
+    _OLD_NAME: FluxNF4CheckpointLoader,
+    "FluxNF4QuantiseSave": FluxNF4QuantiseSave,
+}
+NODE_DISPLAY_NAME_MAPPINGS = {
+    _OLD_NAME: "Load Flux NF4 Checkpoint (streamed)",
+    "FluxNF4QuantiseSave": "Quantise Flux to NF4 and Save",
+}

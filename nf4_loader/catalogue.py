@@ -46,6 +46,12 @@ class Weight4bit:
         return self.packed.name
 
     @property
+    def entries(self) -> tuple[TensorEntry, ...]:
+        """All that bitsandbytes wrote for it."""
+        every = (self.packed, self.absmax, self.quant_map, self.nested_absmax, self.nested_map, self.quant_state)
+        return tuple(entry for entry in every if entry is not None)
+
+    @property
     def shape(self) -> tuple[int, int]:
         return self.state.shape
 

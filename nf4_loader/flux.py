@@ -180,7 +180,7 @@ def load_clip_and_vae(catalogue: Catalogue, embedding_directory: Sequence[str]) 
     """Load the text encoders and the VAE of an all-in-one file through ComfyUI's own code.
 
     ComfyUI splits them off a state dict; the transformer in it is meta tensors, for its detection only. T5 gets
-    as many layers as the file has.
+    as many layers as the file has. Both remember where their tensors are in the file, as ``nf4_entries``.
 
     Raises:
         CheckpointError: ComfyUI does not recognise them.
@@ -200,4 +200,6 @@ def load_clip_and_vae(catalogue: Catalogue, embedding_directory: Sequence[str]) 
             f"ComfyUI does not recognise its {'text encoders' if clip is None else 'VAE'}. The file is damaged or was "
             "made by a tool that this node does not know.",
         )
+    clip.cond_stage_model.nf4_entries = list(catalogue.text_encoders.values())
+    vae.first_stage_model.nf4_entries = list(catalogue.vae.values())
     return clip, vae

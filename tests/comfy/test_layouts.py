@@ -5,7 +5,6 @@ import functools
 import json
 
 import checkpoint_layout as layout
-import comfy.model_detection
 import pytest
 import torch
 from bitsandbytes import functional as bnb
@@ -17,9 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from flux_nf4 import nodes
 from flux_nf4.nf4_loader import layouts
-from flux_nf4.nf4_loader.catalogue import read_catalogue, require_transformer
-from flux_nf4.nf4_loader.fill import fill
-from flux_nf4.nf4_loader.flux import build_flux, materialise
+from flux_nf4.nf4_loader.catalogue import read_catalogue
+from flux_nf4.nf4_loader.flux import build_flux
 from flux_nf4.nf4_loader.linear4bit import Linear4bit
 from flux_nf4.nf4_loader.linear_of_parts import LinearOfParts
 
@@ -68,26 +66,6 @@ def quantised(dense_model, tmp_path_factory):
         return model, folder
 
     return make
-
-
-@pytest.fixture
-def load(tiny_config, monkeypatch):
-    """A function: ComfyUI's model of these files, all of it read."""
-    tiny = comfy.model_detection.model_config_from_unet()
-    tiny.unet_config |= {"depth": DEPTH, "depth_single_blocks": DEPTH}
-    monkeypatch.setattr(comfy.model_detection, "model_config_from_unet", lambda *_: tiny)
-
-    def load(path):
-        catalogue = read_catalogue(path)
-        require_transformer(catalogue)
-        model = build_flux(catalogue)
-        materialise(model.diffusion_model)
-        read = []
-        fill(model, catalogue, read.append)
-        assert sum(read) == catalogue.transformer_bytes
-        return model
-
-    return load
 
 
 def dequantised(module, dtype):
@@ -183,9 +161,9 @@ def test_every_row_goes_where_the_converter_of_diffusers_takes_it_from(tmp_path)
     ],
     ids=["nf4", "nested", "fp4", "in bf16", "nested in fp16", "in fp32", "some layers dense"],
 )
-def test_a_model_that_diffusers_saved_is_the_same_model(options, quantised, load, dense_model):
+def test_a_model_that_diffusers_saved_is_the_same_model(options, quantised, read_model, dense_model):
     reference, folder = quantised(**options)
-    model = load(folder)
+    model = read_model(folder)
     packed = [m for m in model.diffusion_model.modules() if isinstance(m, Linear4bit)]
     assert len(packed) == 10 + DEPTH * 13 - (1 + 1 + 1 + DEPTH if "skip" in options else 0)
     assert not any(isinstance(linear, LinearOfParts) for linear in packed)
@@ -193,7 +171,7 @@ def test_a_model_that_diffusers_saved_is_the_same_model(options, quantised, load
     check_forward(model, reference, dense_model)
 
 
-def test_the_same_model_is_read_however_it_is_named(quantised, load):
+def test_the_same_model_is_read_however_it_is_named(quantised, read_model):
     reference, folder = quantised()
     pipeline = folder.parent / "pipeline"
     pipeline.mkdir(exist_ok=True)
@@ -202,17 +180,17 @@ def test_the_same_model_is_read_however_it_is_named(quantised, load):
     shards = sorted(folder.glob("*.safetensors"))
     (index,) = folder.glob("*.index.json")
     for path in (pipeline, shards[0], shards[-1], index):
-        check_every_weight(load(path), reference)
+        check_every_weight(read_model(path), reference)
 
 
-def test_shards_need_no_index(quantised, load, tmp_path):
+def test_shards_need_no_index(quantised, read_model, tmp_path):
     reference, folder = quantised()
     for shard in folder.glob("*.safetensors"):
         (tmp_path / shard.name).symlink_to(shard)
-    check_every_weight(load(next(tmp_path.iterdir())), reference)
+    check_every_weight(read_model(next(tmp_path.iterdir())), reference)
 
 
-def test_a_layer_whose_quant_state_is_in_another_shard_is_read(quantised, load, tmp_path):
+def test_a_layer_whose_quant_state_is_in_another_shard_is_read(quantised, read_model, tmp_path):
     reference, folder = quantised(double_quant=True)
     tensors = {name: tensor for shard in folder.glob("*.safetensors") for name, tensor in load_file(shard).items()}
     places = {}
@@ -222,10 +200,10 @@ def test_a_layer_whose_quant_state_is_in_another_shard_is_read(quantised, load, 
         save_file(part, tmp_path / name)
         places |= dict.fromkeys(part, name)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-    check_every_weight(load(tmp_path), reference)
+    check_every_weight(read_model(tmp_path), reference)
 
 
-def test_parts_that_are_quantised_in_different_ways_stay_as_they_are(quantised, load, tmp_path, dense_model):
+def test_parts_that_are_quantised_in_different_ways_stay_as_they_are(quantised, read_model, tmp_path, dense_model):
     """q in nested NF4, k in FP4, v dense or as q: one Linear of parts, and no part loses a bit."""
     reference, folder = quantised(double_quant=True)
     tensors = {name: tensor for shard in folder.glob("*.safetensors") for name, tensor in load_file(shard).items()}
@@ -243,7 +221,7 @@ def test_parts_that_are_quantised_in_different_ways_stay_as_they_are(quantised, 
     mixed[to_v] = FluxTransformer2DModel.from_pretrained(dense_model).bfloat16().get_submodule(to_v)
     path = tmp_path / "mixed.safetensors"
     save_file(tensors, path)
-    model = load(path)
+    model = read_model(path)
     of_parts = [name for name, m in model.diffusion_model.named_modules() if isinstance(m, LinearOfParts)]
     assert of_parts == ["double_blocks.0.img_attn.qkv", "single_blocks.1.linear1"]
 
@@ -255,7 +233,7 @@ def test_parts_that_are_quantised_in_different_ways_stay_as_they_are(quantised, 
     check_forward(model, Mixed, dense_model)
 
 
-def test_a_linear_of_parts_is_streamed_as_a_resident_one_computes(quantised, load, sample, copies, tmp_path):
+def test_a_linear_of_parts_is_streamed_as_a_resident_one_computes(quantised, read_model, sample, copies, tmp_path):
     """Blocks of one kind with different records, from the host and resident: the same latents."""
     _, folder = quantised(double_quant=True)
     _, other_folder = quantised(quant_type="fp4")
@@ -266,7 +244,7 @@ def test_a_linear_of_parts_is_streamed_as_a_resident_one_computes(quantised, loa
     tensors |= {name: tensor for name, tensor in fp4.items() if name.startswith(to_k)}
     path = tmp_path / "mixed.safetensors"
     save_file(tensors, path)
-    load(path)
+    read_model(path)
     catalogue = read_catalogue(path)
     latents = [
         sample(nodes._load_transformer(build_flux(catalogue), catalogue, {"double": count, "single": count}))
