@@ -13,11 +13,12 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from .catalogue import Catalogue, TransformerTensor, Weight4bit
+from .catalogue import TEXT_ENCODERS_PREFIX, Catalogue, TransformerTensor, Weight4bit
 from .errors import CheckpointError
 from .header import natural_key
 from .linear4bit import Linear4bit
 from .linear_of_parts import LinearOfParts
+from .text_encoders import adopt_4bit, options_for, read_encoders
 
 logger = logging.getLogger(__name__)
 
@@ -187,11 +188,16 @@ def load_clip_and_vae(catalogue: Catalogue, embedding_directory: Sequence[str]) 
     """
     shapes = catalogue.logical_shapes
     state = {_CHECKPOINT_PREFIX + name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    encoders, packed = read_encoders(catalogue.path, catalogue.text_encoders)
+    weights = {name.removeprefix(TEXT_ENCODERS_PREFIX): weight for name, weight in packed.items()}
+    state |= encoders
     with safe_open(catalogue.path, framework="pt") as file:
-        state.update({name: file.get_tensor(name) for name in (*catalogue.text_encoders, *catalogue.vae)})
-    options = {"t5xxl_model_config": {"num_layers": catalogue.t5_layers}}
+        state.update({name: file.get_tensor(name) for name in catalogue.vae})
     parts = comfy.sd.load_state_dict_guess_config(
-        state, embedding_directory=list(embedding_directory), output_model=False, te_model_options=options
+        state,
+        embedding_directory=list(embedding_directory),
+        output_model=False,
+        te_model_options=options_for(weights, catalogue.t5_layers),
     )
     clip, vae = (parts[1], parts[2]) if parts else (None, None)
     if clip is None or vae is None:
@@ -200,6 +206,7 @@ def load_clip_and_vae(catalogue: Catalogue, embedding_directory: Sequence[str]) 
             f"ComfyUI does not recognise its {'text encoders' if clip is None else 'VAE'}. The file is damaged or was "
             "made by a tool that this node does not know.",
         )
-    clip.cond_stage_model.nf4_entries = list(catalogue.text_encoders.values())
-    vae.first_stage_model.nf4_entries = list(catalogue.vae.values())
+    adopt_4bit(clip, weights)
+    clip.cond_stage_model.nf4_entries = dict(catalogue.text_encoders)
+    vae.first_stage_model.nf4_entries = dict(catalogue.vae)
     return clip, vae

@@ -1,7 +1,7 @@
 """The tensors of what ComfyUI has loaded, to be saved: patches (LoRAs) are merged, the models stay as they are."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import comfy.lora
@@ -39,13 +39,17 @@ def sources_of_model(patcher: comfy.model_patcher.ModelPatcher) -> list[Source]:
 def sources_of_encoders(clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> list[Source]:
     """The tensors of CLIP and VAE under the names that they have in an all-in-one file. Those of a file that this
     package has loaded are taken from there."""
-    entries: Sequence[TensorEntry] = getattr(clip.cond_stage_model, "nf4_entries", ())
+    entries: Mapping[str, TensorEntry] = getattr(clip.cond_stage_model, "nf4_entries", {})
     if entries and not clip.patcher.patches:
         sources = sources_of_entries(entries)
     else:
         weights = clip.patcher.get_key_patches().items()
-        sources = [_source(f"text_encoders.{key}", key, original, patches) for key, (original, *patches) in weights]
-    vae_entries: Sequence[TensorEntry] = getattr(vae.first_stage_model, "nf4_entries", ())
+        sources = [
+            _source(f"text_encoders.{key}", key, original, patches)
+            for key, (original, *patches) in weights
+            if not _is_a_part(clip.cond_stage_model, key)
+        ]
+    vae_entries: Mapping[str, TensorEntry] = getattr(vae.first_stage_model, "nf4_entries", {})
     if vae_entries:
         return sources + sources_of_entries(vae_entries)
     return sources + [

@@ -1,7 +1,7 @@
 """Where the tensors of a model to be saved come from: a checkpoint, or a GGUF file."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,11 @@ def sources_of_file(path: Path, *, all_in_one: bool) -> list[Source]:
     if path.suffix == ".gguf":
         return _sources_of_gguf(path)
     catalogue = read_catalogue(path)
-    beside = {**catalogue.text_encoders, **catalogue.vae}
     if all_in_one and not (catalogue.text_encoders and catalogue.vae):
         raise CheckpointError(path, "it has no text encoders or no VAE: only the transformer of it can be saved.")
-    return sources_of_catalogue(catalogue) + (sources_of_entries(list(beside.values())) if all_in_one else [])
+    return sources_of_catalogue(catalogue) + (
+        sources_of_entries({**catalogue.text_encoders, **catalogue.vae}) if all_in_one else []
+    )
 
 
 def sources_of_catalogue(catalogue: Catalogue) -> list[Source]:
@@ -56,12 +57,12 @@ def sources_of_catalogue(catalogue: Catalogue) -> list[Source]:
     return sources
 
 
-def sources_of_entries(entries: Sequence[TensorEntry]) -> list[Source]:
-    """Tensors that are copied as they are, under their own names."""
-    tensors = [TransformerTensor((entry,)) for entry in entries]
+def sources_of_entries(entries: Mapping[str, TensorEntry]) -> list[Source]:
+    """Tensors that are copied as they are, by their names in the new file."""
+    tensors = {name: TransformerTensor((entry,)) for name, entry in entries.items()}
     return [
-        Source(entry.name, entry.shape, functools.partial(read_dense, tensor), stored=tensor, is_layer=False)
-        for entry, tensor in zip(entries, tensors, strict=True)
+        Source(name, tensor.shape, functools.partial(read_dense, tensor), stored=tensor, is_layer=False)
+        for name, tensor in tensors.items()
     ]
 
 
