@@ -87,7 +87,7 @@ def dense_reference(model):
 @pytest.mark.parametrize(
     "options",
     [{}, {"double_quant": True}, {"quant_type": "fp4"}, {"skip": ()}, {"skip": ("wo", "k"), "shards": "100KB"}],
-    ids=["nf4", "nested", "fp4", "wo in 4 bits", "k dense, in shards"],
+    ids=["nf4", "nested", "fp4", "wo dense by transformers' own rule", "k dense, in shards"],
 )
 def test_a_t5_of_transformers_is_the_same_model(options, t5, clip_l):
     model, path = t5(**options)
@@ -95,7 +95,7 @@ def test_a_t5_of_transformers_is_the_same_model(options, t5, clip_l):
     clip = load_dual_clip([path, clip_l], [])
     ours = clip.cond_stage_model.t5xxl.transformer
     packed = {name: module for name, module in ours.named_modules() if isinstance(module, Linear4bit)}
-    assert len(packed) == LAYERS * (7 - len(options.get("skip", ("wo",))))
+    assert len(packed) == LAYERS * (7 - len((options.get("skip") or ("wo",))))
     for name, linear in packed.items():
         assert torch.equal(linear.dequantise(torch.float32), reference.get_submodule(name).weight), name
     tokens = torch.tensor([[3, 14, 159, 26, 5, 1]])
