@@ -1,20 +1,24 @@
 """What a checkpoint holds: its tensors grouped into transformer, text encoders and VAE.
 
-The all-in-one layout (lllyasviel's flux1-dev-bnb-nf4 v1 and v2, and what Forge and others save alike):
-Black Forest Labs' names under ``model.diffusion_model.`` or no prefix, any of the Linears packed,
-``text_encoders.clip_l.``, ``text_encoders.t5xxl.`` and ``vae.`` beside them.
+The transformer in any layout of `layouts`, any of its Linears packed; in all-in-one files (lllyasviel's
+flux1-dev-bnb-nf4 v1 and v2, and what Forge and others save alike) ``text_encoders.clip_l.``,
+``text_encoders.t5xxl.`` and ``vae.`` beside it.
 """
 
+import itertools
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import layouts
 from .errors import CheckpointError
-from .header import Header, TensorEntry, natural_key, read_header
-from .quant_state import QuantState, parse_quant_state
+from .header import Header, TensorEntry
+from .identify import what_else_it_is
+from .quant_state import MAX_QUANT_STATE_BYTES, QuantState, parse_quant_state
+from .shards import read_checkpoint_header
 
-TRANSFORMER_PREFIX = "model.diffusion_model."
 TEXT_ENCODERS_PREFIX = "text_encoders."
 CLIP_L_PREFIX = TEXT_ENCODERS_PREFIX + "clip_l."
 T5_PREFIX = TEXT_ENCODERS_PREFIX + "t5xxl."
@@ -33,21 +37,81 @@ class Weight4bit:
     packed: TensorEntry
     absmax: TensorEntry
     quant_map: TensorEntry
+    quant_state: TensorEntry
     nested_absmax: TensorEntry | None
     nested_map: TensorEntry | None
+
+    @property
+    def name(self) -> str:
+        return self.packed.name
+
+    @property
+    def entries(self) -> tuple[TensorEntry, ...]:
+        """All that bitsandbytes wrote for it."""
+        every = (self.packed, self.absmax, self.quant_map, self.nested_absmax, self.nested_map, self.quant_state)
+        return tuple(entry for entry in every if entry is not None)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.state.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of packed codes and absmax in the file."""
+        return self.packed.nbytes + self.absmax.nbytes
+
+    @property
+    def ram_bytes(self) -> int:
+        """Bytes of packed codes and fp32 absmax."""
+        return self.packed.nbytes + 4 * self.state.absmax_count
+
+
+@dataclass(frozen=True)
+class TransformerTensor:
+    """One tensor of the transformer: the rows of its parts, one below the other.
+
+    Most files have one part for each; diffusers has three for q, k and v. With ``halves_swapped`` the second half of
+    these rows comes first.
+    """
+
+    parts: tuple[Weight4bit | TensorEntry, ...]
+    halves_swapped: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The logical shape."""
+        first = self.parts[0].shape
+        return (sum(part.shape[0] for part in self.parts), *first[1:]) if len(self.parts) > 1 else first
+
+    @property
+    def weights4bit(self) -> tuple[Weight4bit, ...]:
+        return tuple(part for part in self.parts if isinstance(part, Weight4bit))
+
+    @property
+    def fused(self) -> QuantState | None:
+        """How the parts are read as one 4-bit weight with fp32 absmax, which is exact: bytes beside bytes, absmax
+        beside absmax. None where they differ in type or blocksize, one is dense, or one ends inside a block."""
+        states = [weight.state for weight in self.weights4bit]
+        if len(states) < len(self.parts) or len({(state.quant_type, state.blocksize) for state in states}) != 1:
+            return None
+        if any(state.numel % state.blocksize for state in states[:-1]):
+            return None
+        rows, columns = self.shape
+        return QuantState(states[0].quant_type, states[0].blocksize, (rows, columns), nested=None)
 
 
 @dataclass(frozen=True)
 class Catalogue:
     """The parts of one checkpoint.
 
-    ``weights4bit`` and ``dense`` have the transformer's tensors by their Black Forest Labs names without
-    prefix (``img_in.weight``); ``text_encoders`` and ``vae`` keep the file's full names.
+    ``transformer`` has its tensors by their Black Forest Labs names without prefix (``img_in.weight``), and whatever
+    else is in the file by its own name; ``text_encoders`` and ``vae`` keep the file's full names. ``layout`` is None
+    where there is no Flux transformer.
     """
 
     header: Header
-    weights4bit: Mapping[str, Weight4bit]
-    dense: Mapping[str, TensorEntry]
+    layout: layouts.Layout | None
+    transformer: Mapping[str, TransformerTensor]
     text_encoders: Mapping[str, TensorEntry]
     vae: Mapping[str, TensorEntry]
 
@@ -56,11 +120,24 @@ class Catalogue:
         return self.header.path
 
     @property
+    def parts(self) -> tuple[Weight4bit | TensorEntry, ...]:
+        """Of every transformer tensor."""
+        return tuple(part for tensor in self.transformer.values() for part in tensor.parts)
+
+    @property
     def logical_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every transformer tensor as if nothing were packed, by name without prefix."""
-        shapes: dict[str, tuple[int, ...]] = {name: weight.state.shape for name, weight in self.weights4bit.items()}
-        shapes.update((name, entry.shape) for name, entry in self.dense.items())
-        return shapes
+        return {name: tensor.shape for name, tensor in self.transformer.items()}
+
+    @property
+    def transformer_bytes(self) -> int:
+        """Bytes of the transformer's tensors in the file, without code tables and quant states."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def transformer_ram(self) -> int:
+        """Bytes of host memory that the transformer takes once it is read, with nested absmax as fp32."""
+        return sum(part.ram_bytes if isinstance(part, Weight4bit) else part.nbytes for part in self.parts)
 
     @property
     def t5_layers(self) -> int:
@@ -70,32 +147,54 @@ class Catalogue:
 
 
 def read_catalogue(path: Path) -> Catalogue:
-    """Read the header and the quant states of ``path`` and sort its tensors into parts.
+    """Read the header and the quant states of a checkpoint and sort its tensors into parts.
+
+    It need not be of a Flux model: `require_transformer` and `require_all_in_one` decide.
+
+    Args:
+        path: A file, any one of its shards, their index, or a folder of diffusers.
 
     Raises:
-        CheckpointError: the file is not a 4-bit Flux checkpoint (the message says which loader is right),
-            or a quant state does not fit the bytes that it describes.
+        CheckpointError: a file is missing or is not safetensors, files disagree, or a quant state does not fit the
+            bytes that it describes.
     """
-    header = read_header(path)
-    parts: dict[str, dict[str, TensorEntry]] = {"transformer": {}, "text_encoders": {}, "vae": {}}
+    header = read_checkpoint_header(path)
+    parts: dict[str, dict[str, TensorEntry]] = {"rest": {}, TEXT_ENCODERS_PREFIX: {}, VAE_PREFIX: {}}
     for name, entry in header.tensors.items():
-        if name.startswith(TEXT_ENCODERS_PREFIX):
-            parts["text_encoders"][name] = entry
-        elif name.startswith(VAE_PREFIX):
-            parts["vae"][name] = entry
-        else:
-            parts["transformer"][_norm_scale(name.removeprefix(TRANSFORMER_PREFIX))] = entry
-    _refuse_what_is_not_4bit_flux(path, parts["transformer"], all_in_one=bool(parts["text_encoders"]))
-    weights4bit, dense = _split_quantised(path, parts["transformer"])
-    return Catalogue(header, weights4bit, dense, parts["text_encoders"], parts["vae"])
+        part = next((prefix for prefix in (TEXT_ENCODERS_PREFIX, VAE_PREFIX) if name.startswith(prefix)), "rest")
+        parts[part][name] = entry
+    prefix, layout = layouts.detect(parts["rest"])
+    found = group_4bit(path, parts["rest"])
+    transformer = _placed(path, layout, {name.removeprefix(prefix): tensor for name, tensor in found.items()})
+    return Catalogue(header, layout, transformer, parts[TEXT_ENCODERS_PREFIX], parts[VAE_PREFIX])
+
+
+def require_transformer(catalogue: Catalogue) -> None:
+    """Check that there is a Flux transformer with 4-bit weights, in any layout, and that all of it can be read.
+
+    Raises:
+        CheckpointError: saying what the file is and which loader is right.
+    """
+    is_4bit = any(isinstance(part, Weight4bit) for part in catalogue.parts)
+    if catalogue.layout is None or not is_4bit:
+        raise CheckpointError(catalogue.path, what_else_it_is(catalogue.header, catalogue.layout is not None))
+    for part in catalogue.parts:
+        if isinstance(part, TensorEntry) and _is_packed(part):
+            weight = part.name.removesuffix(".absmax")
+            raise CheckpointError(
+                catalogue.path,
+                f"{weight}: it is packed, but '{weight}.quant_state.bitsandbytes__nf4', which gives its shape, is not "
+                f"in the file. {_DAMAGED}",
+            )
 
 
 def require_all_in_one(catalogue: Catalogue) -> None:
-    """Check that CLIP-L, T5 and VAE are in the file.
+    """Check that the transformer, CLIP-L, T5 and the VAE are in the file.
 
     Raises:
-        CheckpointError: naming the parts that are missing and what to do.
+        CheckpointError: saying what the file is, or naming the parts that are missing, and what to do.
     """
+    require_transformer(catalogue)
     parts = {
         "CLIP-L": any(name.startswith(CLIP_L_PREFIX) for name in catalogue.text_encoders),
         "T5-XXL": catalogue.t5_layers > 0,
@@ -107,95 +206,51 @@ def require_all_in_one(catalogue: Catalogue) -> None:
             catalogue.path,
             f"it has the Flux transformer but no {', no '.join(missing)} (looked for '{CLIP_L_PREFIX}*', "
             f"'{T5_PREFIX}*' and '{VAE_PREFIX}*'). This node gives MODEL, CLIP and VAE from one all-in-one file, such "
-            "as flux1-dev-bnb-nf4-v2.safetensors: pick one of those. A UNet-only file needs a UNet-only NF4 loader, "
-            "with 'DualCLIPLoader' (clip_l and t5xxl, type flux) and 'Load VAE' (ae.safetensors) beside it.",
+            "as flux1-dev-bnb-nf4-v2.safetensors. A file without them goes into models/diffusion_models: load it with "
+            "'Load Flux NF4 UNet (streamed)', with 'DualCLIPLoader' (clip_l and t5xxl, type flux) and 'Load VAE' "
+            "(ae.safetensors) beside it.",
         )
 
 
-def _norm_scale(name: str) -> str:
-    """The RMSNorms of q and k are ``.scale`` in most files and ``.weight`` in some."""
-    return name.removesuffix(".weight") + ".scale" if name.endswith("_norm.weight") else name
+def group_4bit(path: Path, tensors: Mapping[str, TensorEntry]) -> dict[str, Weight4bit | TensorEntry]:
+    """Group what bitsandbytes writes for each packed weight; every other tensor stays by itself.
 
-
-def _refuse_what_is_not_4bit_flux(path: Path, transformer: Mapping[str, TensorEntry], all_in_one: bool) -> None:
-    is_flux = any(name.startswith("double_blocks.0.") for name in transformer)
-    if any(_QUANT_STATE.match(name) for name in transformer):
-        if is_flux:
-            return
-        if any(name.startswith(("transformer_blocks.", "single_transformer_blocks.")) for name in transformer):
-            raise CheckpointError(
-                path,
-                "it is a 4-bit model with the tensor names of diffusers ('transformer_blocks.0...'). This node reads "
-                "Black Forest Labs names ('double_blocks.0...'): pick an all-in-one file such as "
-                "flux1-dev-bnb-nf4-v2.safetensors.",
-            )
-        sample = ", ".join(sorted(transformer, key=natural_key)[:3])
-        raise CheckpointError(
-            path,
-            f"it is a bitsandbytes 4-bit file, but not of a Flux model: it has no 'double_blocks.0.*' (its first "
-            f"names: {sample}). This node loads Flux only: use a loader for that model.",
-        )
-    if any(name.endswith((".SCB", ".weight_format")) for name in transformer):
-        raise CheckpointError(
-            path,
-            "its weights are 8-bit LLM.int8 of bitsandbytes ('.SCB' tensors), not NF4 or FP4. ComfyUI has no loader "
-            "for it: pick an NF4 file, or an fp8 one with 'Load Checkpoint'.",
-        )
-    if is_flux:
-        weight = transformer.get("double_blocks.0.img_attn.qkv.weight")
-        dtype = weight.dtype if weight else "unknown"
-        loader = "'Load Checkpoint'" if all_in_one else "'Load Diffusion Model' (folder diffusion_models)"
-        if weight and (weight.dtype in ("U8", "I8") or len(weight.shape) != 2 or weight.shape[1] == 1):
-            raise CheckpointError(
-                path,
-                f"double_blocks.0.img_attn.qkv.weight is packed ({dtype} of shape {weight.shape}) but no quant state "
-                "('.weight.quant_state.bitsandbytes__nf4') says how to read it. The file was saved without it: "
-                "download it again, or another one.",
-            )
-        raise CheckpointError(
-            path,
-            f"it is a Flux model with dense {dtype} weights: no tensor ends in "
-            f"'.weight.quant_state.bitsandbytes__nf4' or '__fp4'. Load it with {loader}.",
-        )
-    raise CheckpointError(
-        path,
-        "it holds no Flux transformer ('double_blocks.0.*' is missing), so it is no Flux checkpoint. Pick an NF4 "
-        "all-in-one file such as flux1-dev-bnb-nf4-v2.safetensors; LoRAs, encoders and VAEs have their own loaders.",
-    )
-
-
-def _split_quantised(
-    path: Path, transformer: Mapping[str, TensorEntry]
-) -> tuple[dict[str, Weight4bit], dict[str, TensorEntry]]:
-    states = {match["weight"]: name for name in transformer if (match := _QUANT_STATE.match(name))}
+    Raises:
+        CheckpointError: a quant state is not readable or does not fit the bytes that it describes.
+    """
+    states = {match["weight"]: entry for name, entry in tensors.items() if (match := _QUANT_STATE.match(name))}
     weights4bit: dict[str, Weight4bit] = {}
     used: set[str] = set()
-    with path.open("rb") as file:
-        for weight, state_name in states.items():
-            entry = transformer[state_name]
-            file.seek(entry.offset)
-            try:
-                weights4bit[weight] = _weight4bit(transformer, weight, parse_quant_state(file.read(entry.nbytes)))
-            except ValueError as error:
-                raise CheckpointError(path, f"{weight}: {error}. {_DAMAGED}") from None
-            used.update((weight, state_name), (f"{weight}.{field}" for field in _QUANT_FIELDS))
-    dense = {name: entry for name, entry in transformer.items() if name not in used}
-    for name, entry in dense.items():
-        if name.endswith(".absmax") or (name.endswith(".weight") and entry.dtype in ("U8", "I8")):
-            weight = name.removesuffix(".absmax")
-            raise CheckpointError(
-                path,
-                f"{weight}: it is packed, but '{weight}.quant_state.bitsandbytes__nf4', which gives its shape, is not "
-                f"in the file. {_DAMAGED}",
-            )
-    return weights4bit, dense
+    for weight, raw in _read_all(path, states).items():
+        try:
+            weights4bit[weight] = _weight4bit(tensors, weight, states[weight], parse_quant_state(raw))
+        except ValueError as error:
+            raise CheckpointError(path, f"{weight}: {error}. {_DAMAGED}") from None
+        used.update((weight, states[weight].name), (f"{weight}.{field}" for field in _QUANT_FIELDS))
+    return weights4bit | {name: entry for name, entry in tensors.items() if name not in used}
 
 
-def _weight4bit(transformer: Mapping[str, TensorEntry], weight: str, state: QuantState) -> Weight4bit:
+def _read_all(path: Path, states: Mapping[str, TensorEntry]) -> dict[str, bytes]:
+    """The bytes of every quant state; each file is opened once."""
+    read: dict[str, bytes] = {}
+    for source, group in itertools.groupby(states.items(), key=lambda item: item[1].path):
+        with source.open("rb") as file:
+            for weight, entry in group:
+                if entry.nbytes > MAX_QUANT_STATE_BYTES:
+                    problem = f"{entry.name}: {entry.nbytes:,} bytes are no quant state. {_DAMAGED}"
+                    raise CheckpointError(path, problem)
+                file.seek(entry.offset)
+                read[weight] = file.read(entry.nbytes)
+    return read
+
+
+def _weight4bit(
+    tensors: Mapping[str, TensorEntry], weight: str, quant_state: TensorEntry, state: QuantState
+) -> Weight4bit:
     wanted = {"packed": weight, "absmax": f"{weight}.absmax", "quant_map": f"{weight}.quant_map"}
     if state.nested is not None:
         wanted |= {"nested_absmax": f"{weight}.nested_absmax", "nested_map": f"{weight}.nested_quant_map"}
-    found = {field: transformer.get(name) for field, name in wanted.items()}
+    found = {field: tensors.get(name) for field, name in wanted.items()}
     for field, entry in found.items():
         if entry is None:
             raise ValueError(f"'{wanted[field]}' is not in the file")
@@ -218,16 +273,56 @@ def _weight4bit(transformer: Mapping[str, TensorEntry], weight: str, state: Quan
         entries["packed"],
         entries["absmax"],
         entries["quant_map"],
+        quant_state,
         entries.get("nested_absmax"),
         entries.get("nested_map"),
     )
 
 
 def _check_entry(described: str, field: str, entry: TensorEntry, dtype: str, count: int) -> None:
-    found = 1
-    for size in entry.shape:
-        found *= size
+    found = math.prod(entry.shape)
     if found != count or entry.dtype != dtype:
         raise ValueError(
             f"{described}, which needs {count:,} {dtype} values of {field}; the file has {found:,} of {entry.dtype}"
         )
+
+
+def _placed(
+    path: Path, layout: layouts.Layout | None, found: Mapping[str, Weight4bit | TensorEntry]
+) -> dict[str, TransformerTensor]:
+    """The tensors of a file by Black Forest Labs' names, made of their parts."""
+    parts: dict[str, dict[int, Weight4bit | TensorEntry]] = {}
+    places: dict[str, layouts.Place] = {}
+    for name, tensor in found.items():
+        place = layouts.place(layout, name)
+        other = parts.setdefault(place.name, {}).setdefault(place.part, tensor)
+        if other is not tensor:
+            raise CheckpointError(path, f"{tensor.name}: {other.name} is the same tensor of the model. {_DAMAGED}")
+        places[place.name] = place
+    return {name: _stacked(path, places[name], parts[name]) for name in parts}
+
+
+def _stacked(path: Path, place: layouts.Place, parts: Mapping[int, Weight4bit | TensorEntry]) -> TransformerTensor:
+    ordered = tuple(parts[part] for part in sorted(parts))
+    names = ", ".join(part.name for part in ordered)
+    if len(ordered) < place.parts:
+        raise CheckpointError(
+            path, f"{place.name}: it is made of {place.parts} tensors, of which the file has only {names}. {_DAMAGED}"
+        )
+    if len(ordered) > 1 and len({part.shape[1:] if part.shape else part for part in ordered}) != 1:
+        shapes = ", ".join(str(part.shape) for part in ordered)
+        raise CheckpointError(path, f"{names}: of shapes {shapes}, they make no {place.name}. {_DAMAGED}")
+    tensor = TransformerTensor(ordered, place.halves_swapped)
+    if place.halves_swapped and not _halves_are_whole_blocks(tensor):
+        raise CheckpointError(path, f"{names}: its two halves, which change places, end inside a block. {_DAMAGED}")
+    return tensor
+
+
+def _halves_are_whole_blocks(tensor: TransformerTensor) -> bool:
+    shape = tensor.shape
+    state = tensor.fused
+    return bool(shape) and shape[0] % 2 == 0 and (state is None or state.numel // 2 % state.blocksize == 0)
+
+
+def _is_packed(entry: TensorEntry) -> bool:
+    return entry.name.endswith(".absmax") or (entry.name.endswith(".weight") and entry.dtype in ("U8", "I8"))

@@ -1,8 +1,7 @@
 """From a catalogue to ComfyUI's Flux model, CLIP and VAE."""
 
-import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import comfy.model_base
@@ -14,23 +13,17 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from .catalogue import TRANSFORMER_PREFIX, Catalogue
+from .catalogue import TEXT_ENCODERS_PREFIX, Catalogue, TransformerTensor, Weight4bit
 from .errors import CheckpointError
-from .header import TensorEntry, natural_key
+from .header import natural_key
 from .linear4bit import Linear4bit
-from .quant_state import CODES, NestedAbsmax, expand_nested_absmax
-from .read import FileSlice, read_slices
+from .linear_of_parts import LinearOfParts
+from .text_encoders import adopt_4bit, options_for, read_encoders
 
 logger = logging.getLogger(__name__)
 
-_TORCH_DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
+_CHECKPOINT_PREFIX = "model.diffusion_model."
+"""Of the transformer in a checkpoint, for ComfyUI's eyes."""
 
 
 class _Operations(comfy.ops.manual_cast):
@@ -79,10 +72,9 @@ def build_flux(catalogue: Catalogue) -> comfy.model_base.Flux:
     return model
 
 
-def _model_names(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> dict[str, str]:
-    """File name (without prefix) of each tensor by its name in this ComfyUI's ``diffusion_model``."""
-    names = [*catalogue.weights4bit, *catalogue.dense]
-    return model.model_config.process_unet_state_dict({name: name for name in names})
+def model_names(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> dict[str, str]:
+    """The catalogue's name of each tensor by its name in this ComfyUI's ``diffusion_model``."""
+    return model.model_config.process_unet_state_dict({name: name for name in catalogue.transformer})
 
 
 def _adopt_4bit_weights(model: comfy.model_base.BaseModel, catalogue: Catalogue, dtype: torch.dtype) -> None:
@@ -90,30 +82,36 @@ def _adopt_4bit_weights(model: comfy.model_base.BaseModel, catalogue: Catalogue,
     for path, module in modules.items():
         if not isinstance(module, nn.Linear):
             continue
-        bias = f"{path}.bias" in catalogue.dense
-        weight = catalogue.weights4bit.get(f"{path}.weight")
-        if weight is not None:
-            state = weight.state
+        bias = f"{path}.bias" in catalogue.transformer
+        tensor = catalogue.transformer.get(f"{path}.weight")
+        if tensor is not None and tensor.weights4bit:
             expected = (module.out_features, module.in_features)
-            if state.shape != expected:
+            if tensor.shape != expected:
                 raise CheckpointError(
                     catalogue.path,
-                    f"{path}.weight: its quant state says {state.shape}; this model needs {expected}. "
+                    f"{path}.weight: its quant state says {tensor.shape}; this model needs {expected}. "
                     "The file is damaged or of another model.",
                 )
             parent, _, name = path.rpartition(".")
-            replacement = Linear4bit(
-                state.shape, state.quant_type, state.blocksize, bias=bias, dtype=dtype, device=torch.device("meta")
-            )
-            setattr(modules[parent], name, replacement)
+            setattr(modules[parent], name, _linear(tensor, bias, dtype))
         elif not bias:
             module.bias = None  # type: ignore[assignment]
 
 
+def _linear(tensor: TransformerTensor, bias: bool, dtype: torch.dtype) -> Linear4bit:
+    meta = torch.device("meta")
+    state = tensor.fused
+    if state is not None:
+        return Linear4bit(state.shape, state.quant_type, state.blocksize, bias=bias, dtype=dtype, device=meta)
+    parts = [part.state if isinstance(part, Weight4bit) else part.shape[0] for part in tensor.parts]
+    return LinearOfParts(parts, tensor.shape[1], bias=bias, dtype=dtype, device=meta)
+
+
 def _check_complete(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> None:
-    names = _model_names(model, catalogue)
+    names = model_names(model, catalogue)
     shapes = catalogue.logical_shapes
     wanted = _tensor_shapes(model.diffusion_model)
+    linears = {path for path, module in model.diffusion_model.named_modules() if isinstance(module, Linear4bit)}
     missing = sorted(wanted.keys() - names.keys(), key=natural_key)
     if missing:
         raise CheckpointError(
@@ -122,6 +120,13 @@ def _check_complete(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> 
             f"{', ...' if len(missing) > 4 else ''}. The file is incomplete: download it again.",
         )
     for name in wanted:
+        tensor = catalogue.transformer[names[name]]
+        if tensor.weights4bit and name.removesuffix(".weight") not in linears:
+            raise CheckpointError(
+                catalogue.path,
+                f"{names[name]}: it is packed in 4 bits, which only the weight of a Linear may be. The file is damaged "
+                "or of another model.",
+            )
         if shapes[names[name]] != wanted[name]:
             raise CheckpointError(
                 catalogue.path,
@@ -172,124 +177,27 @@ def materialise(module: nn.Module) -> None:
                     setattr(child, name, torch.empty_like(buffer, device="cpu"))
 
 
-def transformer_bytes(catalogue: Catalogue) -> int:
-    """Bytes of block and other transformer tensors that `fill` reads."""
-    weights = catalogue.weights4bit.values()
-    return sum(w.packed.nbytes + w.absmax.nbytes for w in weights) + sum(e.nbytes for e in catalogue.dense.values())
-
-
-def transformer_ram(catalogue: Catalogue) -> int:
-    """Bytes of host memory that the transformer takes once it is read, with nested absmax as fp32."""
-    weights = catalogue.weights4bit.values()
-    dense = sum(entry.nbytes for entry in catalogue.dense.values())
-    return dense + sum(weight.packed.nbytes + 4 * weight.state.absmax_count for weight in weights)
-
-
-def fill(model: comfy.model_base.BaseModel, catalogue: Catalogue, progress: Callable[[int], None]) -> None:
-    """Read the transformer's tensors from the file into the host memory that ``model`` is bound to.
-
-    Packed bytes and fp32 absmax go straight into place; nested absmax is expanded to fp32 and dense tensors of
-    another dtype are converted on the way. ``progress`` gets byte counts that add up to `transformer_bytes`, less
-    what the file has and the model does not.
-
-    Raises:
-        CheckpointError: the file ended early, could not be read, or has another code table than its type says.
-    """
-    direct: list[FileSlice] = []
-    converted: list[tuple[FileSlice, torch.Tensor]] = []
-    modules = dict(model.diffusion_model.named_modules())
-    names = _model_names(model, catalogue)
-    destinations = dict(model.diffusion_model.named_parameters())
-
-    with torch.inference_mode(False), torch.no_grad():
-        tables = _read_nested_tables(catalogue)
-        for name, weight in catalogue.weights4bit.items():
-            linear = modules.get(name.removesuffix(".weight"))
-            if not isinstance(linear, Linear4bit):
-                continue  # not of this model: `build_flux` has logged it
-            direct.append(FileSlice(weight.packed.offset, linear.packed))
-            if weight.state.nested is None:
-                direct.append(FileSlice(weight.absmax.offset, linear.absmax))
-            else:
-                expand = functools.partial(_expand, weight.state.nested, linear.absmax, *tables[name])
-                direct.append(FileSlice(weight.absmax.offset, _codes_of(linear.absmax), expand))
-        for name, destination in destinations.items():
-            entry = catalogue.dense[names[name]]
-            if _torch_dtype(catalogue, entry) == destination.dtype:
-                direct.append(FileSlice(entry.offset, destination))
-            else:
-                source = torch.empty(entry.shape, dtype=_torch_dtype(catalogue, entry))
-                converted.append((FileSlice(entry.offset, source), destination))
-
-        _check_code_tables(catalogue)
-        read_slices(catalogue.path, [*direct, *(item for item, _ in converted)], progress)
-        for item, destination in converted:
-            destination.copy_(item.destination)
-
-
-def _torch_dtype(catalogue: Catalogue, entry: TensorEntry) -> torch.dtype:
-    if entry.dtype not in _TORCH_DTYPES:
-        raise CheckpointError(
-            catalogue.path,
-            f"{entry.name}: a dense tensor of dtype {entry.dtype}; expected one of {', '.join(_TORCH_DTYPES)}. "
-            "The file is damaged or was made by a tool that this node does not know.",
-        )
-    return _TORCH_DTYPES[entry.dtype]
-
-
-def _read_small(catalogue: Catalogue, entries: Sequence[TensorEntry]) -> list[torch.Tensor]:
-    tensors = [torch.empty(entry.shape, dtype=torch.float32) for entry in entries]
-    slices = [FileSlice(entry.offset, tensor) for entry, tensor in zip(entries, tensors, strict=True)]
-    read_slices(catalogue.path, slices, lambda _: None)
-    return [tensor.view(-1) for tensor in tensors]
-
-
-def _check_code_tables(catalogue: Catalogue) -> None:
-    weights = list(catalogue.weights4bit.items())
-    tables = _read_small(catalogue, [weight.quant_map for _, weight in weights])
-    for (name, weight), table in zip(weights, tables, strict=True):
-        if not torch.allclose(table, torch.tensor(CODES[weight.state.quant_type]), rtol=0, atol=1e-6):
-            raise CheckpointError(
-                catalogue.path,
-                f"{name}.quant_map: it is not the {weight.state.quant_type} code table ({table.tolist()}). "
-                "The file is damaged or was made by a tool that this node does not know.",
-            )
-
-
-def _read_nested_tables(catalogue: Catalogue) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """nested_absmax and nested_quant_map of each weight that has them."""
-    nested = {name: weight for name, weight in catalogue.weights4bit.items() if weight.state.nested is not None}
-    entries = [entry for weight in nested.values() for entry in (weight.nested_absmax, weight.nested_map) if entry]
-    small = _read_small(catalogue, entries)
-    return dict(zip(nested, zip(small[::2], small[1::2], strict=True), strict=True))
-
-
-def _codes_of(absmax: torch.Tensor) -> torch.Tensor:
-    """Where the uint8 codes of ``absmax`` are read to: its own first quarter, so that they take no other memory."""
-    return absmax.view(torch.uint8)[: absmax.numel()]
-
-
-def _expand(nested: NestedAbsmax, absmax: torch.Tensor, scales: torch.Tensor, table: torch.Tensor) -> None:
-    """Turn the codes in ``absmax`` into its fp32 values."""
-    absmax.numpy()[:] = expand_nested_absmax(nested, _codes_of(absmax), scales, table).numpy()
-
-
 def load_clip_and_vae(catalogue: Catalogue, embedding_directory: Sequence[str]) -> tuple[comfy.sd.CLIP, comfy.sd.VAE]:
     """Load the text encoders and the VAE of an all-in-one file through ComfyUI's own code.
 
     ComfyUI splits them off a state dict; the transformer in it is meta tensors, for its detection only. T5 gets
-    as many layers as the file has.
+    as many layers as the file has. Both remember where their tensors are in the file, as ``nf4_entries``.
 
     Raises:
         CheckpointError: ComfyUI does not recognise them.
     """
     shapes = catalogue.logical_shapes
-    state = {TRANSFORMER_PREFIX + name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    state = {_CHECKPOINT_PREFIX + name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    encoders, packed = read_encoders(catalogue.path, catalogue.text_encoders)
+    weights = {name.removeprefix(TEXT_ENCODERS_PREFIX): weight for name, weight in packed.items()}
+    state |= encoders
     with safe_open(catalogue.path, framework="pt") as file:
-        state.update({name: file.get_tensor(name) for name in (*catalogue.text_encoders, *catalogue.vae)})
-    options = {"t5xxl_model_config": {"num_layers": catalogue.t5_layers}}
+        state.update({name: file.get_tensor(name) for name in catalogue.vae})
     parts = comfy.sd.load_state_dict_guess_config(
-        state, embedding_directory=list(embedding_directory), output_model=False, te_model_options=options
+        state,
+        embedding_directory=list(embedding_directory),
+        output_model=False,
+        te_model_options=options_for(weights, catalogue.t5_layers),
     )
     clip, vae = (parts[1], parts[2]) if parts else (None, None)
     if clip is None or vae is None:
@@ -298,4 +206,7 @@ def load_clip_and_vae(catalogue: Catalogue, embedding_directory: Sequence[str]) 
             f"ComfyUI does not recognise its {'text encoders' if clip is None else 'VAE'}. The file is damaged or was "
             "made by a tool that this node does not know.",
         )
+    adopt_4bit(clip, weights)
+    clip.cond_stage_model.nf4_entries = dict(catalogue.text_encoders)
+    vae.first_stage_model.nf4_entries = dict(catalogue.vae)
     return clip, vae

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,8 +53,9 @@ _DAMAGED = "The file is damaged or cut short: download it again."
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of the file: its bytes are ``[offset, offset + nbytes)`` of the whole file."""
+    """One tensor: its bytes are ``[offset, offset + nbytes)`` of the whole file ``path``."""
 
+    path: Path
     name: str
     dtype: str
     shape: tuple[int, ...]
@@ -63,7 +65,8 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file holds. ``tensors`` maps full names to entries, in file order."""
+    """What a checkpoint holds, in one file or several. ``path`` is what was asked for; ``tensors`` maps full names to
+    entries, in file order."""
 
     path: Path
     tensors: Mapping[str, TensorEntry]
@@ -89,6 +92,8 @@ def read_header(path: Path) -> Header:
 
 def _read_raw(path: Path) -> tuple[bytes, int]:
     """The bytes of the header's JSON, and the size of the file."""
+    if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for who writes into it
+        raise CheckpointError(path, f"it is no ordinary file ({path}). Pick a .safetensors file.")
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
@@ -120,7 +125,7 @@ def _parse(
     path: Path, raw: bytes, data_start: int, file_size: int
 ) -> tuple[Mapping[str, TensorEntry], Mapping[str, str]]:
     try:
-        document = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
+        document = json.loads(raw.decode("utf-8"), object_pairs_hook=object_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(path, f"its header is not readable as JSON ({error}). {_DAMAGED}") from None
     if not isinstance(document, dict):
@@ -134,7 +139,7 @@ def _parse(
     return {entry.name: entry for entry in tensors}, {str(k): str(v) for k, v in metadata.items()}
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in pairs:
         if name in result:
@@ -161,7 +166,7 @@ def _entry(path: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
             f"{name}: {dtype} of shape {tuple(shape)} needs {expected:,} bytes; "
             f"the header gives it {end - begin:,} ([{begin}, {end})). {_DAMAGED}",
         )
-    return TensorEntry(name, dtype, tuple(shape), data_start + begin, end - begin)
+    return TensorEntry(path, name, dtype, tuple(shape), data_start + begin, end - begin)
 
 
 def _is_sizes(value: Any) -> TypeGuard[list[int]]:

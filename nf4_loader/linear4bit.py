@@ -51,8 +51,15 @@ class Linear4bit(nn.Module):
         numel = shape[0] * shape[1]
         self.register_buffer("packed", torch.empty((numel + 1) // 2, dtype=torch.uint8, device=device))
         self.register_buffer("absmax", torch.empty(-(-numel // blocksize), dtype=torch.float32, device=device))
-        value = nn.Parameter(torch.empty(shape[0], dtype=dtype, device=device), requires_grad=False) if bias else None
-        self.register_parameter("bias", value)
+        self._register_bias(bias, device)
+
+    def _register_bias(self, bias: bool, device: torch.device | None) -> None:
+        value = torch.empty(self.out_features, dtype=self.dtype, device=device)
+        self.register_parameter("bias", nn.Parameter(value, requires_grad=False) if bias else None)
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
 
     @property
     def weight(self) -> "DenseView":
@@ -73,14 +80,20 @@ class Linear4bit(nn.Module):
             for function in self.weight_function:
                 weight = function(weight)
             return nn.functional.linear(input, weight, bias)
+        return self._multiply(input, bias)
+
+    def _multiply(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return kernels.linear(input, self.packed, self.absmax, self.shape, self.blocksize, self.quant_type, bias)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Linear4bit":
         # ``.to(dtype)`` and the like are about the dense weight and the bias: absmax is fp32 whatever they are.
-        absmax = self.absmax
+        before, device = dict(self._buffers), self.device
         super()._apply(fn, recurse)
-        self.absmax = absmax.to(self.absmax.device) if self.absmax.dtype != absmax.dtype else self.absmax
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=absmax.device)).dtype
+        for name, absmax in before.items():
+            after = self._buffers[name]
+            if name.startswith("absmax") and absmax is not None and after is not None and after.dtype != absmax.dtype:
+                self._buffers[name] = absmax.to(after.device)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -102,7 +115,7 @@ class DenseView(torch.Tensor):
     def __new__(cls: type[torch.Tensor], linear: Linear4bit) -> "DenseView":
         # A wrapper subclass: https://pytorch.org/docs/stable/notes/extending.html#subclassing-torch-tensor
         wrapper: DenseView = torch.Tensor._make_wrapper_subclass(  # type: ignore[assignment]
-            cls, linear.shape, dtype=linear.dtype, device=linear.packed.device, requires_grad=False
+            cls, linear.shape, dtype=linear.dtype, device=linear.device, requires_grad=False
         )
         return wrapper
 

@@ -50,6 +50,9 @@ CODES: dict[QuantType, tuple[float, ...]] = {"nf4": NF4_CODE, "fp4": FP4_CODE}
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
+MAX_QUANT_STATE_BYTES = 1 << 16
+"""Real ones have less than 200."""
+
 _FP32_MAX = torch.finfo(torch.float32).max
 
 

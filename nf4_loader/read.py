@@ -1,4 +1,4 @@
-"""File slices into host memory, by several threads."""
+"""Slices of files into host memory, by several threads."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -16,46 +16,48 @@ THREADS = min(8, os.cpu_count() or 1)
 
 @dataclass(frozen=True)
 class FileSlice:
-    """``destination.nbytes`` bytes of the file from ``offset`` on, to be read into ``destination``.
+    """``destination.nbytes`` bytes of the file ``path`` from ``offset`` on, to be read into ``destination``.
 
     ``destination`` is a contiguous CPU tensor of any dtype; its bytes are overwritten. ``then`` is called when they
     are, by the thread that read them, while others go on; such a slice is read in one piece.
     """
 
+    path: Path
     offset: int
     destination: torch.Tensor
     then: Callable[[], None] | None = None
 
 
-def read_slices(path: Path, slices: Sequence[FileSlice], progress: Callable[[int], None]) -> None:
+def read_slices(slices: Sequence[FileSlice], progress: Callable[[int], None]) -> None:
     """Read every slice straight into its destination.
 
     Args:
-        path: The file.
         slices: What to read; destinations must not overlap.
         progress: Called on this thread with the number of bytes read since the last call. What it raises
             (ComfyUI's interrupt, say) ends the reading.
 
     Raises:
-        CheckpointError: the file ended early or could not be read.
+        CheckpointError: a file ended early or could not be read.
     """
     chunks = [chunk for item in slices for chunk in _chunks(item)]
-    chunks.sort(key=lambda chunk: chunk[0])
+    chunks.sort(key=lambda chunk: chunk[:2])
     pool = ThreadPoolExecutor(THREADS, thread_name_prefix="nf4-read")
     try:
-        for done in as_completed([pool.submit(_read_chunk, path, *chunk) for chunk in chunks]):
+        for done in as_completed([pool.submit(_read_chunk, *chunk) for chunk in chunks]):
             progress(done.result())
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-Chunk = tuple[int, memoryview, Callable[[], None] | None]
+Chunk = tuple[Path, int, memoryview, Callable[[], None] | None]
 
 
 def _chunks(item: FileSlice) -> list[Chunk]:
     view = memoryview(item.destination.detach().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     size = max(view.nbytes, 1) if item.then else CHUNK_BYTES
-    return [(item.offset + start, view[start : start + size], item.then) for start in range(0, view.nbytes, size)]
+    return [
+        (item.path, item.offset + start, view[start : start + size], item.then) for start in range(0, view.nbytes, size)
+    ]
 
 
 def _read_chunk(path: Path, offset: int, view: memoryview, then: Callable[[], None] | None) -> int:

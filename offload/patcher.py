@@ -123,9 +123,13 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     ) -> None:
         self.load_device = load_device  # ComfyUI 0.3.64 asks for model_size() before it sets this
         super().__init__(model, load_device, offload_device, *args, **kwargs)
-        self.add_wrapper_with_key(
-            comfy.patcher_extension.WrappersMP.APPLY_MODEL, "retry with less resident", _retry_with_less
-        )
+        self.retry_with_less_resident()
+
+    def retry_with_less_resident(self) -> None:
+        """Have forwards that run out of memory give up the resident blocks and run once more."""
+        apply_model = comfy.patcher_extension.WrappersMP.APPLY_MODEL
+        self.remove_wrappers_with_key(apply_model, __name__)
+        self.add_wrapper_with_key(apply_model, __name__, _retry_with_less)
 
     def clone(self, *args: Any, **kwargs: Any) -> "StreamedModelPatcher":
         other = super().clone(*args, **kwargs)
@@ -279,8 +283,8 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         if any(isinstance(value, list) for value in patches.values()):
             raise ValueError(
                 "a streamed model cannot be merged with another: its weights stay as they are in the file. Merge the "
-                "dense models first; then save the result in 4 bits (node: Quantise Flux and Save) or stream it (node: "
-                "Stream Model Blocks)."
+                "dense models first; then save the result in 4 bits (node: Quantise Flux to NF4 and Save) or stream it "
+                "(node: Stream Model Blocks)."
             )
         return super().add_patches(patches, strength_patch, strength_model)
 
@@ -419,7 +423,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _refuse_to_save(*_: Any, **__: Any) -> None:
     raise ValueError(
         "a streamed model cannot be saved by this node, which would write neither packed weights nor patches right. "
-        "Save a 4-bit model with the node Quantise Flux and Save, a dense one from before it is streamed."
+        "Save a 4-bit model with the node Quantise Flux to NF4 and Save, a dense one from before it is streamed."
     )
 
 

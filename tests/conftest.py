@@ -9,6 +9,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 COMFYUI_PATH = os.environ.get("COMFYUI_PATH")
@@ -31,6 +32,15 @@ def _enter_comfyui(tree: str) -> None:
     sys.argv = arguments
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors here are tiny: more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def comfyui():
     """The ComfyUI tree under test."""
@@ -38,7 +48,7 @@ def comfyui():
     return Path(COMFYUI_PATH)
 
 
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests" / "support")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("tools", "commands", "tests/support")]
 _alias_package()
 if COMFYUI_PATH:
     _enter_comfyui(COMFYUI_PATH)

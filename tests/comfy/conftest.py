@@ -8,13 +8,14 @@ import torch
 from comfy.ldm.flux.model import FluxParams
 from make_checkpoint import Recipe, make_checkpoint
 
-from flux_nf4 import nodes
-from flux_nf4.nf4_loader.catalogue import read_catalogue
-from flux_nf4.nf4_loader.flux import build_flux
+from flux_nf4.loaded import load_transformer, streamed
+from flux_nf4.nf4_loader.catalogue import read_catalogue, require_transformer
+from flux_nf4.nf4_loader.fill import fill
+from flux_nf4.nf4_loader.flux import build_flux, materialise
 from flux_nf4.offload import patcher as patcher_module
 from flux_nf4.offload import record
 from flux_nf4.offload.copies import InlineCopies
-from flux_nf4.offload.patcher import StreamedModelPatcher
+from flux_nf4.offload.patcher import Residency, StreamedModelPatcher
 
 HIDDEN, DOUBLES, SINGLES = 256, 8, 10
 CPU = torch.device("cpu")
@@ -74,9 +75,31 @@ def load(tiny_file, tiny_config):
 
     def make(double=0, single=0):
         catalogue = read_catalogue(tiny_file)
-        return nodes._load_transformer(build_flux(catalogue), catalogue, {"double": double, "single": single})
+        model = load_transformer(catalogue)
+        return streamed(model, Residency((("double", double), ("single", single))), node_id=None)
 
     return make
+
+
+@pytest.fixture
+def read_model(tiny_config, monkeypatch):
+    """A function: ComfyUI's model of a tiny file of any layout and depth, all of it read."""
+
+    def read(path):
+        catalogue = read_catalogue(path)
+        require_transformer(catalogue)
+        tiny = comfy.model_detection.model_config_from_unet()
+        for key, name in (("depth", "double_blocks"), ("depth_single_blocks", "single_blocks")):
+            tiny.unet_config[key] = len({n.split(".")[1] for n in catalogue.transformer if n.startswith(f"{name}.")})
+        monkeypatch.setattr(comfy.model_detection, "model_config_from_unet", lambda *_: tiny)
+        model = build_flux(catalogue)
+        materialise(model.diffusion_model)
+        read = []
+        fill(model, catalogue, read.append)
+        assert sum(read) == catalogue.transformer_bytes
+        return model
+
+    return read
 
 
 @pytest.fixture

@@ -15,12 +15,14 @@ import torch
 from bitsandbytes import functional as bnb
 from make_checkpoint import Recipe, make_checkpoint, quantised
 
-from flux_nf4.nf4_loader.catalogue import TRANSFORMER_PREFIX, read_catalogue
+from flux_nf4.nf4_loader.catalogue import Weight4bit, read_catalogue
 from flux_nf4.nf4_loader.errors import CheckpointError
-from flux_nf4.nf4_loader.flux import build_flux, fill, load_clip_and_vae, materialise, transformer_bytes
+from flux_nf4.nf4_loader.fill import fill
+from flux_nf4.nf4_loader.flux import build_flux, load_clip_and_vae, materialise
 from flux_nf4.nf4_loader.linear4bit import Linear4bit
 from flux_nf4.nf4_loader.quant_state import CODES
 
+PREFIX = "model.diffusion_model."
 SIZES = {"U8": 1, "F8_E4M3": 1, "F16": 2, "BF16": 2, "F32": 4}
 
 DEV = {
@@ -90,7 +92,7 @@ def dev(double=1, single=1, **options):
 def catalogue_of(tmp_path):
     """A function: the catalogue of a file with ``shapes``, of which those that ``packed`` takes are in 4 bits."""
 
-    def make(shapes, *, packed=lambda _: True, quant_type="nf4", blocksize=64, prefix=TRANSFORMER_PREFIX, more=()):
+    def make(shapes, *, packed=lambda _: True, quant_type="nf4", blocksize=64, prefix=PREFIX, more=()):
         tensors = {}
         for name, shape in shapes.items():
             if is_weight(name, shape) and packed(name):
@@ -154,7 +156,7 @@ def test_the_depth_is_that_of_the_file(double, single, catalogue_of):
     assert len(packed) == in_the_rest + LINEARS_PER_DOUBLE * double + LINEARS_PER_SINGLE * single
 
 
-@pytest.mark.parametrize("prefix", [TRANSFORMER_PREFIX, ""])
+@pytest.mark.parametrize("prefix", [PREFIX, ""])
 @pytest.mark.parametrize("norm", [".scale", ".weight"])
 @pytest.mark.parametrize("biases", [True, False])
 def test_every_way_of_naming_gives_the_same_model(prefix, norm, biases, catalogue_of):
@@ -235,7 +237,7 @@ def test_another_model_with_flux_names_is_refused(catalogue_of):
 
 
 def test_tensors_that_the_model_has_not_are_logged_and_left_out(catalogue_of, caplog):
-    used_bytes = transformer_bytes(catalogue_of(dev()))
+    used_bytes = catalogue_of(dev()).transformer_bytes
     catalogue = catalogue_of(dev() | layout.linear("adapter", 8, 64))
     with caplog.at_level(logging.WARNING):
         model = build_flux(catalogue)
@@ -254,9 +256,9 @@ def test_nested_absmax_is_filled_in_as_bitsandbytes_expands_it(tiny_config, tmp_
     materialise(model.diffusion_model)
     read = []
     fill(model, catalogue, read.append)
-    assert sum(read) == transformer_bytes(catalogue)
+    assert sum(read) == catalogue.transformer_bytes
     linears = {n: m for n, m in model.diffusion_model.named_modules() if isinstance(m, Linear4bit)}
-    assert len(linears) == len(catalogue.weights4bit)
+    assert len(linears) == sum(isinstance(part, Weight4bit) for part in catalogue.parts)
     for name, linear in linears.items():
         packed, state = quantised(recipe, f"{name}.weight", linear.shape)
         assert torch.equal(linear.packed, packed.view(-1))

@@ -7,15 +7,6 @@ import torch
 from bitsandbytes import functional as bnb
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors here are tiny: more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def write_safetensors(tmp_path):
     """A function that writes a header (a JSON value, or raw bytes) and data as they are, checked by nobody."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flux_nf4.nf4_loader.catalogue import read_catalogue, require_all_in_one
+from flux_nf4.nf4_loader.catalogue import Weight4bit, read_catalogue, require_all_in_one, require_transformer
 from flux_nf4.nf4_loader.errors import CheckpointError
 from flux_nf4.nf4_loader.quant_state import NestedAbsmax
 
@@ -72,12 +72,22 @@ def refusal(save):
     def refuse(tensors):
         path = save(tensors)
         with pytest.raises(CheckpointError) as caught:
-            read_catalogue(path)
+            require_transformer(read_catalogue(path))
         message = str(caught.value)
         assert message.startswith("flux.safetensors: ")
         return message
 
     return refuse
+
+
+def weights4bit(catalogue):
+    """The packed weights of a file with Black Forest Labs' names, where each is one tensor of the model."""
+    parts = {name: part for name, tensor in catalogue.transformer.items() for part in tensor.parts}
+    return {name: part for name, part in parts.items() if isinstance(part, Weight4bit)}
+
+
+def dense(catalogue):
+    return {name: tensor.parts[0] for name, tensor in catalogue.transformer.items() if not tensor.weights4bit}
 
 
 def check_bytes(path, entry, tensor):
@@ -97,8 +107,8 @@ def test_every_weight_is_found_with_its_state_and_bytes(make_tensors, save, pref
     path = save(tensors)
     catalogue = read_catalogue(path)
     assert catalogue.path == path
-    assert catalogue.weights4bit.keys() == LINEARS.keys()
-    for name, weight in catalogue.weights4bit.items():
+    assert weights4bit(catalogue).keys() == LINEARS.keys()
+    for name, weight in weights4bit(catalogue).items():
         assert weight.state.shape == LINEARS[name]
         assert (weight.state.quant_type, weight.state.blocksize) == (quant_type, blocksize)
         full = prefix + name
@@ -119,7 +129,7 @@ def test_every_weight_is_found_with_its_state_and_bytes(make_tensors, save, pref
 @pytest.mark.parametrize("prefix", [PREFIX, ""], ids=["prefix", "no prefix"])
 def test_the_parts_are_told_apart(make_tensors, save, prefix):
     catalogue = read_catalogue(save(make_tensors(prefix)))
-    assert catalogue.dense.keys() == {"img_in.bias", f"{NORM}.scale"}
+    assert dense(catalogue).keys() == {"img_in.bias", f"{NORM}.scale"}
     assert catalogue.text_encoders.keys() == ENCODERS.keys()
     assert catalogue.vae.keys() == VAE.keys()
     assert catalogue.header.tensors.keys() >= {f"{prefix}{QKV}", *ENCODERS, *VAE}
@@ -135,35 +145,35 @@ def test_norms_have_one_name_whatever_the_file_calls_them(make_tensors, save, no
     tensors = make_tensors(norm=norm)
     path = save(tensors)
     catalogue = read_catalogue(path)
-    assert f"{NORM}.scale" in catalogue.dense
-    assert f"{NORM}.weight" not in catalogue.dense
-    check_bytes(path, catalogue.dense[f"{NORM}.scale"], tensors[f"{PREFIX}{NORM}.{norm}"])
+    assert f"{NORM}.scale" in dense(catalogue)
+    assert f"{NORM}.weight" not in dense(catalogue)
+    check_bytes(path, dense(catalogue)[f"{NORM}.scale"], tensors[f"{PREFIX}{NORM}.{norm}"])
 
 
 def test_dense_layers_beside_quantised_ones_stay_dense(make_tensors, save):
-    dense = {"img_in.weight", "final_layer.linear.weight"}
-    catalogue = read_catalogue(save(make_tensors(dense=dense)))
-    assert catalogue.weights4bit.keys() == LINEARS.keys() - dense
-    assert catalogue.dense.keys() == dense | {"img_in.bias", f"{NORM}.scale"}
+    unpacked = {"img_in.weight", "final_layer.linear.weight"}
+    catalogue = read_catalogue(save(make_tensors(dense=unpacked)))
+    assert weights4bit(catalogue).keys() == LINEARS.keys() - unpacked
+    assert dense(catalogue).keys() == unpacked | {"img_in.bias", f"{NORM}.scale"}
     assert catalogue.logical_shapes["img_in.weight"] == (16, 64)
 
 
 def test_the_first_block_may_be_dense(make_tensors, save):
     catalogue = read_catalogue(save(make_tensors(dense={QKV})))
-    assert catalogue.dense[QKV].dtype == "BF16"
+    assert dense(catalogue)[QKV].dtype == "BF16"
 
 
 def test_a_weight_stored_as_one_row_is_read(make_tensors, save):
     tensors = make_tensors()
     tensors[PREFIX + QKV] = tensors[PREFIX + QKV].view(1, -1)
-    assert read_catalogue(save(tensors)).weights4bit[QKV].packed.nbytes == 48 * 64
+    assert weights4bit(read_catalogue(save(tensors)))[QKV].packed.nbytes == 48 * 64
 
 
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32], ids=str)
 def test_a_weight_stored_in_another_dtype_is_read(make_tensors, save, storage):
     tensors = make_tensors()
     tensors[PREFIX + QKV] = tensors[PREFIX + QKV].view(-1).view(storage).view(-1, 1)
-    assert read_catalogue(save(tensors)).weights4bit[QKV].packed.nbytes == 48 * 64
+    assert weights4bit(read_catalogue(save(tensors)))[QKV].packed.nbytes == 48 * 64
 
 
 def test_t5_layers_are_counted(make_tensors, save):
@@ -218,7 +228,7 @@ def dense_flux(dtype, prefix=PREFIX):
 def test_a_dense_flux_is_refused_with_its_loader(refusal, dtype, name, rest, loader, prefix):
     message = refusal(dense_flux(dtype, prefix) | rest)
     assert f"it is a Flux model with dense {name} weights" in message
-    assert message.endswith(f"Load it with {loader}.")
+    assert message.endswith(f"Load it with {loader}, or make an NF4 file of it with 'Quantise Flux to NF4 and Save'.")
 
 
 def test_a_gguf_file_is_refused_with_its_loader(tmp_path):
@@ -246,14 +256,77 @@ def test_4bit_of_another_model_is_refused_with_its_names(make_tensors, refusal):
     assert "its first names: model.layers.2.a, model.layers.10." in message
 
 
-@pytest.mark.parametrize("name", ["transformer_blocks.0", "single_transformer_blocks.0"])
-def test_4bit_with_the_names_of_diffusers_is_refused(make_tensors, refusal, name):
-    message = refusal(renamed(make_tensors("", rest={}), "double_blocks.0", name))
-    assert "it is a 4-bit model with the tensor names of diffusers" in message
-    assert "reads Black Forest Labs names ('double_blocks.0...')" in message
+def of_other_models(*names):
+    return {name: torch.ones(4, 4).half() for name in names}
 
 
-@pytest.mark.parametrize("tensors", [VAE, ENCODERS, {"lora_unet_double_blocks_0.lora_up.weight": torch.ones(4, 4)}, {}])
+OTHERS = {
+    "a LoRA of kohya": (
+        of_other_models("lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"),
+        ("it is a LoRA", "models/loras", "'LoraLoaderModelOnly'"),
+    ),
+    "a LoRA of diffusers": (
+        of_other_models("transformer.single_transformer_blocks.0.proj_mlp.lora_A.weight"),
+        ("it is a LoRA",),
+    ),
+    "a VAE": (of_other_models("decoder.conv_in.weight"), ("it is a VAE", "'Load VAE'")),
+    "the VAE of an all-in-one file": (VAE, ("it is a VAE", "'Load VAE'")),
+    "a T5": (
+        of_other_models("encoder.block.0.layer.0.SelfAttention.q.weight"),
+        ("it is a T5 text encoder", "'DualCLIPLoader'"),
+    ),
+    "a CLIP-L": (
+        of_other_models("text_model.encoder.layers.0.mlp.fc1.weight"),
+        ("it is a CLIP text encoder", "'DualCLIPLoader'"),
+    ),
+    "SDXL": (
+        of_other_models("model.diffusion_model.input_blocks.0.0.weight"),
+        ("it is a Stable Diffusion or SDXL model", "'Load Checkpoint'"),
+    ),
+    "SD 3.5": (
+        of_other_models("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"),
+        ("it is a Stable Diffusion 3 model", "'Load Checkpoint'"),
+    ),
+    "SD 3.5 of diffusers": (
+        of_other_models("transformer_blocks.0.attn.to_q.weight", "pos_embed.proj.weight"),
+        ("it is a model in the layout of diffusers",),
+    ),
+    "nunchaku": (
+        of_other_models("single_transformer_blocks.0.proj_mlp.qweight", "single_transformer_blocks.0.proj_mlp.wscales"),
+        ("nunchaku (SVDQuant)", "'Nunchaku FLUX DiT Loader' of the ComfyUI-nunchaku package"),
+    ),
+    "torchao": (
+        of_other_models("double_blocks.0.img_attn.qkv._weight_qdata"),
+        ("quantised by torchao", "pick an NF4 file"),
+    ),
+    "a language model": (of_other_models("model.layers.0.mlp.up_proj.weight"), ("it is a language model",)),
+}
+
+
+@pytest.mark.parametrize(("tensors", "fragments"), OTHERS.values(), ids=OTHERS)
+def test_another_file_is_refused_with_what_it_is_and_its_loader(refusal, tensors, fragments):
+    message = refusal(tensors)
+    for fragment in fragments:
+        assert fragment in message
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "loader"),
+    [
+        ("model.diffusion_model.input_blocks.0", "a Stable Diffusion or SDXL model", "a loader for that model"),
+        ("joint_blocks.0", "a Stable Diffusion 3 model", "a loader for that model"),
+        ("transformer_blocks.0", "a model in the layout of diffusers", "a loader for that model"),
+        ("encoder.block.0.layer.0.SelfAttention", "a T5 text encoder", "'Load Flux NF4 Dual CLIP'"),
+    ],
+)
+def test_4bit_of_another_model_is_refused_with_what_it_is(make_tensors, refusal, name, kind, loader):
+    tensors = {n: t for n, t in make_tensors("", rest={}).items() if n.startswith("double_blocks")}
+    message = refusal(renamed(tensors, "double_blocks.0", name))
+    assert f"a bitsandbytes 4-bit file, but not of a Flux model: {kind} has no 'double_blocks.0.*'" in message
+    assert loader in message
+
+
+@pytest.mark.parametrize("tensors", [{"a.weight": torch.ones(4, 4)}, {}])
 def test_a_file_without_a_flux_transformer_is_refused(refusal, tensors):
     assert "it holds no Flux transformer ('double_blocks.0.*' is missing)" in refusal(tensors)
 
@@ -269,7 +342,7 @@ def test_4bit_text_encoders_do_not_make_a_dense_flux_4bit(make_tensors, refusal)
 def test_packed_weights_without_any_quant_state_are_refused(make_tensors, refusal):
     tensors = {name: tensor for name, tensor in make_tensors().items() if QUANT_STATE not in name}
     message = refusal(tensors)
-    assert f"{QKV} is packed (U8 of shape (3072, 1)) but no quant state" in message
+    assert f"{PREFIX}{QKV} is packed (U8 of shape (3072, 1)) but no quant state" in message
 
 
 def test_packed_weights_alone_are_refused(make_tensors, refusal):
@@ -364,8 +437,8 @@ def check_damage_is_refused(tensors, damage, refusal, prefix):
     if replacement is not None:
         tensors[name] = replacement
     message = refusal(tensors)
-    assert message.startswith(f"flux.safetensors: {QKV}: ")
-    assert reason in message
+    assert message.startswith(f"flux.safetensors: {prefix}{QKV}: ")
+    assert reason.replace(f"'{QKV}", f"'{prefix}{QKV}") in message
     assert "The file is damaged or was made by a tool that this node does not know" in message
 
 
@@ -385,14 +458,17 @@ def test_bytes_that_nothing_describes_are_refused(make_tensors, refusal, dtype):
     tensors = make_tensors(dense={"img_in.weight"})
     tensors[f"{PREFIX}img_in.weight"] = torch.ones(512, 1, dtype=dtype)
     message = refusal(tensors)
-    assert f"img_in.weight: it is packed, but 'img_in.weight{STATE}', which gives its shape, is not" in message
+    assert (
+        f"{PREFIX}img_in.weight: it is packed, but '{PREFIX}img_in.weight{STATE}', which gives its shape, is not"
+        in message
+    )
 
 
 def test_an_absmax_that_nothing_describes_is_refused(make_tensors, refusal):
     tensors = make_tensors()
     tensors[PREFIX + QKV] = tensors[PREFIX + QKV].view(-1).view(torch.bfloat16).view(-1, 1)
     del tensors[f"{PREFIX}{QKV}{STATE}"]
-    assert f"{QKV}: it is packed, but '{QKV}{STATE}', which gives its shape, is not" in refusal(tensors)
+    assert f"it is packed, but '{PREFIX}{QKV}{STATE}', which gives its shape, is not" in refusal(tensors)
 
 
 class CountedFile(io.FileIO):

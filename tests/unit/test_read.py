@@ -50,7 +50,7 @@ def no_reader_runs():
 @pytest.mark.parametrize("offset", [0, 1, 63, 64, 1000])
 def test_bytes_land_exactly(path, content, offset, nbytes):
     memory = torch.full((nbytes + 2,), 0xAA, dtype=torch.uint8)
-    read_slices(path, [FileSlice(offset, memory[1:-1])], ignore)
+    read_slices([FileSlice(path, offset, memory[1:-1])], ignore)
     assert bytes_of(memory) == b"\xaa" + content[offset : offset + nbytes] + b"\xaa"
 
 
@@ -72,13 +72,13 @@ DTYPES = (
 @pytest.mark.parametrize("shape", [(), (1,), (17, 5), (2, 3, 4), (0,), (0, 8)], ids=str)
 def test_a_destination_may_be_of_any_dtype_and_shape(path, content, dtype, shape):
     destination = torch.zeros(shape, dtype=dtype)
-    read_slices(path, [FileSlice(7, destination)], ignore)
+    read_slices([FileSlice(path, 7, destination)], ignore)
     assert bytes_of(destination) == content[7 : 7 + destination.nbytes]
 
 
 def test_a_destination_may_be_a_parameter(path, content):
     parameter = torch.nn.Parameter(torch.zeros(10))
-    read_slices(path, [FileSlice(0, parameter)], ignore)
+    read_slices([FileSlice(path, 0, parameter)], ignore)
     assert bytes_of(parameter.detach()) == content[:40]
 
 
@@ -86,17 +86,17 @@ def test_many_slices_in_any_order_fill_many_destinations(path, content):
     sizes = [random.Random(1).randrange(300) for _ in range(60)]
     ends = list(itertools.accumulate(sizes))
     slices = [
-        FileSlice(end - size, torch.zeros(size, dtype=torch.uint8)) for end, size in zip(ends, sizes, strict=True)
+        FileSlice(path, end - size, torch.zeros(size, dtype=torch.uint8)) for end, size in zip(ends, sizes, strict=True)
     ]
     random.Random(2).shuffle(slices)
-    read_slices(path, slices, ignore)
+    read_slices(slices, ignore)
     for item in slices:
         assert bytes_of(item.destination) == content[item.offset : item.offset + item.destination.nbytes]
 
 
 def test_the_last_byte_of_the_file_is_read(path, content):
     destination = torch.zeros(100, dtype=torch.uint8)
-    read_slices(path, [FileSlice(len(content) - 100, destination)], ignore)
+    read_slices([FileSlice(path, len(content) - 100, destination)], ignore)
     assert bytes_of(destination) == content[-100:]
 
 
@@ -106,12 +106,12 @@ def test_chunks_of_real_size_work_too(tmp_path, monkeypatch):
     content = random.Random(3).randbytes((2 << 20) + 12_345)
     path.write_bytes(content)
     destination = torch.zeros(len(content), dtype=torch.uint8)
-    read_slices(path, [FileSlice(0, destination)], ignore)
+    read_slices([FileSlice(path, 0, destination)], ignore)
     assert bytes_of(destination) == content
 
 
 def test_nothing_to_read_is_read(path):
-    read_slices(path, [], ignore)
+    read_slices([], ignore)
 
 
 # Progress
@@ -119,8 +119,8 @@ def test_nothing_to_read_is_read(path):
 
 def test_progress_adds_up_to_the_total(path):
     counts = []
-    slices = [FileSlice(0, torch.zeros(1000, dtype=torch.uint8)), FileSlice(5000, torch.zeros(333))]
-    read_slices(path, slices, counts.append)
+    slices = [FileSlice(path, 0, torch.zeros(1000, dtype=torch.uint8)), FileSlice(path, 5000, torch.zeros(333))]
+    read_slices(slices, counts.append)
     assert sum(counts) == 1000 + 4 * 333
     assert len(counts) == -(-1000 // CHUNK) + -(-4 * 333 // CHUNK)
     assert all(0 < count <= CHUNK for count in counts)
@@ -128,7 +128,7 @@ def test_progress_adds_up_to_the_total(path):
 
 def test_progress_is_called_on_the_callers_thread(path):
     threads = set()
-    read_slices(path, [FileSlice(0, torch.zeros(1000))], lambda count: threads.add(threading.current_thread()))
+    read_slices([FileSlice(path, 0, torch.zeros(1000))], lambda count: threads.add(threading.current_thread()))
     assert threads == {threading.current_thread()}
 
 
@@ -154,14 +154,14 @@ def test_what_progress_raises_ends_the_reading_and_is_raised(path, monkeypatch, 
 
     monkeypatch.setattr(read, "_read_chunk", counted)
     with pytest.raises(type(error)) as caught:
-        read_slices(path, [FileSlice(0, torch.zeros(250 * CHUNK, dtype=torch.uint8))], interrupt)
+        read_slices([FileSlice(path, 0, torch.zeros(250 * CHUNK, dtype=torch.uint8))], interrupt)
     assert caught.value is error
     assert len(chunks_read) < 250
     assert no_reader_runs()
 
 
 def test_no_thread_stays_behind(path):
-    read_slices(path, [FileSlice(0, torch.zeros(1000))], ignore)
+    read_slices([FileSlice(path, 0, torch.zeros(1000))], ignore)
     assert no_reader_runs()
 
 
@@ -172,7 +172,7 @@ def test_no_thread_stays_behind(path):
 def test_a_file_that_has_shrunk_is_refused(path, content, kept):
     path.write_bytes(content[:kept])
     with pytest.raises(CheckpointError) as caught:
-        read_slices(path, [FileSlice(0, torch.zeros(2000, dtype=torch.uint8))], ignore)
+        read_slices([FileSlice(path, 0, torch.zeros(2000, dtype=torch.uint8))], ignore)
     message = str(caught.value)
     assert message.startswith("flux.safetensors: it ended at byte ")
     assert f"byte {kept:,} while" in message or kept < 2000 - CHUNK  # another chunk past the end may be the first
@@ -182,7 +182,7 @@ def test_a_file_that_has_shrunk_is_refused(path, content, kept):
 def test_a_file_that_is_gone_is_refused(path):
     path.unlink()
     with pytest.raises(CheckpointError, match=r"^flux.safetensors: reading it failed \(.*No such file"):
-        read_slices(path, [FileSlice(0, torch.zeros(10))], ignore)
+        read_slices([FileSlice(path, 0, torch.zeros(10))], ignore)
 
 
 def test_a_disk_that_fails_is_reported(path, monkeypatch):
@@ -195,7 +195,7 @@ def test_a_disk_that_fails_is_reported(path, monkeypatch):
 
     monkeypatch.setattr(Path, "open", failing)
     with pytest.raises(CheckpointError, match=r"reading it failed \(.*Input/output error\)\. Check the disk"):
-        read_slices(path, [FileSlice(0, torch.zeros(1000))], ignore)
+        read_slices([FileSlice(path, 0, torch.zeros(1000))], ignore)
     assert no_reader_runs()
 
 
@@ -219,7 +219,7 @@ def test_short_reads_are_continued(path, content, monkeypatch):
     opened = Path.open
     monkeypatch.setattr(Path, "open", lambda self, *args, **kwargs: Trickle(opened(self, *args, **kwargs)))
     destination = torch.zeros(500, dtype=torch.uint8)
-    read_slices(path, [FileSlice(11, destination)], ignore)
+    read_slices([FileSlice(path, 11, destination)], ignore)
     assert bytes_of(destination) == content[11:511]
 
 
@@ -230,6 +230,8 @@ def test_what_is_to_be_done_after_a_slice_finds_all_its_bytes(tmp_path, monkeypa
     slices, found = [], {}
     for start in range(0, 200, 50):
         destination = torch.zeros(50, dtype=torch.uint8)
-        slices.append(read.FileSlice(start, destination, lambda s=start, d=destination: found.update({s: d.tolist()})))
-    read.read_slices(path, slices, lambda _: None)
+        slices.append(
+            read.FileSlice(path, start, destination, lambda s=start, d=destination: found.update({s: d.tolist()}))
+        )
+    read.read_slices(slices, lambda _: None)
     assert found == {start: list(range(start, start + 50)) for start in range(0, 200, 50)}

@@ -1,0 +1,140 @@
+"""Prints what a Flux file is: layout, variant, quantisation, sizes, what is missing, and the plan for a VRAM budget.
+
+    python commands/describe.py flux1-dev-bnb-nf4-v2.safetensors
+    python commands/describe.py ~/models/FLUX.1-dev-bnb-4bit/transformer --budget 4
+
+Nothing but headers is read. Run it with the Python that runs ComfyUI (it needs PyTorch and nothing else).
+"""
+
+import argparse
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import package  # noqa: F401  makes flux_nf4 importable
+
+from flux_nf4.nf4_loader.catalogue import (
+    CLIP_L_PREFIX,
+    T5_PREFIX,
+    VAE_PREFIX,
+    Catalogue,
+    Weight4bit,
+    read_catalogue,
+    require_transformer,
+)
+from flux_nf4.nf4_loader.errors import CheckpointError
+from flux_nf4.offload.plan import BlockSize, plan_by_budget, plan_for
+from flux_nf4.offload.record import ALIGNMENT, SMALL_BYTES
+
+_MIB, _GIB = 2**20, 2**30
+_INPUT_CHANNELS = {64: "", 128: " (Canny or Depth)", 384: " (Fill)"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="a .safetensors file, any one shard, an index or a folder")
+    parser.add_argument("--budget", type=float, metavar="GiB", help="of VRAM for the transformer's blocks")
+    given = parser.parse_args()
+    try:
+        catalogue = read_catalogue(given.model)
+        require_transformer(catalogue)
+        for line in describe(catalogue):
+            print(line)
+        if given.budget is not None:
+            print(plan(catalogue, given.budget))
+    except (CheckpointError, ValueError) as error:
+        raise SystemExit(str(error)) from None
+
+
+def describe(catalogue: Catalogue) -> Iterator[str]:
+    """One line a fact."""
+    sizes = block_sizes(catalogue)
+    shapes = catalogue.logical_shapes
+    counts = Counter(size.kind for size in sizes)
+    files = {entry.path for entry in catalogue.header.tensors.values()}
+    yield f"layout        {catalogue.layout}, {'1 file' if len(files) == 1 else f'{len(files)} files'}"
+    inputs = shapes.get("img_in.weight", (0, 0))[1]
+    guidance = "dev" if "guidance_in.in_layer.weight" in shapes else "schnell"
+    yield f"model         Flux.1 {guidance}{_INPUT_CHANNELS.get(inputs, f' ({inputs} input channels)')}"
+    yield f"blocks        {counts['double']} double, {counts['single']} single"
+    for kind in counts:
+        yield f"  {kind:<12}{_range([size.nbytes / _MIB for size in sizes if size.kind == kind])} MiB each"
+    for kind, count in Counter(map(_kind, catalogue.parts)).most_common():
+        yield f"  {count:<12}{kind}"
+    ram, disk = catalogue.transformer_ram / _GIB, catalogue.transformer_bytes / _GIB
+    yield f"transformer   {ram:.2f} GiB in RAM ({disk:.2f} on disk)"
+    for part, prefix in (("CLIP-L", CLIP_L_PREFIX), ("T5-XXL", T5_PREFIX), ("VAE", VAE_PREFIX)):
+        yield f"{part:<14}{_summary(catalogue, prefix)}"
+    for key, value in catalogue.header.metadata.items():
+        yield f"{key}: {value}"
+
+
+def _range(values: list[float]) -> str:
+    least, most = f"{min(values):.1f}", f"{max(values):.1f}"
+    return least if least == most else f"{least} to {most}"
+
+
+def _summary(catalogue: Catalogue, prefix: str) -> str:
+    beside = {**catalogue.text_encoders, **catalogue.vae}
+    entries = [entry for name, entry in beside.items() if name.startswith(prefix)]
+    if not entries:
+        return "not in the file"
+    ((dtype, _),) = Counter(entry.dtype for entry in entries).most_common(1)
+    is_4bit = any(".quant_state.bitsandbytes__" in entry.name for entry in entries)
+    return f"{sum(entry.nbytes for entry in entries) / _GIB:.2f} GiB, {'4-bit' if is_4bit else dtype}"
+
+
+def _kind(part: object) -> str:
+    if not isinstance(part, Weight4bit):
+        return "tensors that are dense"
+    nested = "nested" if part.state.nested else "fp32"
+    return f"weights in {part.state.quant_type.upper()}, blocksize {part.state.blocksize}, absmax {nested}"
+
+
+def block_sizes(catalogue: Catalogue) -> list[BlockSize]:
+    """What each block weighs when it is loaded, in execution order: a tile for each layer, as `offload` lays it out."""
+    blocks: dict[tuple[str, int], dict[str, list[int]]] = {}
+    for name, tensor in catalogue.transformer.items():
+        found = re.match(r"(double|single)_blocks\.(\d+)\.(.+)\.\w+$", name)
+        if found:
+            layer = blocks.setdefault((found[1], int(found[2])), {}).setdefault(found[3], [])
+            layer += [nbytes for part in tensor.parts for nbytes in _tensor_bytes(part)]
+    return [_block_size(kind, layers) for (kind, _), layers in sorted(blocks.items())]
+
+
+def _tensor_bytes(part: object) -> tuple[int, ...]:
+    if isinstance(part, Weight4bit):
+        return part.state.packed_bytes, 4 * part.state.absmax_count
+    return (part.nbytes,)  # type: ignore[attr-defined]
+
+
+def _block_size(kind: str, layers: dict[str, list[int]]) -> BlockSize:
+    large = [[nbytes for nbytes in layer if nbytes >= SMALL_BYTES] for layer in layers.values()]
+    small = [nbytes for layer in layers.values() for nbytes in layer if nbytes < SMALL_BYTES]
+    return BlockSize(kind, tuple(_aligned(layer) for layer in large if layer), _aligned(small))
+
+
+def _aligned(sizes: list[int]) -> int:
+    return sum(-(-nbytes // ALIGNMENT) * ALIGNMENT for nbytes in sizes)
+
+
+def plan(catalogue: Catalogue, budget_gib: float) -> str:
+    """What stays in VRAM and what is streamed for a budget.
+
+    Raises:
+        ValueError: the budget is too small; the message says what is needed.
+    """
+    sizes = block_sizes(catalogue)
+    made = plan_by_budget(sizes, int(budget_gib * _GIB))
+    stay = Counter(sizes[index].kind for index in made.resident)
+    whole = plan_for(sizes, range(len(sizes)))
+    return (
+        f"with {budget_gib:g} GiB  {stay['double']} double and {stay['single']} single blocks stay, "
+        f"{len(made.streamed)} are streamed: {made.device_bytes / _GIB:.2f} GiB of VRAM, of "
+        f"{whole.device_bytes / _GIB:.2f} for all; {made.bytes_per_forward / 1e9:.2f} GB over the bus a step"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Makes an NF4 or FP4 file of a Flux model: of bf16, fp16, fp8 or GGUF, in one file, shards or a folder of diffusers.
+
+    python commands/quantise.py flux1-dev.safetensors flux1-dev-nf4.safetensors
+    python commands/quantise.py flux1-dev-Q8_0.gguf flux1-dev-fp4.safetensors --type fp4 --nested
+
+Run it with the Python that runs ComfyUI, which has what it needs: PyTorch, bitsandbytes and, for GGUF, gguf.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import package  # noqa: F401  makes flux_nf4 importable
+import torch
+
+from flux_nf4.nf4_loader.errors import CheckpointError
+from flux_nf4.nf4_loader.quantise import QuantSettings
+from flux_nf4.nf4_loader.save import save_quantised
+from flux_nf4.nf4_loader.sources import sources_of_file
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="a .safetensors or .gguf file, any one shard, an index or a folder")
+    parser.add_argument("output", type=Path, help="the new .safetensors file")
+    parser.add_argument("--type", choices=("nf4", "fp4"), default="nf4")
+    parser.add_argument(
+        "--nested", action="store_true", help="quantise absmax, too (v1): 8 %% smaller, a little less exact"
+    )
+    parser.add_argument("--all-in-one", action="store_true", help="keep the text encoders and the VAE of the file")
+    parser.add_argument(
+        "--keep-dense", nargs="*", default=[], metavar="LAYER", help="such as img_in or 'final_layer.*'"
+    )
+    parser.add_argument("--device", type=torch.device, default="cpu", help="where to quantise, such as cuda")
+    parser.add_argument("--force", action="store_true", help="replace a file that exists")
+    given = parser.parse_args()
+    if given.output.exists() and not given.force:
+        raise SystemExit(f"{given.output}: it exists already. Choose another name, or add --force to replace it.")
+    try:
+        _quantise(given)
+    except CheckpointError as error:
+        raise SystemExit(str(error)) from None
+
+
+def _quantise(given: argparse.Namespace) -> None:
+    sources = sources_of_file(given.model, all_in_one=given.all_in_one)
+    total = sum(torch.Size(source.shape).numel() for source in sources)
+    started, done = time.monotonic(), 0
+
+    def progress(numel: int) -> None:
+        nonlocal done
+        before, done = done, done + numel
+        if 100 * done // total > 100 * before // total:
+            spent = time.monotonic() - started
+            print(f"\r{100 * done // total:3} %  {spent:.0f} s", end="", file=sys.stderr, flush=True)
+
+    save_quantised(
+        given.output,
+        sources,
+        QuantSettings(given.type, given.nested),
+        prefix="model.diffusion_model." if given.all_in_one else "",
+        keep_dense=given.keep_dense,
+        metadata={"flux_nf4.source": given.model.name},
+        device=given.device,
+        progress=progress,
+    )
+    print(f"\n{given.output}: {given.output.stat().st_size / 2**30:.2f} GiB")
+
+
+if __name__ == "__main__":
+    main()

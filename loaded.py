@@ -1,0 +1,119 @@
+"""Checkpoints in memory: each file is read once, shared by all who use it, and gone with the last of them.
+
+Who uses a file is who holds a MODEL, CLIP or VAE made from it, or what `load_all_in_one` and `load_transformer` return.
+"""
+
+import gc
+from dataclasses import dataclass
+from weakref import WeakValueDictionary
+
+import comfy.model_base
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import folder_paths
+import psutil
+import torch
+
+from .nf4_loader.catalogue import Catalogue
+from .nf4_loader.errors import CheckpointError
+from .nf4_loader.fill import fill
+from .nf4_loader.flux import block_groups, build_flux, load_clip_and_vae, materialise
+from .offload.patcher import Residency, StreamedModelPatcher, attach_streaming
+
+_GIB = 1024**3
+
+_Key = frozenset[tuple[str, int, int]]
+"""Name, time of change in ns and size in bytes of each file that a checkpoint has."""
+
+_models: WeakValueDictionary[_Key, comfy.model_base.BaseModel] = WeakValueDictionary()
+_clips: WeakValueDictionary[_Key, comfy.sd.CLIP] = WeakValueDictionary()
+_vaes: WeakValueDictionary[_Key, comfy.sd.VAE] = WeakValueDictionary()
+
+
+@dataclass(frozen=True)
+class AllInOne:
+    """What one file holds."""
+
+    model: comfy.model_base.BaseModel
+    clip: comfy.sd.CLIP
+    vae: comfy.sd.VAE
+
+
+def load_all_in_one(catalogue: Catalogue) -> AllInOne:
+    """The transformer, ready to be streamed, the text encoders and the VAE of a file.
+
+    Raises:
+        CheckpointError: the file cannot be loaded, or not into the RAM that is free.
+    """
+    key = _key(catalogue)
+    model, clip, vae = _models.get(key), _clips.get(key), _vaes.get(key)
+    if clip is None or vae is None:
+        gc.collect()  # an earlier model that only cycles keep alive must not count against this one
+        new = build_flux(catalogue) if model is None else None
+        _require_ram(catalogue, with_transformer=model is None, with_others=True)
+        clip, vae = load_clip_and_vae(catalogue, folder_paths.get_folder_paths("embeddings"))
+        model = _read(new, catalogue) if new is not None else model
+    assert clip is not None
+    assert vae is not None
+    model = load_transformer(catalogue) if model is None else model
+    _models[key], _clips[key], _vaes[key] = model, clip, vae
+    return AllInOne(model, clip, vae)
+
+
+def load_transformer(catalogue: Catalogue) -> comfy.model_base.BaseModel:
+    """The transformer of a checkpoint, ready to be streamed.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or not into the RAM that is free.
+    """
+    key = _key(catalogue)
+    model = _models.get(key)
+    if model is None:
+        gc.collect()
+        new = build_flux(catalogue)
+        _require_ram(catalogue, with_transformer=True, with_others=False)
+        model = _models[key] = _read(new, catalogue)
+    return model
+
+
+def streamed(model: comfy.model_base.BaseModel, residency: Residency, node_id: str | None) -> StreamedModelPatcher:
+    """A MODEL of its own for ``model``.
+
+    Raises:
+        ValueError: the budget is too small.
+    """
+    patcher = StreamedModelPatcher(
+        model,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+    patcher.residency, patcher.node_id = residency, node_id
+    patcher.require_budget()
+    return patcher
+
+
+def _key(catalogue: Catalogue) -> _Key:
+    paths = {entry.path.resolve() for entry in catalogue.header.tensors.values()}
+    return frozenset((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths)
+
+
+def _read(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> comfy.model_base.BaseModel:
+    attach_streaming(model, block_groups(model))
+    materialise(model.diffusion_model)
+    progress = comfy.utils.ProgressBar(catalogue.transformer_bytes)
+    fill(model, catalogue, progress.update)
+    return model
+
+
+def _require_ram(catalogue: Catalogue, *, with_transformer: bool, with_others: bool) -> None:
+    others = [entry for part in (catalogue.text_encoders, catalogue.vae) for entry in part.values()]
+    needed = catalogue.transformer_ram if with_transformer else 0
+    needed += sum(entry.nbytes for entry in others) if with_others else 0
+    free = comfy.model_management.get_free_memory(torch.device("cpu")) + psutil.swap_memory().free
+    if needed > free:
+        raise CheckpointError(
+            catalogue.path,
+            f"loading it takes {needed / _GIB:.2f} GiB of RAM; {free / _GIB:.2f} GiB are free, swap included. Close "
+            "other programs, free ComfyUI's models (Manager: Unload Models), or enlarge the swap or page file.",
+        )

@@ -1,0 +1,75 @@
+"""The transformer's bytes, from its files into the host memory that a model is bound to."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import comfy.model_base
+import torch
+
+from .catalogue import Catalogue, TransformerTensor
+from .flux import model_names
+from .header import TensorEntry
+from .linear4bit import Linear4bit
+from .linear_of_parts import LinearOfParts
+from .parts import DenseMemory, PackedMemory, memory_of_fused, read_parts, swap_halves
+
+
+def fill(model: comfy.model_base.BaseModel, catalogue: Catalogue, progress: Callable[[int], None]) -> None:
+    """Read the transformer's tensors from the files into the host memory that ``model`` is bound to.
+
+    ``progress`` gets byte counts that add up to ``catalogue.transformer_bytes``, less what the file has and the model
+    does not. The model remembers the catalogue, as ``model.nf4_catalogue``.
+
+    Raises:
+        CheckpointError: a file ended early, could not be read, or has another code table than its type says.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        read_parts(list(_destinations(model, catalogue)), progress)
+        _swap_halves(model, catalogue)
+    model.nf4_catalogue = catalogue
+
+
+def _destinations(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> Iterator[PackedMemory | DenseMemory]:
+    """Every part of every tensor that the model has, with the memory that it goes to."""
+    parameters = dict(model.diffusion_model.named_parameters())
+    modules = dict(model.diffusion_model.named_modules())
+    for name, source in model_names(model, catalogue).items():
+        tensor = catalogue.transformer[source]
+        linear = modules.get(name.removesuffix(".weight"))
+        if isinstance(linear, Linear4bit) and name.endswith(".weight"):
+            yield from _of_linear(linear, tensor)
+        elif name in parameters:  # else not of this model: `build_flux` has logged it
+            yield from _of_parameter(parameters[name], tensor)
+
+
+def _of_linear(linear: Linear4bit, tensor: TransformerTensor) -> Iterator[PackedMemory | DenseMemory]:
+    if not isinstance(linear, LinearOfParts):
+        yield from memory_of_fused(tensor, linear.packed, linear.absmax)
+        return
+    for i, part in enumerate(tensor.parts):
+        if isinstance(part, TensorEntry):
+            yield DenseMemory(part, linear.get_buffer(f"dense_{i}"))
+        else:
+            yield PackedMemory(part, linear.get_buffer(f"packed_{i}"), linear.get_buffer(f"absmax_{i}"))
+
+
+def _of_parameter(parameter: torch.Tensor, tensor: TransformerTensor) -> Iterator[DenseMemory]:
+    rows = parameter.split([part.shape[0] for part in tensor.parts]) if len(tensor.parts) > 1 else (parameter,)
+    for part, values in zip(tensor.parts, rows, strict=True):
+        assert isinstance(part, TensorEntry)  # what is packed has become a `Linear4bit`
+        yield DenseMemory(part, values)
+
+
+def _swap_halves(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> None:
+    """Of the tensors whose halves the file has the other way round."""
+    modules = dict(model.diffusion_model.named_modules())
+    for name, source in model_names(model, catalogue).items():
+        if catalogue.transformer[source].halves_swapped:
+            path, _, kind = name.rpartition(".")
+            for memory in _memory(modules[path], kind):
+                swap_halves(memory)
+
+
+def _memory(module: torch.nn.Module, kind: str) -> Sequence[torch.Tensor]:
+    if isinstance(module, Linear4bit) and kind == "weight":
+        return module.packed, module.absmax
+    return (module.get_parameter(kind),)

@@ -1,0 +1,91 @@
+"""What a safetensors file is that holds no 4-bit Flux transformer, and which loader is right for it."""
+
+import re
+from collections.abc import Callable
+
+from .header import Header, natural_key
+
+_QUANT_STATE = ".quant_state.bitsandbytes__"
+
+
+def what_else_it_is(header: Header, is_flux: bool) -> str:
+    """Say what the file is and what to do with it, in sentences.
+
+    Args:
+        header: Of the file.
+        is_flux: There is a Flux transformer in it, so that its weights are what is not in 4 bits.
+    """
+    names = list(header.tensors)
+    for recognises, answer in _QUANTISED_OTHERWISE:
+        if any(recognises(name) for name in names):
+            return answer
+    if "tensor_names" in header.metadata or any("_qdata" in name for name in names):
+        return (
+            "its weights are quantised by torchao, not by bitsandbytes to NF4 or FP4. ComfyUI has no loader for it: "
+            "pick an NF4 file, or an fp8 one with 'Load Diffusion Model'."
+        )
+    if is_flux:
+        return _dense_flux(header)
+    kind, loader = next((answer for mark, *answer in _OTHER_MODELS if any(re.search(mark, n) for n in names)), ("", ""))
+    if any(_QUANT_STATE in name for name in names):
+        sample = ", ".join(sorted(names, key=natural_key)[:3])
+        return (
+            f"it is a bitsandbytes 4-bit file, but not of a Flux model: {kind or 'it'} has no 'double_blocks.0.*' and "
+            f"no 'single_transformer_blocks.0.*' (its first names: {sample}). This node loads Flux only: use "
+            f"{_LOADERS_OF_4BIT.get(kind, 'a loader for that model')}."
+        )
+    if kind:
+        return f"it is {kind}, not a Flux transformer in 4 bits. Load it with {loader}."
+    return (
+        "it holds no Flux transformer ('double_blocks.0.*' is missing), so it is no Flux checkpoint. Pick an NF4 "
+        "or FP4 file such as flux1-dev-bnb-nf4-v2.safetensors."
+    )
+
+
+_NUNCHAKU = (
+    "it is a nunchaku (SVDQuant) file, not bitsandbytes NF4 or FP4. Load it with 'Nunchaku FLUX DiT Loader' of the "
+    "ComfyUI-nunchaku package."
+)
+_LLM_INT8 = (
+    "its weights are 8-bit LLM.int8 of bitsandbytes ('.SCB' tensors), not NF4 or FP4. ComfyUI has no loader for it: "
+    "pick an NF4 file, or an fp8 one with 'Load Checkpoint'."
+)
+_LORA = "it is a LoRA, not a checkpoint. Put it into models/loras and load it with 'LoraLoaderModelOnly' on the MODEL."
+
+_QUANTISED_OTHERWISE: tuple[tuple[Callable[[str], bool], str], ...] = (
+    (lambda name: name.endswith((".qweight", ".wscales", ".wtscale")), _NUNCHAKU),
+    (lambda name: name.endswith((".SCB", ".weight_format")), _LLM_INT8),
+    (lambda name: bool(re.search(r"(^lora_|\.lora_|\.lokr_|\.hada_|\.diff(_b)?$)", name)), _LORA),
+)
+
+_OTHER_MODELS = (
+    (r"(^|\.)joint_blocks\.0\.", "a Stable Diffusion 3 model", "'Load Checkpoint'"),
+    (r"^transformer_blocks\.0\.", "a model in the layout of diffusers", "a loader for that model"),
+    (r"(^|\.)(input_blocks|down_blocks)\.", "a Stable Diffusion or SDXL model", "'Load Checkpoint'"),
+    (r"^model\.layers\.0\.", "a language model", "a loader for that model"),
+    (r"(^|\.)encoder\.block\.0\.layer\.0\.SelfAttention\.", "a T5 text encoder", "'DualCLIPLoader' (type flux)"),
+    (r"(^|\.)text_model\.encoder\.layers\.0\.", "a CLIP text encoder", "'DualCLIPLoader' (type flux)"),
+    (r"(^|\.)decoder\.conv_in\.weight$", "a VAE", "'Load VAE'"),
+)
+
+_LOADERS_OF_4BIT = {"a T5 text encoder": "'Load Flux NF4 Dual CLIP' (folder text_encoders) for it"}
+
+
+def _dense_flux(header: Header) -> str:
+    weight = next((entry for name, entry in header.tensors.items() if re.search(_A_LARGE_WEIGHT, name)), None)
+    dtype = weight.dtype if weight else "unknown"
+    if weight and (weight.dtype in ("U8", "I8") or len(weight.shape) != 2 or weight.shape[1] == 1):
+        return (
+            f"{weight.name} is packed ({dtype} of shape {weight.shape}) but no quant state "
+            "('.weight.quant_state.bitsandbytes__nf4') says how to read it. The file was saved without it: "
+            "download it again, or another one."
+        )
+    all_in_one = any(name.startswith("text_encoders.") for name in header.tensors)
+    loader = "'Load Checkpoint'" if all_in_one else "'Load Diffusion Model' (folder diffusion_models)"
+    return (
+        f"it is a Flux model with dense {dtype} weights: no tensor ends in '.weight.quant_state.bitsandbytes__nf4' or "
+        f"'__fp4'. Load it with {loader}, or make an NF4 file of it with 'Quantise Flux to NF4 and Save'."
+    )
+
+
+_A_LARGE_WEIGHT = r"(double_blocks\.0\.img_attn\.qkv|single_transformer_blocks\.0\.proj_mlp)\.weight$"

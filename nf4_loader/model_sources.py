@@ -1,0 +1,104 @@
+"""The tensors of what ComfyUI has loaded, to be saved: patches (LoRAs) are merged, the models stay as they are."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import comfy.lora
+import comfy.model_patcher
+import comfy.sd
+import comfy.utils
+import torch
+
+from . import layouts
+from .catalogue import Catalogue
+from .header import TensorEntry
+from .linear4bit import Linear4bit
+from .save import Source
+from .sources import dequantised_gguf, sources_of_catalogue, sources_of_entries
+
+_TRANSFORMER = "diffusion_model."
+_SCALES = (".scale_weight", ".scale_input", ".scaled_fp8", "scaled_fp8")
+"""Of ComfyUI's scaled fp8 Linears, which apply them in ``convert_weight``."""
+
+
+def sources_of_model(patcher: comfy.model_patcher.ModelPatcher) -> list[Source]:
+    """The tensors of a Flux MODEL with its patches; those without a patch that this package has loaded from a file are
+    taken from there, byte by byte."""
+    catalogue: Catalogue | None = getattr(patcher.model, "nf4_catalogue", None)
+    in_file = {source.name: source for source in sources_of_catalogue(catalogue)} if catalogue else {}
+    sources: dict[str, Source] = dict(in_file)
+    for key, (original, *patches) in patcher.get_key_patches(_TRANSFORMER).items():
+        name = layouts.place("Black Forest Labs", key.removeprefix(_TRANSFORMER)).name
+        if name.endswith(_SCALES) or _is_a_part(patcher.model, key) or (name in in_file and not patches):
+            continue
+        sources[name] = _source(name, key, original, patches)
+    return list(sources.values())
+
+
+def sources_of_encoders(clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> list[Source]:
+    """The tensors of CLIP and VAE under the names that they have in an all-in-one file. Those of a file that this
+    package has loaded are taken from there."""
+    entries: Mapping[str, TensorEntry] = getattr(clip.cond_stage_model, "nf4_entries", {})
+    if entries and not clip.patcher.patches:
+        sources = sources_of_entries(entries)
+    else:
+        weights = clip.patcher.get_key_patches().items()
+        sources = [
+            _source(f"text_encoders.{key}", key, original, patches)
+            for key, (original, *patches) in weights
+            if not _is_a_part(clip.cond_stage_model, key)
+        ]
+    vae_entries: Mapping[str, TensorEntry] = getattr(vae.first_stage_model, "nf4_entries", {})
+    if vae_entries:
+        return sources + sources_of_entries(vae_entries)
+    return sources + [
+        Source(f"vae.{name}", tuple(tensor.shape), functools.partial(_as_it_is, tensor), is_layer=False)
+        for name, tensor in vae.get_sd().items()
+    ]
+
+
+_Original = tuple[torch.Tensor, Callable[..., torch.Tensor]]
+"""A weight without its patches, and what ComfyUI converts it with."""
+
+
+def _source(name: str, key: str, original: _Original, patches: Sequence[Any]) -> Source:
+    weight, convert = original
+    read = functools.partial(_merged, key, weight, convert, patches)
+    return Source(name, _shape(weight), read, is_layer=not name.startswith("text_encoders."))
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _is_a_part(model: torch.nn.Module, key: str) -> bool:
+    """Whether it is the packed bytes or the like of a layer whose weight is saved."""
+    path, _, name = key.rpartition(".")
+    return name not in ("weight", "bias") and isinstance(comfy.utils.get_attr(model, path), Linear4bit)
+
+
+def _shape(weight: torch.Tensor) -> tuple[int, ...]:
+    return tuple(getattr(weight, "tensor_shape", weight.shape))
+
+
+def _merged(
+    key: str, weight: torch.Tensor, convert: Callable[..., torch.Tensor], patches: Sequence[Any]
+) -> torch.Tensor:
+    values = _dense(weight)
+    if values.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        values = convert(values.float(), inplace=True).bfloat16()
+    if not patches:
+        return values
+    merged = comfy.lora.calculate_weight(patches, values.to(torch.float32, copy=True), key)
+    return merged.to(values.dtype)
+
+
+def _dense(weight: torch.Tensor) -> torch.Tensor:
+    """The values of what ComfyUI, this package or ComfyUI-GGUF keep in another form."""
+    kind = getattr(weight, "tensor_type", None)
+    if kind is not None and kind.name not in ("F32", "F16", "BF16"):
+        return dequantised_gguf(weight.detach().cpu().as_subclass(torch.Tensor).numpy(), kind, _shape(weight))
+    if type(weight).__name__ == "QuantizedTensor":
+        return weight.dequantize()
+    return weight.detach()

@@ -1,0 +1,194 @@
+"""Parts of tensors, from their files into host memory: packed bytes, absmax in fp32, dense values in any dtype."""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from . import kernels
+from .catalogue import TransformerTensor, Weight4bit
+from .errors import CheckpointError
+from .header import TensorEntry
+from .quant_state import CODES, NestedAbsmax, expand_nested_absmax
+from .read import FileSlice, read_slices
+
+_CONVERTED_BYTES = 256 << 20
+"""Dense tensors that are not in the model's dtype are read and converted in batches of this size."""
+
+TORCH_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+@dataclass(frozen=True)
+class PackedMemory:
+    """A 4-bit weight, and the memory for its bytes (uint8) and its absmax (fp32)."""
+
+    weight: Weight4bit
+    packed: torch.Tensor
+    absmax: torch.Tensor
+
+
+@dataclass(frozen=True)
+class DenseMemory:
+    """A dense tensor, and the memory for its values, of equal shape and any dtype."""
+
+    entry: TensorEntry
+    values: torch.Tensor
+
+    @property
+    def needs_conversion(self) -> bool:
+        return torch_dtype(self.entry) != self.values.dtype
+
+
+def read_parts(wanted: Sequence[PackedMemory | DenseMemory], progress: Callable[[int], None]) -> None:
+    """Read each part into its memory.
+
+    Packed bytes and fp32 absmax go straight into place; nested absmax is expanded to fp32 and dense tensors of
+    another dtype are converted on the way. ``progress`` gets byte counts that add up to the parts' ``nbytes``.
+
+    Raises:
+        CheckpointError: a file ended early, could not be read, or has another code table than its type says.
+    """
+    packed = [item for item in wanted if isinstance(item, PackedMemory)]
+    dense = [item for item in wanted if isinstance(item, DenseMemory)]
+    _check_code_tables([item.weight for item in packed])
+    tables = _read_nested_tables([item.weight for item in packed])
+    direct = [piece for item in packed for piece in _slices(item, tables)]
+    direct += [
+        FileSlice(item.entry.path, item.entry.offset, item.values) for item in dense if not item.needs_conversion
+    ]
+    read_slices(direct, progress)
+    for batch in _batches([item for item in dense if item.needs_conversion]):
+        _convert(batch, progress)
+
+
+def read_fused(tensor: TransformerTensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed bytes (uint8) and absmax (fp32) of a tensor that is ``fused``, as `quant_state` has them."""
+    state = tensor.fused
+    assert state is not None
+    packed = torch.empty(state.packed_bytes, dtype=torch.uint8)
+    absmax = torch.empty(state.absmax_count, dtype=torch.float32)
+    read_parts(list(memory_of_fused(tensor, packed, absmax)), lambda _: None)
+    if tensor.halves_swapped:
+        swap_halves(packed)
+        swap_halves(absmax)
+    return packed, absmax
+
+
+def memory_of_fused(tensor: TransformerTensor, packed: torch.Tensor, absmax: torch.Tensor) -> Iterator[PackedMemory]:
+    """Each part of a tensor that is ``fused``, with its share of the memory of the whole."""
+    packed_at = absmax_at = 0
+    for weight in tensor.weights4bit:
+        packed_end, absmax_end = packed_at + weight.state.packed_bytes, absmax_at + weight.state.absmax_count
+        yield PackedMemory(weight, packed[packed_at:packed_end], absmax[absmax_at:absmax_end])
+        packed_at, absmax_at = packed_end, absmax_end
+
+
+def read_dense(tensor: TransformerTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The values of a tensor, dequantised where they are packed, in ``dtype`` or the file's own."""
+    if tensor.weights4bit and dtype is None:
+        dtype = torch.bfloat16
+    parts = [_read_part(part, dtype) for part in tensor.parts]
+    values = torch.cat(parts) if len(parts) > 1 else parts[0]
+    if tensor.halves_swapped:
+        swap_halves(values)
+    return values
+
+
+def _read_part(part: Weight4bit | TensorEntry, dtype: torch.dtype | None) -> torch.Tensor:
+    if isinstance(part, TensorEntry):
+        values = torch.empty(part.shape, dtype=dtype or torch_dtype(part))
+        read_parts([DenseMemory(part, values)], lambda _: None)
+        return values
+    state = part.state
+    packed, absmax = read_fused(TransformerTensor((part,)))
+    return kernels.dequantise(packed, absmax, state.shape, state.blocksize, state.quant_type, dtype or torch.bfloat16)
+
+
+def swap_halves(tensor: torch.Tensor) -> None:
+    """Rows lie one after the other and halves are whole blocks: packed bytes, absmax and dense values turn by half."""
+    flat = tensor.view(-1)
+    flat.copy_(flat.roll(flat.numel() // 2))
+
+
+def _slices(item: PackedMemory, tables: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Sequence[FileSlice]:
+    weight, absmax = item.weight, item.absmax
+    packed = FileSlice(weight.packed.path, weight.packed.offset, item.packed)
+    if weight.state.nested is None:
+        return packed, FileSlice(weight.absmax.path, weight.absmax.offset, absmax)
+    expand = functools.partial(_expand, weight.state.nested, absmax, *tables[weight.name])
+    return packed, FileSlice(weight.absmax.path, weight.absmax.offset, _codes_of(absmax), expand)
+
+
+def _codes_of(absmax: torch.Tensor) -> torch.Tensor:
+    """Where the uint8 codes of ``absmax`` are read to: its own first quarter, so that they take no other memory."""
+    return absmax.view(torch.uint8)[: absmax.numel()]
+
+
+def _expand(nested: NestedAbsmax, absmax: torch.Tensor, scales: torch.Tensor, table: torch.Tensor) -> None:
+    """Turn the codes in ``absmax`` into its fp32 values."""
+    absmax.numpy()[:] = expand_nested_absmax(nested, _codes_of(absmax), scales, table).numpy()
+
+
+def _batches(items: Sequence[DenseMemory]) -> Iterator[list[DenseMemory]]:
+    batch: list[DenseMemory] = []
+    for item in items:
+        if batch and sum(other.entry.nbytes for other in (*batch, item)) > _CONVERTED_BYTES:
+            yield batch
+            batch = []
+        batch.append(item)
+    yield batch
+
+
+def _convert(batch: Iterable[DenseMemory], progress: Callable[[int], None]) -> None:
+    sources = [(item, torch.empty(item.values.shape, dtype=torch_dtype(item.entry))) for item in batch]
+    read_slices([FileSlice(item.entry.path, item.entry.offset, source) for item, source in sources], progress)
+    for item, source in sources:
+        item.values.copy_(source)
+
+
+def torch_dtype(entry: TensorEntry) -> torch.dtype:
+    """The dtype of a dense tensor.
+
+    Raises:
+        CheckpointError: weights are never of this dtype.
+    """
+    if entry.dtype not in TORCH_DTYPES:
+        raise CheckpointError(
+            entry.path,
+            f"{entry.name}: a dense tensor of dtype {entry.dtype}; expected one of {', '.join(TORCH_DTYPES)}. "
+            "The file is damaged or was made by a tool that this node does not know.",
+        )
+    return TORCH_DTYPES[entry.dtype]
+
+
+def _read_small(entries: Sequence[TensorEntry]) -> list[torch.Tensor]:
+    tensors = [torch.empty(entry.shape, dtype=torch.float32) for entry in entries]
+    slices = [FileSlice(entry.path, entry.offset, tensor) for entry, tensor in zip(entries, tensors, strict=True)]
+    read_slices(slices, lambda _: None)
+    return [tensor.view(-1) for tensor in tensors]
+
+
+def _check_code_tables(weights: Sequence[Weight4bit]) -> None:
+    tables = _read_small([weight.quant_map for weight in weights])
+    for weight, table in zip(weights, tables, strict=True):
+        if not torch.allclose(table, torch.tensor(CODES[weight.state.quant_type]), rtol=0, atol=1e-6):
+            raise CheckpointError(
+                weight.quant_map.path,
+                f"{weight.name}.quant_map: it is not the {weight.state.quant_type} code table ({table.tolist()}). "
+                "The file is damaged or was made by a tool that this node does not know.",
+            )
+
+
+def _read_nested_tables(weights: Sequence[Weight4bit]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """nested_absmax and nested_quant_map of each weight that has them."""
+    nested = [weight for weight in weights if weight.state.nested is not None]
+    small = _read_small([entry for weight in nested for entry in (weight.nested_absmax, weight.nested_map) if entry])
+    return {weight.name: tables for weight, *tables in zip(nested, small[::2], small[1::2], strict=True)}  # type: ignore[misc]

@@ -1,0 +1,253 @@
+"""Quantise a Flux transformer and write it, layer by layer: a file appears whole, or not at all."""
+
+import fnmatch
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, BinaryIO
+
+import torch
+
+from .catalogue import TransformerTensor, Weight4bit
+from .errors import CheckpointError
+from .header import TensorEntry, read_header
+from .parts import TORCH_DTYPES, read_fused
+from .quantise import QuantSettings, described, quantise
+
+VERSION = "0.1.0"
+
+_COPY_BYTES = 16 << 20
+_HEADER_ENTRY_BYTES = 140
+"""Of one tensor in the header, beside its name, at most."""
+
+_ENDS = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".quant_state.bitsandbytes__nf4")
+_DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()} | {torch.uint8: "U8"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor to be saved.
+
+    Attributes:
+        name: In Black Forest Labs' names, without prefix.
+        shape: The logical shape.
+        read: Gives its dense values, patches applied, in any float dtype, on any device.
+        stored: The same values in a file, where there are such: what need not change is copied from there as it is.
+        is_layer: Of the transformer, so that its weight may be quantised.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+    stored: TransformerTensor | None = None
+    is_layer: bool = True
+
+
+_Tensor = tuple[str, torch.Tensor | TensorEntry]
+"""A name in the new file, and the tensor's values or where they are in another file."""
+
+
+def save_quantised(
+    path: Path,
+    sources: Sequence[Source],
+    settings: QuantSettings,
+    *,
+    prefix: str = "",
+    keep_dense: Sequence[str] = (),
+    metadata: Mapping[str, str] = MappingProxyType({}),
+    device: torch.device | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Write ``sources`` to ``path``: weights of layers in 4 bits, everything else as it is.
+
+    One tensor at a time is in memory. What is stored in 4 bits of the same type already is not quantised again: the
+    bytes are copied, nested absmax is expanded or fp32 absmax nested where ``settings`` say so.
+
+    Args:
+        path: The new file. It is written beside itself first and replaced in one step, after all bytes are on disk.
+        sources: In the order of the file.
+        settings: How to quantise.
+        prefix: Put before the names of layers.
+        keep_dense: Shell patterns of layers whose weights stay dense, such as ``img_in`` or ``final_layer.*``.
+        metadata: Put into the header, beside the version and the settings.
+        device: Where to quantise; None for where the values are.
+        progress: Called with the number of elements after each tensor. What it raises ends the saving.
+
+    Raises:
+        CheckpointError: no room on the disk, it cannot be written, bitsandbytes is missing, a source has changed.
+    """
+    _require_bitsandbytes(path)
+    _require_room(path, sources, settings, keep_dense)
+    metadata = _metadata(settings, keep_dense) | dict(metadata)
+    tensors = _tensors(sources, settings, prefix, keep_dense, device, progress)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            _write(file, tensors, _room(sources, prefix, metadata), metadata)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise CheckpointError(path, f"writing it failed ({error}). Nothing was changed there.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _require_bitsandbytes(path: Path) -> None:
+    try:
+        import bitsandbytes  # noqa: F401
+    except Exception as error:  # a native library fails to load in any way
+        raise CheckpointError(
+            path,
+            f"quantising needs bitsandbytes, which does not load ({type(error).__name__}: {error}). Install it with "
+            "the Python that runs ComfyUI: pip install 'bitsandbytes>=0.50'.",
+        ) from error
+
+
+def _require_room(path: Path, sources: Sequence[Source], settings: QuantSettings, keep_dense: Sequence[str]) -> None:
+    needed = 0
+    for source in sources:
+        numel = math.prod(source.shape)
+        in_4_bits = _is_quantised(source, keep_dense)
+        needed += numel // 2 + 4 * numel // settings.blocksize if in_4_bits else 2 * numel
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise CheckpointError(
+            path,
+            f"the new file takes about {needed / 2**30:.1f} GiB; {free / 2**30:.1f} GiB are free in {path.parent}. "
+            "Make room, or save it elsewhere.",
+        )
+
+
+def _is_quantised(source: Source, keep_dense: Sequence[str]) -> bool:
+    if not (source.is_layer and source.name.endswith(".weight") and len(source.shape) == 2):
+        return False
+    layer = source.name.removesuffix(".weight")
+    return not any(fnmatch.fnmatchcase(layer, pattern) for pattern in keep_dense)
+
+
+def _tensors(
+    sources: Sequence[Source],
+    settings: QuantSettings,
+    prefix: str,
+    keep_dense: Sequence[str],
+    device: torch.device | None,
+    progress: Callable[[int], None],
+) -> Iterator[_Tensor]:
+    _require_unchanged(sources)
+    for source in sources:
+        name = prefix + source.name if source.is_layer else source.name
+        stored = source.stored
+        if _is_quantised(source, keep_dense):
+            yield from _in_4_bits(source, name, settings, device)
+        elif stored is not None and isinstance(stored.parts[0], TensorEntry) and _is_as_it_is(stored):
+            yield name, stored.parts[0]
+        else:
+            yield name, source.read()
+        progress(math.prod(source.shape))
+
+
+def _in_4_bits(source: Source, name: str, settings: QuantSettings, device: torch.device | None) -> Iterator[_Tensor]:
+    stored = source.stored
+    state = stored.fused if stored is not None else None
+    if stored is None or state is None or state.quant_type != settings.quant_type:
+        weight = source.read()
+        for end, tensor in quantise(weight if device is None else weight.to(device), settings).items():
+            yield name + end, tensor
+        return
+    first = stored.weights4bit[0]
+    if _is_as_it_is(stored) and (first.state.nested is not None) == settings.nested:
+        for entry in first.entries:
+            yield name + entry.name.removeprefix(first.name), entry
+        return
+    kept = replace(settings, blocksize=state.blocksize)
+    for end, tensor in described(*read_fused(stored), state.shape, torch.bfloat16, kept).items():
+        yield name + end, tensor
+
+
+def _is_as_it_is(stored: TransformerTensor) -> bool:
+    """Whether its bytes lie in a file in the order in which they are to be saved."""
+    return len(stored.parts) == 1 and not stored.halves_swapped
+
+
+def _require_unchanged(sources: Sequence[Source]) -> None:
+    headers: dict[Path, Mapping[str, TensorEntry]] = {}
+    parts = [part for source in sources if source.stored is not None for part in source.stored.parts]
+    for entry in [entry for part in parts for entry in (part.entries if isinstance(part, Weight4bit) else (part,))]:
+        if entry.path not in headers:
+            headers[entry.path] = read_header(entry.path).tensors
+        if headers[entry.path].get(entry.name) != entry:
+            raise CheckpointError(entry.path, "the file has changed since it was loaded. Load it again, then save.")
+
+
+def _metadata(settings: QuantSettings, keep_dense: Sequence[str]) -> dict[str, str]:
+    return {
+        "format": "pt",
+        "flux_nf4.version": VERSION,
+        "flux_nf4.settings": json.dumps(asdict(settings) | {"keep_dense": list(keep_dense)}),
+    }
+
+
+def _room(sources: Sequence[Source], prefix: str, metadata: Mapping[str, str]) -> int:
+    """Bytes that the header takes at most: it is written last, for only then is the length of each quant state known,
+    and what it does not need is filled with spaces, as the format allows."""
+    names = [prefix + source.name + end for source in sources for end in _ENDS]
+    entries = sum(len(json.dumps(name)) + _HEADER_ENTRY_BYTES for name in names)
+    return -(-(entries + len(json.dumps({"__metadata__": dict(metadata)}))) // 8) * 8
+
+
+def _write(file: BinaryIO, tensors: Iterator[_Tensor], room: int, metadata: Mapping[str, str]) -> None:
+    file.write(bytes(8 + room))
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    position = 0
+    for name, tensor in _aligned(tensors):
+        dtype = tensor.dtype if isinstance(tensor, TensorEntry) else _DTYPE_NAMES[tensor.dtype]
+        nbytes = _copy(tensor, file) if isinstance(tensor, TensorEntry) else file.write(_bytes_of(tensor))
+        entries[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [position, position + nbytes]}
+        position += nbytes
+    raw = json.dumps(entries, separators=(",", ":")).encode()
+    file.seek(0)
+    file.write(room.to_bytes(8, "little") + raw.ljust(room))
+
+
+def _aligned(tensors: Iterator[_Tensor]) -> Iterator[_Tensor]:
+    """Tensors of odd sizes (quant states) last, so that every other one is aligned for who maps the file."""
+    odd: list[_Tensor] = []
+    for name, tensor in tensors:
+        if tensor.nbytes % 8:
+            odd.append((name, tensor))
+        else:
+            yield name, tensor
+    yield from odd
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _copy(entry: TensorEntry, file: BinaryIO) -> int:
+    with entry.path.open("rb") as source:
+        source.seek(entry.offset)
+        left = entry.nbytes
+        while left and (read := source.read(min(left, _COPY_BYTES))):
+            file.write(read)
+            left -= len(read)
+    if left:
+        raise CheckpointError(entry.path, f"{entry.name}: the file ended while it was copied. Load it again.")
+    return entry.nbytes
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the new name on disk, too; Windows does that by itself and cannot open a folder."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,178 @@
+"""CLIP-L and T5 through ComfyUI's own classes, with the Linears that a file has in 4 bits left in 4 bits."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.ops
+import comfy.sd
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from . import kernels
+from .catalogue import TransformerTensor, Weight4bit, group_4bit
+from .errors import CheckpointError
+from .header import TensorEntry
+from .linear4bit import Linear4bit
+from .parts import PackedMemory, memory_of_fused, read_parts
+from .shards import read_checkpoint_header
+
+_MARKS = {
+    "t5xxl": re.compile(r"encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.q\.weight$"),
+    "clip_l": re.compile(r"text_model\.encoder\.layers\.(\d+)\.mlp\.fc1\.weight$"),
+}
+"""A weight of each encoder, by the names of transformers."""
+
+State = dict[str, torch.Tensor]
+
+
+class _Operations(comfy.ops.manual_cast):
+    """ComfyUI's layers for an encoder of which some Linears are in 4 bits: a Linear has no memory before its weight
+    comes, for a dense T5 would take four times what the file has."""
+
+    class Linear(comfy.ops.manual_cast.Linear):
+        def __init__(
+            self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None
+        ) -> None:
+            nn.Module.__init__(self)
+            self.in_features, self.out_features = in_features, out_features
+            self.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+            self.bias = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False) if bias else None
+
+        def _load_from_state_dict(
+            self,
+            state_dict: State,
+            prefix: str,
+            metadata: Any,
+            strict: bool,
+            missing: Any,
+            unexpected: Any,
+            errors: Any,
+        ) -> None:
+            shapes = {"weight": (self.out_features, self.in_features), "bias": (self.out_features,)}
+            for name, parameter in list(self._parameters.items()):
+                value = state_dict.get(prefix + name)
+                if parameter is None:
+                    continue
+                if value is None:
+                    # CLIP-L files may lack text_projection, which Flux does not look at; ComfyUI computes it anyway.
+                    missing.append(prefix + name)
+                    zeros = torch.zeros(shapes[name], dtype=parameter.dtype)
+                    setattr(self, name, nn.Parameter(zeros, requires_grad=False))
+                elif tuple(value.shape) != shapes[name]:
+                    errors.append(f"{prefix}{name}: it has shape {tuple(value.shape)}; needed is {shapes[name]}")
+                elif not value.is_meta:  # what is in 4 bits is put in its place by `adopt_4bit`
+                    setattr(self, name, nn.Parameter(value, requires_grad=False))
+
+
+class _Linear4bit(Linear4bit):
+    """ComfyUI may leave a part of an encoder on the CPU: its bytes then go to the device when it computes."""
+
+    def _multiply(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        packed, absmax = self.packed.to(input.device), self.absmax.to(input.device)
+        bias = None if bias is None else bias.to(input.device)
+        return kernels.linear(input, packed, absmax, self.shape, self.blocksize, self.quant_type, bias)
+
+
+def load_dual_clip(paths: Sequence[Path], embedding_directory: Sequence[str]) -> comfy.sd.CLIP:
+    """Load CLIP-L and T5 for Flux from two files, in any order, each dense or in 4 bits.
+
+    Raises:
+        CheckpointError: a file is none of the two, or ComfyUI does not take it.
+    """
+    found: dict[str, Path] = {}
+    states: list[State] = []
+    weights: dict[str, Weight4bit] = {}
+    entries: dict[str, TensorEntry] = {}
+    for path in paths:
+        tensors = read_checkpoint_header(path).tensors
+        part = _encoder_of(path, tensors)
+        if part in found:
+            raise CheckpointError(
+                path, f"it is of the same kind ({part}) as {found[part].name}: pick CLIP-L and T5-XXL."
+            )
+        found[part] = path
+        state, packed = read_encoders(path, tensors)
+        states.append(state)
+        weights |= {f"{part}.transformer.{name}": weight for name, weight in packed.items()}
+        entries |= {f"text_encoders.{part}.transformer.{name}": entry for name, entry in tensors.items()}
+    if len(found) < len(_MARKS):
+        raise CheckpointError(paths[0], "Flux needs two text encoders: CLIP-L and T5-XXL.")
+    layers = max(int(match[1]) for name in states[0] | states[1] if (match := _MARKS["t5xxl"].search(name))) + 1
+    try:
+        clip = comfy.sd.load_text_encoder_state_dicts(
+            states,
+            embedding_directory=list(embedding_directory),
+            clip_type=comfy.sd.CLIPType.FLUX,
+            model_options=options_for(weights, layers),
+        )
+    except RuntimeError as error:  # of torch, for shapes that are not the model's
+        raise CheckpointError(
+            found["t5xxl"], f"ComfyUI does not take it with {found['clip_l'].name}: {error}"
+        ) from error
+    adopt_4bit(clip, weights)
+    clip.cond_stage_model.nf4_entries = entries
+    return clip
+
+
+def _encoder_of(path: Path, tensors: Mapping[str, TensorEntry]) -> str:
+    for part, mark in _MARKS.items():
+        if any(mark.match(name) for name in tensors):
+            return part
+    raise CheckpointError(
+        path,
+        "it is no CLIP-L ('text_model.encoder.layers.0...') and no T5 ('encoder.block.0...') in the names of "
+        "transformers. Pick clip_l.safetensors and a t5xxl file of models/text_encoders.",
+    )
+
+
+def read_encoders(path: Path, tensors: Mapping[str, TensorEntry]) -> tuple[State, dict[str, Weight4bit]]:
+    """The state dict of text encoders for ComfyUI, in which what is packed is meta tensors of the logical shape, and
+    where the packed weights are."""
+    grouped = group_4bit(path, tensors)
+    weights = {name: part for name, part in grouped.items() if isinstance(part, Weight4bit)}
+    state = {name: torch.empty(weight.shape, device="meta") for name, weight in weights.items()}
+    dense = [part for part in grouped.values() if isinstance(part, TensorEntry)]
+    for source in {entry.path for entry in dense}:
+        with safe_open(source, framework="pt") as file:
+            state.update({entry.name: file.get_tensor(entry.name) for entry in dense if entry.path == source})
+    return state, weights
+
+
+def options_for(weights: Mapping[str, Weight4bit], t5_layers: int) -> dict[str, Any]:
+    """ComfyUI's options for text encoders with these packed weights."""
+    options: dict[str, Any] = {"t5xxl_model_config": {"num_layers": t5_layers}}
+    if weights:
+        offload_device = comfy.model_management.text_encoder_offload_device()
+        options |= {"custom_operations": _Operations, "initial_device": offload_device}
+    return options
+
+
+def adopt_4bit(clip: comfy.sd.CLIP, weights: Mapping[str, Weight4bit]) -> None:
+    """Put a `Linear4bit` with the file's bytes in the place of each Linear whose weight is packed.
+
+    Args:
+        clip: Made with `options_for` the same weights.
+        weights: By their names in ``clip.cond_stage_model``.
+    """
+    modules = dict(clip.cond_stage_model.named_modules())
+    memory: list[PackedMemory] = []
+    with torch.inference_mode(False), torch.no_grad():
+        for name, weight in weights.items():
+            path = name.removesuffix(".weight")
+            replaced = modules.get(path)
+            if not isinstance(replaced, _Operations.Linear):
+                raise CheckpointError(weight.packed.path, f"{weight.name}: this text encoder has no such Linear.")
+            state = weight.state
+            linear = _Linear4bit(
+                state.shape, state.quant_type, state.blocksize, bias=False, dtype=replaced.weight.dtype
+            )
+            linear.bias = replaced.bias
+            parent, _, child = path.rpartition(".")
+            setattr(modules[parent], child, linear)
+            memory += memory_of_fused(TransformerTensor((weight,)), linear.packed, linear.absmax)
+        read_parts(memory, lambda _: None)
+    clip.patcher.size = 0  # ComfyUI has measured it without them

@@ -1,0 +1,106 @@
+"""A ComfyUI MODEL that was loaded by another node, made a streamed one.
+
+The streamed model has modules of its own, since hooks and records must not touch the MODEL that it came from: that one
+may be sampled too. Both have the same tensors in host memory.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import torch
+from torch import nn
+
+from .patcher import Residency, StreamedModelPatcher, attach_streaming
+
+_KINDS = {"double_blocks": "double", "single_blocks": "single"}
+"""What a `Residency` calls the blocks in these lists of Flux and its relatives; elsewhere it is the list's own name."""
+
+
+def stream_model(
+    patcher: comfy.model_patcher.ModelPatcher, residency: Residency, node_id: str | None
+) -> StreamedModelPatcher:
+    """A clone of ``patcher``, with its patches and options, that is streamed as ``residency`` says.
+
+    Of a model that is streamed already only the settings change.
+
+    Raises:
+        ValueError: the model is not built of blocks, its tensors are of a kind that cannot be streamed, or the budget
+            is too small.
+    """
+    clone = patcher.clone() if isinstance(patcher, StreamedModelPatcher) else _adopt(patcher)
+    clone.residency, clone.node_id = residency, node_id
+    clone.require_budget()
+    return clone
+
+
+def _adopt(patcher: comfy.model_patcher.ModelPatcher) -> StreamedModelPatcher:
+    is_dynamic = getattr(patcher, "is_dynamic", lambda: False)()
+    clone: Any = patcher.clone(disable_dynamic=True) if is_dynamic else patcher.clone()
+    lists = _lists_of_blocks(clone.model)
+    _refuse_what_is_no_plain_tensor(lists)
+    _unload(clone)
+    clone.model = _with_own_modules(clone.model, lists)
+    attach_streaming(
+        clone.model, {_KINDS.get(name, name): list(of) for name, of in _lists_of_blocks(clone.model).items()}
+    )
+    # What another class's clone took over is right for this one, but for what it shares with patchers of that class.
+    clone.__class__ = StreamedModelPatcher
+    clone.backup, clone.object_patches_backup, clone.hook_backup = {}, {}, {}
+    clone.retry_with_less_resident()
+    return clone
+
+
+def _lists_of_blocks(model: Any) -> dict[str, nn.ModuleList]:
+    """The model's lists of blocks by name, in order of registration, which is that of use."""
+    children = model.diffusion_model.named_children()
+    lists = {name: child for name, child in children if isinstance(child, nn.ModuleList) and _nbytes(child)}
+    if sum(map(_nbytes, lists.values())) < _nbytes(model.diffusion_model) / 2:
+        raise ValueError(
+            f"a {type(model).__name__} is not built of blocks one after the other, so its blocks cannot be streamed. "
+            "Take this node out: ComfyUI moves such a model's parts by itself where VRAM is short."
+        )
+    return lists
+
+
+def _nbytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def _refuse_what_is_no_plain_tensor(lists: Mapping[str, nn.Module]) -> None:
+    for kind, blocks in lists.items():
+        for name, tensor in (*blocks.named_parameters(), *blocks.named_buffers()):
+            if type(tensor) not in (torch.Tensor, nn.Parameter):
+                raise ValueError(
+                    f"{kind}.{name} is a {type(tensor).__name__}, which only the package that made it can move. "
+                    "Stream a model in bf16, fp16 or plain fp8, or make a 4-bit file of this one (node: Quantise Flux "
+                    "to NF4 and Save) and load that."
+                )
+
+
+def _unload(patcher: comfy.model_patcher.ModelPatcher) -> None:
+    """Have ComfyUI take the model off the device and its patches out of the weights."""
+    loaded = comfy.model_management.current_loaded_models
+    for entry in [entry for entry in loaded if entry.model is not None and entry.model.is_clone(patcher)]:
+        entry.model_unload()
+        loaded.remove(entry)
+
+
+def _with_own_modules(model: nn.Module, lists: Mapping[str, nn.Module]) -> Any:
+    """A copy of ``model`` that shares its memory.
+
+    Tensors of blocks are the same objects: as their records are made, those turn to the records' memory in both.
+    """
+    in_blocks = {id(tensor) for blocks in lists.values() for tensor in (*blocks.parameters(), *blocks.buffers())}
+    memo: dict[int, Any] = {id(model.current_patcher): None}
+    with torch.inference_mode(False), torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            memo[id(tensor)] = tensor if id(tensor) in in_blocks else _alias(tensor)
+        return copy.deepcopy(model, memo)
+
+
+def _alias(tensor: torch.Tensor) -> torch.Tensor:
+    alias = tensor.detach()
+    return nn.Parameter(alias, requires_grad=False) if isinstance(tensor, nn.Parameter) else alias

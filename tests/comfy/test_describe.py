@@ -1,0 +1,57 @@
+"""What the command says of a file is what loading it gives."""
+
+import sys
+
+import describe
+import pytest
+from make_checkpoint import Recipe, make_checkpoint
+from safetensors.torch import save_file
+from torch import ones
+
+from flux_nf4.nf4_loader.catalogue import read_catalogue
+
+
+def lines(path, monkeypatch, capsys, *options):
+    monkeypatch.setattr(sys, "argv", ["describe.py", str(path), *options])
+    describe.main()
+    return capsys.readouterr().out.splitlines()
+
+
+def test_tiles_are_those_that_are_streamed(load, tiny_file):
+    streamer = load().model.streaming.streamer
+    wanted = [(size.kind, size.tiles) for size in streamer.sizes(whole_blocks=False)]
+    got = [(size.kind, size.tiles) for size in describe.block_sizes(read_catalogue(tiny_file))]
+    assert [kind for kind, _ in got] == [kind for kind, _ in wanted]
+    assert [sorted(tiles) for _, tiles in got] == [sorted(tiles) for _, tiles in wanted]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model", "weights"),
+    [
+        (Recipe(), "Flux.1 dev", "NF4, blocksize 64, absmax fp32"),
+        (Recipe(variant="schnell", nested=True), "Flux.1 schnell", "NF4, blocksize 64, absmax nested"),
+        (Recipe(in_channels=384, quant_type="fp4"), "Flux.1 dev (Fill)", "FP4, blocksize 64, absmax fp32"),
+        (Recipe(in_channels=128), "Flux.1 dev (Canny or Depth)", "NF4, blocksize 64, absmax fp32"),
+    ],
+)
+def test_the_facts_are_printed(recipe, model, weights, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "flux.safetensors"
+    make_checkpoint(path, Recipe(**(vars(recipe) | {"hidden": 256, "unet_only": True})))
+    printed = lines(path, monkeypatch, capsys, "--budget", "1")
+    assert "layout        Black Forest Labs, 1 file" in printed
+    assert f"model         {model}" in printed
+    assert "blocks        1 double, 1 single" in printed
+    assert any(line.endswith(f"weights in {weights}") for line in printed)
+    assert "T5-XXL        not in the file" in printed
+    assert printed[-1].startswith("with 1 GiB  1 double and 1 single blocks stay, 0 are streamed")
+
+
+def test_a_budget_that_is_too_small_says_what_is_needed(tiny_file, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="streaming all of them takes"):
+        lines(tiny_file, monkeypatch, capsys, "--budget", "0.0001")
+
+
+def test_another_file_is_named(tmp_path, monkeypatch, capsys):
+    save_file({"decoder.conv_in.weight": ones(1)}, tmp_path / "ae.safetensors")
+    with pytest.raises(SystemExit, match=r"ae\.safetensors: it is a VAE"):
+        lines(tmp_path / "ae.safetensors", monkeypatch, capsys)

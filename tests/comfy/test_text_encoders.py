@@ -1,0 +1,147 @@
+"""A T5 in 4 bits, quantised and saved by transformers, through ComfyUI's own T5."""
+
+import functools
+
+import pytest
+import torch
+from bitsandbytes import functional as bnb
+from bitsandbytes.nn import Linear4bit as BnbLinear4bit
+from safetensors.torch import save_file
+from transformers import BitsAndBytesConfig, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from flux_nf4.nf4_loader import text_encoders
+from flux_nf4.nf4_loader.errors import CheckpointError
+from flux_nf4.nf4_loader.linear4bit import Linear4bit
+from flux_nf4.nf4_loader.model_sources import sources_of_encoders
+from flux_nf4.nf4_loader.text_encoders import load_dual_clip
+
+LAYERS = 2
+T5 = {"d_model": 128, "d_ff": 256, "d_kv": 32, "num_heads": 4, "vocab_size": 500}
+CLIP_L = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2}
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """ComfyUI's text encoders are as small as these."""
+
+    def options(weights, layers, made=text_encoders.options_for):
+        found = made(weights, layers)
+        found["t5xxl_model_config"] |= T5
+        return found | {"model_config": dict(CLIP_L)}
+
+    monkeypatch.setattr(text_encoders, "options_for", options)
+
+
+@pytest.fixture(scope="module")
+def clip_l(tmp_path_factory):
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("clip_l") / "clip_l.safetensors"
+    state = CLIPTextModel(CLIPTextConfig(**CLIP_L)).half().state_dict()
+    if not any(name.startswith("text_model.") for name in state):
+        state = {f"text_model.{name}": tensor for name, tensor in state.items()}
+    save_file(state, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    """A function: transformers' own quantised T5 and the file that transformers saved."""
+
+    @functools.cache
+    def make(quant_type="nf4", double_quant=False, skip=("wo",), shards="1GB"):
+        torch.manual_seed(0)
+        dense = tmp_path_factory.mktemp("dense")
+        config = T5Config(**T5, num_layers=LAYERS, feed_forward_proj="gated-gelu", is_encoder_decoder=False)
+        T5EncoderModel(config).bfloat16().save_pretrained(dense)
+        quantisation = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quant_type,
+            bnb_4bit_use_double_quant=double_quant,
+            llm_int8_skip_modules=list(skip),
+        )
+        model = T5EncoderModel.from_pretrained(
+            dense, quantization_config=quantisation, dtype=torch.bfloat16, device_map={"": "cpu"}
+        )
+        folder = tmp_path_factory.mktemp("t5")
+        model.save_pretrained(folder, max_shard_size=shards)
+        return model, min(folder.glob("*.safetensors"))
+
+    return make
+
+
+def dense_reference(model):
+    """transformers' model with the weights that bitsandbytes dequantises, in fp32."""
+    dense = T5EncoderModel(model.config).float().eval()
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if ".weight." not in name:
+            state[name] = tensor.float() if tensor.is_floating_point() else tensor
+    for name, module in model.named_modules():
+        if isinstance(module, BnbLinear4bit):
+            module.weight.quant_state.dtype = torch.float32
+            state[f"{name}.weight"] = bnb.dequantize_4bit(module.weight.data, module.weight.quant_state)
+    dense.load_state_dict(state)
+    return dense
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"double_quant": True}, {"quant_type": "fp4"}, {"skip": ()}, {"skip": ("wo", "k"), "shards": "100KB"}],
+    ids=["nf4", "nested", "fp4", "wo dense by transformers' own rule", "k dense, in shards"],
+)
+def test_a_t5_of_transformers_is_the_same_model(options, t5, clip_l):
+    model, path = t5(**options)
+    reference = dense_reference(model)
+    clip = load_dual_clip([path, clip_l], [])
+    ours = clip.cond_stage_model.t5xxl.transformer
+    packed = {name: module for name, module in ours.named_modules() if isinstance(module, Linear4bit)}
+    assert len(packed) == LAYERS * (7 - len(options.get("skip") or ("wo",)))
+    for name, linear in packed.items():
+        assert torch.equal(linear.dequantise(torch.float32), reference.get_submodule(name).weight), name
+    tokens = torch.tensor([[3, 14, 159, 26, 5, 1]])
+    with torch.no_grad():
+        wanted = reference(tokens).last_hidden_state
+        got = ours(tokens, None, dtype=torch.float32)[0]
+    # ComfyUI has embedding and norms in fp16, whatever the file says.
+    assert wanted.std() > 0.1
+    torch.testing.assert_close(got.float(), wanted, rtol=0, atol=5e-3 * wanted.abs().max().item())
+
+
+def test_it_encodes_a_prompt_and_knows_its_size(t5, clip_l, monkeypatch):
+    _, path = t5()
+    clip = load_dual_clip([clip_l, path], [])
+    tokens = {"l": [[(1, 1.0)] * 77], "t5xxl": [[(3, 1.0), (14, 1.0), (1, 1.0)]]}
+    cond, pooled = clip.encode_from_tokens(tokens, return_pooled=True)
+    assert cond.shape == (1, 3, T5["d_model"])
+    assert pooled.shape == (1, CLIP_L["hidden_size"])
+    assert cond.isfinite().all()
+    packed = sum(m.packed.nbytes for m in clip.cond_stage_model.modules() if isinstance(m, Linear4bit))
+    assert clip.patcher.model_size() > packed
+
+
+def test_it_is_saved_as_it_was(t5, clip_l):
+    _, path = t5()
+    clip = load_dual_clip([clip_l, path], [])
+
+    class Vae:
+        first_stage_model = torch.nn.Module()
+
+        def get_sd(self):
+            return {}
+
+    names = {source.name for source in sources_of_encoders(clip, Vae())}
+    query = "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.weight"
+    assert {query, f"{query}.absmax", f"{query}.quant_state.bitsandbytes__nf4"} <= names
+
+
+def test_two_files_of_one_kind_are_refused(t5, clip_l):
+    with pytest.raises(
+        CheckpointError, match=r"of the same kind \(clip_l\) as clip_l\.safetensors: pick CLIP-L and T5"
+    ):
+        load_dual_clip([clip_l, clip_l], [])
+
+
+def test_a_file_that_is_no_text_encoder_is_refused(clip_l, tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=r"^other\.safetensors: it is no CLIP-L .* and no T5"):
+        load_dual_clip([clip_l, tmp_path / "other.safetensors"], [])
