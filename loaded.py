@@ -4,6 +4,7 @@ Who uses a file is who holds a MODEL, CLIP or VAE made from it, or what `load_al
 """
 
 import gc
+import logging
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
@@ -20,6 +21,8 @@ from .nf4_loader.errors import CheckpointError
 from .nf4_loader.fill import fill
 from .nf4_loader.flux import block_groups, build_flux, load_clip_and_vae, materialise
 from .offload.patcher import Residency, StreamedModelPatcher, attach_streaming
+
+logger = logging.getLogger(__name__)
 
 _GIB = 1024**3
 
@@ -102,6 +105,7 @@ def _read(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> comfy.mode
     attach_streaming(model, block_groups(model))
     materialise(model.diffusion_model)
     progress = comfy.utils.ProgressBar(catalogue.transformer_bytes)
+    logger.info("NF4: reading the transformer of %s, %.2f GiB", catalogue.path.name, catalogue.transformer_ram / _GIB)
     fill(model, catalogue, progress.update)
     return model
 
