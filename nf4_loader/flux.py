@@ -18,6 +18,7 @@ from .catalogue import TRANSFORMER_PREFIX, Catalogue
 from .errors import CheckpointError
 from .header import TensorEntry, natural_key
 from .linear4bit import Linear4bit
+from .patched_linear import PatchedLinear4bit
 from .quant_state import CODES, NestedAbsmax, expand_nested_absmax
 from .read import FileSlice, read_slices
 
@@ -102,7 +103,7 @@ def _adopt_4bit_weights(model: comfy.model_base.BaseModel, catalogue: Catalogue,
                     "The file is damaged or of another model.",
                 )
             parent, _, name = path.rpartition(".")
-            replacement = Linear4bit(
+            replacement = PatchedLinear4bit(
                 state.shape, state.quant_type, state.blocksize, bias=bias, dtype=dtype, device=torch.device("meta")
             )
             setattr(modules[parent], name, replacement)
