@@ -91,7 +91,7 @@ class Patching:
                 module.weight_function, module.bias_function = [], []  # type: ignore[assignment]
             if hasattr(module, "take_patches"):
                 module.computes_on = device  # type: ignore[assignment]
-                module.patched_shape = module.shape  # type: ignore[assignment]
+                module.patched_shape = module.shape
         for key, functions in wrappers.items():
             module, name = self._find(key)
             getattr(module, f"{name}_function").extend(functions)
