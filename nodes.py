@@ -78,6 +78,14 @@ def _path(folder: str, name: str) -> Path:
     return Path(found)
 
 
+def _say_what_is_too_many(model: Any, residency: Residency) -> None:
+    kinds = [block.kind for block in model.streaming.streamer.blocks]
+    for kind, count in residency.counts:
+        depth = kinds.count(kind)
+        if count > depth:
+            logger.info("NF4: %d %s blocks shall stay; the model has %d: all of them do", count, kind, depth)
+
+
 class _Loader:
     """Keeps what it has loaded until it loads something else, so that changed settings read nothing again.
 
@@ -98,6 +106,7 @@ class _Loader:
         self._let_go_of_another(catalogue)
         loaded = load_all_in_one(catalogue)
         self._keep((catalogue, loaded))
+        _say_what_is_too_many(loaded.model, residency)
         return streamed(loaded.model, residency, node_id), loaded.clip, loaded.vae
 
     def _let_go_of_another(self, catalogue: Catalogue) -> None:

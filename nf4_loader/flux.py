@@ -17,7 +17,7 @@ from .catalogue import TEXT_ENCODERS_PREFIX, Catalogue, TransformerTensor, Weigh
 from .errors import CheckpointError
 from .header import natural_key
 from .linear4bit import Linear4bit
-from .linear_of_parts import LinearOfParts
+from .patched_linear import PatchedLinear4bit, PatchedLinearOfParts
 from .text_encoders import adopt_4bit, options_for, read_encoders
 
 logger = logging.getLogger(__name__)
@@ -102,9 +102,9 @@ def _linear(tensor: TransformerTensor, bias: bool, dtype: torch.dtype) -> Linear
     meta = torch.device("meta")
     state = tensor.fused
     if state is not None:
-        return Linear4bit(state.shape, state.quant_type, state.blocksize, bias=bias, dtype=dtype, device=meta)
+        return PatchedLinear4bit(state.shape, state.quant_type, state.blocksize, bias=bias, dtype=dtype, device=meta)
     parts = [part.state if isinstance(part, Weight4bit) else part.shape[0] for part in tensor.parts]
-    return LinearOfParts(parts, tensor.shape[1], bias=bias, dtype=dtype, device=meta)
+    return PatchedLinearOfParts(parts, tensor.shape[1], bias=bias, dtype=dtype, device=meta)
 
 
 def _check_complete(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> None:

@@ -52,7 +52,8 @@ def dequantise(
     Returns:
         A fresh tensor of ``shape`` and ``dtype`` on the device of ``packed``.
     """
-    return _dequantise_for(packed.device.type)(packed, absmax, shape, blocksize, quant_type, dtype)
+    run: Dequantise = _dequantise_by_bitsandbytes if _has_kernels(packed.device.type) else dequantise_by_table
+    return run(packed, absmax, shape, blocksize, quant_type, dtype)
 
 
 def linear(
@@ -135,9 +136,14 @@ def _dequantise_for(device_type: str) -> Dequantise:
     return dequantise_by_table
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # else the trial would be traced
+def _has_kernels(device_type: str) -> bool:
+    return _dequantise_for(device_type) is _dequantise_by_bitsandbytes
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_gemm_4bit(device_type: str) -> bool:
-    return _dequantise_for(device_type) is _dequantise_by_bitsandbytes and hasattr(torch.ops.bitsandbytes, "gemm_4bit")
+    return _has_kernels(device_type) and hasattr(torch.ops.bitsandbytes, "gemm_4bit")
 
 
 def _bitsandbytes_problem(device_type: str) -> str | None:

@@ -63,7 +63,7 @@ class Linear4bit(nn.Module):
 
     @property
     def weight(self) -> "DenseView":
-        return DenseView(self)
+        return DenseView(self, self.shape)
 
     def dequantise(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight as a fresh dense tensor of the logical shape on the device of the packed bytes."""
@@ -98,7 +98,7 @@ class Linear4bit(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         # ComfyUI takes a LoRA's keys from the state dict: the weight has to be in it under its usual name.
-        destination[prefix + "weight"] = self.weight
+        destination[prefix + "weight"] = DenseView(self, self.shape)
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def extra_repr(self) -> str:
@@ -107,23 +107,32 @@ class Linear4bit(nn.Module):
 
 class DenseView(torch.Tensor):
     """Reads as the dense weight of a `Linear4bit`: shape, dtype and device cost nothing, any use of the
-    values dequantises. It owns no memory and cannot be written to."""
+    values dequantises. It owns no memory and cannot be written to. ``shape`` may be larger than the weight's, with
+    zeros beyond; ``device`` is where it reads as being, by default where the packed bytes are.
+    """
 
     linear: Linear4bit
 
     @staticmethod
-    def __new__(cls: type[torch.Tensor], linear: Linear4bit) -> "DenseView":
+    def __new__(
+        cls: type[torch.Tensor], linear: Linear4bit, shape: tuple[int, ...], device: torch.device | None = None
+    ) -> "DenseView":
         # A wrapper subclass: https://pytorch.org/docs/stable/notes/extending.html#subclassing-torch-tensor
         wrapper: DenseView = torch.Tensor._make_wrapper_subclass(  # type: ignore[assignment]
-            cls, linear.shape, dtype=linear.dtype, device=linear.device, requires_grad=False
+            cls, shape, dtype=linear.dtype, device=device or linear.device, requires_grad=False
         )
         return wrapper
 
-    def __init__(self, linear: Linear4bit) -> None:
+    def __init__(self, linear: Linear4bit, shape: tuple[int, ...], device: torch.device | None = None) -> None:
         self.linear = linear
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"DenseView({self.linear})"
+
+    def _dense(self) -> torch.Tensor:
+        weight = self.linear.dequantise(self.dtype).to(self.device)
+        rows, columns = (wanted - there for wanted, there in zip(self.shape, weight.shape, strict=True))
+        return nn.functional.pad(weight, (0, columns, 0, rows)) if rows or columns else weight
 
     def __setitem__(self, index: Any, value: Any) -> None:
         raise RuntimeError(_READ_ONLY)  # torch would write to a part of a dequantised copy
@@ -133,7 +142,7 @@ class DenseView(torch.Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         def dense(value: Any) -> Any:
-            return value.linear.dequantise(value.dtype) if isinstance(value, cls) else value
+            return value._dense() if isinstance(value, cls) else value
 
         kwargs = kwargs or {}
         for position, argument in enumerate(func._schema.arguments):

@@ -4,18 +4,15 @@ ComfyUI calls the patcher; the `Streamer` on the model does the work. All state 
 model (ComfyUI's own rule); a clone carries only its settings, so two of them may be sampled in turn.
 """
 
-import functools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
-import comfy.utils
 import psutil
 import torch
 from comfy.cli_args import args as comfy_args
@@ -24,6 +21,8 @@ from torch import nn
 from .arena import Shortfall, pinned_by_all, watch_pins
 from .bounce import through_bounce_buffers
 from .copies import copies_to
+from .patch_check import accepted
+from .patching import Extras, Patch, Patching
 from .plan import STAGING_BYTES, BlockSize, ResidencyPlan, least_device_bytes, plan_by_budget, plan_for, spread
 from .streamer import Streamer
 from .telemetry import ForwardCost, summarise
@@ -50,8 +49,16 @@ class Streaming:
     """What the clones of a streamed model share; lives on the model as ``model.streaming``."""
 
     streamer: Streamer
+    patching: Patching
     other_bytes: int
     said: set[str] = field(default_factory=set)
+    extras: Extras = field(default_factory=dict)
+
+    def give(self, extras: Extras) -> None:
+        """Have the blocks' layers get ``extras``; the streamer has to be started again if these are not the same."""
+        if _by_name(extras) != _by_name(self.extras):
+            self.streamer.set_extras(extras)
+        self.extras = extras
 
     def say_once(self, text: str) -> None:
         if text not in self.said:
@@ -96,8 +103,13 @@ def attach_streaming(model: nn.Module, groups: Mapping[str, Sequence[nn.Module]]
     streamer = Streamer(groups)
     total = sum(tensor.nbytes for tensor in _tensors(model))
     in_blocks = sum(tensor.nbytes for group in groups.values() for block in group for tensor in _tensors(block))
-    model.streaming = Streaming(streamer, other_bytes=total - in_blocks)  # type: ignore[assignment]
+    patching = Patching(model, [block for group in groups.values() for block in group])
+    model.streaming = Streaming(streamer, patching, other_bytes=total - in_blocks)  # type: ignore[assignment]
     model.state_dict_for_saving = _refuse_to_save  # type: ignore[assignment]
+
+
+def _by_name(extras: Extras) -> dict[tuple[nn.Module, str], int]:
+    return {(module, name): id(tensor) for module, tensors in extras.items() for name, tensor in tensors.items()}
 
 
 def _tensors(module: nn.Module) -> list[torch.Tensor]:
@@ -235,10 +247,10 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
             self.unpatch_hooks()
             device = self.load_device if device_to is None else device_to
             self.model.to(device)  # everything but the blocks, which keep their place
+            self._apply_patches(self._patches_under(None), self.weight_wrapper_patches, device)
             if not self._computes_from_host:
                 room = math.inf if full_load or not lowvram_model_memory else lowvram_model_memory
                 self._stream(device, self._plan_within(room))
-            self._set_weight_functions(self.patches)
             self.model.device = device
             self.model.model_lowvram = False
             self._loaded()
@@ -265,7 +277,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
         if unpatch_weights:
-            self._set_weight_functions({})
+            self._apply_patches({}, {}, self.offload_device)
             self._streaming.streamer.stop()
         super().unpatch_model(device_to, unpatch_weights)
 
@@ -275,7 +287,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     def add_patches(
         self, patches: Mapping[Any, Any], strength_patch: float = 1.0, strength_model: float = 1.0
     ) -> list[Any]:
-        """ComfyUI's.
+        """ComfyUI's, without the patches that do not fit; the log names them.
 
         Raises:
             ValueError: the patches are another model's weights, as the nodes that merge models have them.
@@ -286,10 +298,49 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
                 "dense models first; then save the result in 4 bits (node: Quantise Flux to NF4 and Save) or stream it "
                 "(node: Stream Model Blocks)."
             )
-        return super().add_patches(patches, strength_patch, strength_model)
+        fitting = accepted(patches, self.patches, self.model_state_dict(), strength_patch, strength_model)
+        return super().add_patches(fitting, strength_patch, strength_model)
+
+    def add_hook_patches(
+        self, hook: Any, patches: Mapping[Any, Any], strength_patch: float = 1.0, strength_model: float = 1.0
+    ) -> list[Any]:
+        """As `add_patches`."""
+        fitting = accepted(patches, self.patches, self.model_state_dict(), strength_patch, strength_model)
+        return super().add_hook_patches(hook, fitting, strength_patch, strength_model)
+
+    def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, list[Any]]:
+        """Each weight as it is without patches, and its patches."""
+        weights = self.model_state_dict(filter_prefix)
+        found = super().get_key_patches(filter_prefix)
+        return {key: [(weights[key], unpatched[1]), *patches] for key, (unpatched, *patches) in found.items()}
+
+    def patch_hooks(self, hooks: Any) -> None:
+        """Have the patches of ``hooks`` (a HookGroup or None) count, at the strengths that they have now."""
+        streamer = self._streaming.streamer
+        before = streamer.plan
+        with self.use_ejected():
+            self._apply_patches(self._patches_under(hooks), self.weight_wrapper_patches, self.load_device)
+            self.current_hooks = hooks
+        if before is not None:
+            self._stream(self.load_device, plan_for(self._sizes, before.resident, before.staging_bytes))
+
+    def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
+        if self.current_hooks is not None:
+            self.patch_hooks(None)
+
+    def _patches_under(self, hooks: Any) -> dict[str, list[Patch]]:
+        """This patcher's own patches and those of all its hooks; those of hooks that are not in ``hooks`` stand by."""
+        strengths = {hook.hook_ref: hook.strength for hook in hooks.hooks} if hooks is not None else {}
+        combined = {key: list(patches) for key, patches in self.patches.items()}
+        for reference, of_hook in self.hook_patches.items():
+            strength = strengths.get(reference)
+            for key, patches in of_hook.items():
+                scaled = [(None if strength is None else own * strength, *rest) for own, *rest in patches]
+                combined.setdefault(key, []).extend(scaled)
+        return combined
 
     def patch_weight_to_device(self, key: str, *args: Any, **kwargs: Any) -> None:
-        """Patches never change the weights, which every clone shares: see `_set_weight_functions`."""
+        """Patches never change the weights, which every clone shares: see `Patching`."""
 
     def pin_weight_to_device(self, key: str, *args: Any, **kwargs: Any) -> None:
         """The arena is what is pinned, and not by ComfyUI."""
@@ -370,25 +421,12 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
             streamer.host_bytes if self._computes_from_host else streamer.device_bytes
         )
 
-    def _set_weight_functions(self, patches: Mapping[str, Any]) -> None:
-        """Have each patched layer compute its patched weight from a fresh dense copy, as ComfyUI's lowvram does."""
-        for module in self.model.modules():
-            if hasattr(module, "weight_function"):
-                module.weight_function, module.bias_function = [], []
-        skipped = []
-        for key, patch in patches.items():
-            path, _, name = key.rpartition(".")
-            functions = getattr(comfy.utils.get_attr(self.model, path), f"{name}_function", None)
-            if functions is None:
-                skipped.append(key)
-            else:
-                functions.append(functools.partial(_patched, key, patch))
-        if skipped:
-            logger.warning("Streaming: %d patches not applied: %s", len(skipped), ", ".join(skipped[:4]))
-
-
-def _patched(key: str, patch: Any, weight: torch.Tensor) -> torch.Tensor:
-    return comfy.lora.calculate_weight(patch, weight, key, intermediate_dtype=weight.dtype)
+    def _apply_patches(
+        self, patches: Mapping[str, Sequence[Patch]], wrappers: Mapping[str, Any], device: torch.device
+    ) -> None:
+        """Have the model compute on ``device`` with ``patches``, and ComfyUI's ``wrappers`` after them."""
+        dtype = self.model.manual_cast_dtype or self.model.get_dtype()
+        self._streaming.give(self._streaming.patching.apply(patches, wrappers, device, dtype))
 
 
 def _retry_with_less(executor: Any, *args: Any, **kwargs: Any) -> Any:

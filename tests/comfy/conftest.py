@@ -42,31 +42,39 @@ def tiny_file(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def flux_config():
+    """A function: ComfyUI's configuration of a small Flux with so many blocks."""
+
+    def make(double, single):
+        config = {
+            "image_model": "flux",
+            "in_channels": 16,
+            "out_channels": 16,
+            "patch_size": 2,
+            "vec_in_dim": 768,
+            "context_in_dim": 4096,
+            "hidden_size": HIDDEN,
+            "mlp_ratio": 4.0,
+            "num_heads": 2,
+            "depth": double,
+            "depth_single_blocks": single,
+            "axes_dim": [16, 56, 56],
+            "theta": 10000,
+            "qkv_bias": True,
+            "guidance_embed": True,
+        }
+        if "txt_ids_dims" in FluxParams.__dataclass_fields__:
+            config["txt_ids_dims"] = []
+        return comfy.supported_models.Flux(config)
+
+    return make
+
+
 @pytest.fixture
-def tiny_config(monkeypatch):
+def tiny_config(monkeypatch, flux_config):
     """ComfyUI "detects" the tiny model."""
-    config = {
-        "image_model": "flux",
-        "in_channels": 16,
-        "out_channels": 16,
-        "patch_size": 2,
-        "vec_in_dim": 768,
-        "context_in_dim": 4096,
-        "hidden_size": HIDDEN,
-        "mlp_ratio": 4.0,
-        "num_heads": 2,
-        "depth": DOUBLES,
-        "depth_single_blocks": SINGLES,
-        "axes_dim": [16, 56, 56],
-        "theta": 10000,
-        "qkv_bias": True,
-        "guidance_embed": True,
-    }
-    if "txt_ids_dims" in FluxParams.__dataclass_fields__:
-        config["txt_ids_dims"] = []
-    monkeypatch.setattr(
-        comfy.model_detection, "model_config_from_unet", lambda *_: comfy.supported_models.Flux(dict(config))
-    )
+    monkeypatch.setattr(comfy.model_detection, "model_config_from_unet", lambda *_: flux_config(DOUBLES, SINGLES))
 
 
 @pytest.fixture
@@ -114,16 +122,27 @@ def copies(monkeypatch):
     return counting
 
 
-def sample(patcher, seed=1, steps=2, **options):
+def conditioning(seed=0):
+    """What a text encoder gives for a prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    pooled = torch.randn(1, 768, generator=generator)
+    return [[torch.randn(1, 8, 4096, generator=generator), {"pooled_output": pooled}]]
+
+
+def sample(patcher, seed=1, steps=2, cfg=1.0, sampler="euler", positive=None, negative=None, latent=None, **options):
     """Latents of a small picture."""
-    generator = torch.Generator().manual_seed(0)
-    cond = [[torch.randn(1, 8, 4096, generator=generator), {"pooled_output": torch.randn(1, 768, generator=generator)}]]
-    latent = torch.zeros(1, 16, 8, 8)
+    positive, negative = positive or conditioning(), negative or conditioning()
+    latent = torch.zeros(1, 16, 8, 8) if latent is None else latent
     noise = comfy.sample.prepare_noise(latent, seed)
     with torch.inference_mode():
         return comfy.sample.sample(
-            patcher, noise, steps, 1.0, "euler", "simple", cond, cond, latent, seed=seed, **options
+            patcher, noise, steps, cfg, sampler, "simple", positive, negative, latent, seed=seed, **options
         ).clone()
+
+
+@pytest.fixture(name="conditioning")
+def conditioning_fixture():
+    return conditioning
 
 
 @pytest.fixture(name="sample")

@@ -53,8 +53,8 @@ def test_a_second_run_and_other_block_counts_give_the_same_picture(workflow, pic
 def test_block_counts_above_the_depth_are_clamped_and_logged(server, workflow, picture):
     picture(workflow(double_blocks_cuda_size=16, single_blocks_cuda_size=37))
     log = server.log.read_text("utf-8")
-    assert "double_blocks_cuda_size is 16; the model has 1" in log
-    assert "single_blocks_cuda_size is 37; the model has 1" in log
+    assert "16 double blocks shall stay; the model has 1" in log
+    assert "37 single blocks shall stay; the model has 1" in log
 
 
 def test_an_interrupted_prompt_leaves_the_next_picture_right(server, workflow, picture):

@@ -118,14 +118,9 @@ def test_linear_is_a_matmul_with_the_dequantised_weight(quantise, reference, dty
 @pytest.fixture
 def untried():
     """Kernels that have not looked for bitsandbytes yet."""
-
-    def forget():
-        kernels._dequantise_for.cache_clear()
-        kernels._has_gemm_4bit.cache_clear()
-
-    forget()
+    kernels._dequantise_for.cache_clear()
     yield
-    forget()
+    kernels._dequantise_for.cache_clear()
 
 
 @pytest.fixture

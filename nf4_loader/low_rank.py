@@ -1,0 +1,105 @@
+"""LoRA beside a 4-bit weight: ``output[:, rows] += (input @ down.T * scale) @ up.T``.
+
+The packed weight stays as it is, and what a LoRA costs is its own rank. The formula is that of ComfyUI's
+``LoRAAdapter.calculate_weight`` (comfy/weight_adapter/lora.py): ``weight += strength * alpha / rank * up @ down``.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from comfy.weight_adapter import LoRAAdapter
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """A low-rank patch: adds ``scale * up @ down`` to as many rows of a weight as ``up`` has, from row ``start``."""
+
+    up: torch.Tensor
+    down: torch.Tensor
+    scale: float
+    start: int
+
+    def differ_only_in_scale(self, other: "Factors") -> bool:
+        return self.up is other.up and self.down is other.down and self.start == other.start
+
+
+def factors_of(patch: Sequence[Any], shape: tuple[int, int]) -> Factors | None:
+    """A patch (see `PatchedLinear4bit.take_patches`) of a weight of ``shape`` (out, in); None if it is not low-rank."""
+    strength, adapter, strength_model, offset, function = patch
+    if not isinstance(adapter, LoRAAdapter) or strength_model != 1.0 or function is not None:
+        return None
+    up, down, alpha, mid, dora_scale, reshape = adapter.weights
+    if mid is not None or dora_scale is not None or reshape is not None:
+        return None
+    axis, start, rows = (0, 0, shape[0]) if offset is None else offset
+    rank = down.shape[0]
+    if rank == 0 or axis != 0 or up.shape[0] != rows or start + rows > shape[0]:
+        return None
+    if up.numel() != rows * rank or down.numel() != rank * shape[1]:
+        return None
+    scale = 0.0 if strength is None else strength * (1.0 if alpha is None else alpha / rank)
+    return Factors(up, down, scale, start)
+
+
+class LowRank:
+    """Any number of low-rank patches of one Linear; those of the same rows are concatenated.
+
+    ``tensors`` are host tensors: ``lora_down`` (R, in) and ``lora_up_0``, ``lora_up_1``, ... (rows, R of these rows) in
+    compute dtype, and ``lora_scale`` (R,) in fp32, which is all that changes with a strength.
+    """
+
+    def __init__(self, factors: Sequence[Factors], dtype: torch.dtype) -> None:
+        groups: dict[tuple[int, int], list[Factors]] = {}
+        for item in factors:
+            groups.setdefault((item.start, item.up.shape[0]), []).append(item)
+        ordered = [item for group in groups.values() for item in group]
+        self.tensors = {"lora_down": _concatenated([item.down.flatten(1) for item in ordered], 0, dtype)}
+        self._pieces: list[tuple[str, slice, slice]] = []
+        column = 0
+        for (start, rows), group in groups.items():
+            name = f"lora_up_{len(self._pieces)}"
+            self.tensors[name] = _concatenated([item.up.flatten(1) for item in group], 1, dtype)
+            rank = self.tensors[name].shape[1]
+            self._pieces.append((name, slice(start, start + rows), slice(column, column + rank)))
+            column += rank
+        self._dtype = dtype
+        self._factors = factors
+        self._order = [factors.index(item) for item in ordered]
+        self.tensors["lora_scale"] = self._scales(factors)
+
+    @classmethod
+    def of(cls, factors: Sequence[Factors], dtype: torch.dtype, previous: "LowRank | None") -> "LowRank | None":
+        """For ``factors``: ``previous``, if it has them, with their scales; None if there are none."""
+        if previous is not None and previous.rescaled(factors, dtype):
+            return previous
+        return cls(factors, dtype) if factors else None
+
+    def rescaled(self, factors: Sequence[Factors], dtype: torch.dtype) -> bool:
+        """Take other scales of the same factors. False, and nothing done, if they are other factors."""
+        if dtype != self._dtype or len(factors) != len(self._factors):
+            return False
+        if not all(new.differ_only_in_scale(old) for new, old in zip(factors, self._factors, strict=True)):
+            return False
+        scales = self._scales(factors)
+        if not torch.equal(scales, self.tensors["lora_scale"]):
+            self.tensors["lora_scale"] = scales
+        return True
+
+    def _scales(self, factors: Sequence[Factors]) -> torch.Tensor:
+        scales = [factors[index].scale for index in self._order for _ in range(factors[index].down.shape[0])]
+        return torch.tensor(scales, dtype=torch.float32)
+
+    def add(self, output: torch.Tensor, input: torch.Tensor, tensors: Mapping[str, Any]) -> None:
+        """Add the branch of ``input`` (..., in) to ``output`` (..., out), with ``tensors`` where these are."""
+        dtype = input.dtype
+        rows = output.view(-1, output.shape[-1])
+        hidden = torch.nn.functional.linear(input.reshape(-1, input.shape[-1]), tensors["lora_down"].to(dtype))
+        hidden.mul_(tensors["lora_scale"])
+        for name, columns, ranks in self._pieces:
+            rows[:, columns].addmm_(hidden[:, ranks], tensors[name].to(dtype).t())
+
+
+def _concatenated(tensors: Sequence[torch.Tensor], dim: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.cat([tensor.to("cpu", dtype) for tensor in tensors], dim).contiguous()

@@ -1,0 +1,61 @@
+"""A 4-bit Linear that computes with LoRA as it is: its packed weight is neither changed nor expanded for that."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .linear4bit import DenseView, Linear4bit
+from .linear_of_parts import LinearOfParts
+from .low_rank import LowRank, factors_of
+
+
+class PatchedLinear4bit(Linear4bit):
+    """A `Linear4bit` that takes low-rank patches of its weight; without any, its forward is the plain one.
+
+    ``computes_on`` is where the forward runs, which for a streamed layer is not where its weight is now.
+    ``patched_shape`` is the shape of the weight with all that `weight_function` does to it.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.computes_on: torch.device | None = None
+        self.patched_shape: tuple[int, ...] = self.shape
+        self._low_rank: LowRank | None = None
+
+    @property
+    def weight(self) -> DenseView:
+        # ComfyUI reads the shape of img_in.weight to see whether a LoRA has widened it (BFL's Canny and Depth), and the
+        # device of any weight to bring a LoRA there that it computes itself (bypass).
+        return DenseView(self, self.patched_shape, self.computes_on)
+
+    def take_patches(self, patches: Sequence[Sequence[Any]], dtype: torch.dtype) -> Mapping[str, torch.Tensor] | None:
+        """Compute with these patches of the weight from now on, in place of earlier ones, if all are plain LoRA.
+
+        Args:
+            patches: ComfyUI's, in order: (strength, adapter or tuple, strength_model, offset, function). With a
+                strength of None a patch stands by: it does nothing, but its factors stay in place, so that giving it a
+                strength later changes nothing but ``lora_scale``.
+            dtype: What the forward computes in.
+
+        Returns:
+            Host tensors that the forward expects as buffers of this module, under these names, on its device: the
+            same objects as before where nothing but strengths has changed. None if not all are plain LoRA: then it
+            computes with none of them.
+        """
+        factors = [factors_of(patch, self.shape) for patch in patches]
+        if any(made is None and patch[0] is not None for patch, made in zip(patches, factors, strict=True)):
+            self._low_rank = None
+            return None
+        self._low_rank = LowRank.of([made for made in factors if made], dtype, self._low_rank)
+        return self._low_rank.tensors if self._low_rank else {}
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        output = super().forward(input)
+        if self._low_rank is not None:
+            self._low_rank.add(output, input, self._buffers)
+        return output
+
+
+class PatchedLinearOfParts(PatchedLinear4bit, LinearOfParts):
+    """A `LinearOfParts` that takes patches, too."""

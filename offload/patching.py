@@ -1,0 +1,154 @@
+"""ComfyUI's patches (LoRA and the like) on a streamed model. Its weights stay as they are: clones share them.
+
+What is small, or outside the blocks, gets a patched copy on the device, which shadows it. A large weight in a block is
+patched in each forward, from a fresh dense copy (`DensePatches`), unless its layer knows a better way (`TakesPatches`).
+Either needs tensors, which become buffers of the layer and so stream with it.
+
+Patches are ComfyUI's: (strength, adapter or tuple, strength_model, offset, function). One whose strength is None stands
+by, to be given a strength later.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import comfy.lora
+import torch
+from torch import nn
+
+from . import record
+from .dense_patches import DensePatches
+
+Patch = Sequence[Any]
+Function = Callable[[torch.Tensor], torch.Tensor]
+Extras = Mapping[nn.Module, Mapping[str, torch.Tensor]]
+
+
+class TakesPatches(Protocol):
+    """A layer that can compute with some patches of its weight without a dense copy of it."""
+
+    computes_on: torch.device | None
+    """Where the forward runs, which for a streamed layer is not where its weight is now."""
+    patched_shape: tuple[int, ...]
+    """Of the weight, with what ``weight_function`` does to it."""
+
+    def take_patches(self, patches: Sequence[Patch], dtype: torch.dtype) -> Mapping[str, torch.Tensor] | None:
+        """Compute with ``patches`` in ``dtype``, in place of earlier ones. Returns host tensors that are to be buffers
+        of the layer under these names, the same objects as before as far as they have not changed; or None, if it
+        cannot: then it computes with none of them."""
+        ...
+
+
+class Patching:
+    """The patches that are in effect on a model, of which all its clones see the same."""
+
+    def __init__(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
+        self._model = model
+        self._in_blocks = {module for block in blocks for module in block.modules()}
+        self._takers: set[Any] = set()
+        self._shadows: list[tuple[nn.Module, str]] = []
+        self._outside: list[tuple[nn.Module, str]] = []
+
+    def apply(
+        self,
+        patches: Mapping[str, Sequence[Patch]],
+        wrappers: Mapping[str, Sequence[Function]],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Extras:
+        """Put ``patches`` into effect, in place of earlier ones, for a forward in ``dtype`` on ``device``.
+
+        ``wrappers`` are functions that come after the patches. Both are by the tensor's name in the model. Returns what
+        the modules inside blocks need as buffers.
+        """
+        self._remove()
+        self._prepare(wrappers, device)
+        takers, self._takers = self._takers, set()
+        extras: dict[nn.Module, dict[str, torch.Tensor]] = {}
+        for key, of_key in patches.items():
+            module, name = self._find(key)
+            active = [patch for patch in of_key if patch[0] is not None]
+            if self._can_shadow(module, name):
+                self._shadow(module, name, key, active, device)
+                continue
+            tensors = self._taken(module, name, of_key, dtype) if key not in wrappers else None
+            if tensors is None:
+                tensors = self._dense(module, name, key, active)
+            if module in self._in_blocks:
+                extras.setdefault(module, {}).update(tensors)
+            else:
+                self._put(module, tensors, device)
+        for module in takers - self._takers:
+            module.take_patches((), dtype)
+        return extras
+
+    def _find(self, key: str) -> tuple[Any, str]:
+        path, _, name = key.rpartition(".")
+        return self._model.get_submodule(path), name
+
+    def _prepare(self, wrappers: Mapping[str, Sequence[Function]], device: torch.device) -> None:
+        for module in self._model.modules():
+            if hasattr(module, "weight_function"):
+                module.weight_function, module.bias_function = [], []  # type: ignore[assignment]
+            if hasattr(module, "take_patches"):
+                module.computes_on = device  # type: ignore[assignment]
+                module.patched_shape = module.shape
+        for key, functions in wrappers.items():
+            module, name = self._find(key)
+            getattr(module, f"{name}_function").extend(functions)
+
+    def _can_shadow(self, module: nn.Module, name: str) -> bool:
+        tensor = _own_tensor(module, name)
+        if tensor is None:
+            return False  # a 4-bit weight
+        is_small = module not in self._in_blocks or tensor.nbytes < record.SMALL_BYTES
+        return is_small or not hasattr(module, f"{name}_function")
+
+    def _taken(
+        self, module: Any, name: str, patches: Sequence[Patch], dtype: torch.dtype
+    ) -> Mapping[str, torch.Tensor] | None:
+        if name != "weight" or not hasattr(module, "take_patches"):
+            return None
+        tensors: Mapping[str, torch.Tensor] | None = module.take_patches(patches, dtype)
+        if tensors is not None:
+            self._takers.add(module)
+        return tensors
+
+    def _dense(self, module: Any, name: str, key: str, patches: Sequence[Patch]) -> Mapping[str, torch.Tensor]:
+        """Have ``module`` patch a fresh dense copy in each forward."""
+        if not patches:
+            return {}
+        dense, buffers = DensePatches(key, patches), module._buffers
+        getattr(module, f"{name}_function").insert(0, lambda weight: dense.apply(weight, buffers))
+        if hasattr(module, "patched_shape"):
+            module.patched_shape = dense.shape_of(module.patched_shape)
+        return dense.tensors
+
+    def _put(self, module: nn.Module, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        for name, tensor in tensors.items():
+            module.register_buffer(name, tensor.to(device), persistent=False)
+            self._outside.append((module, name))
+
+    def _shadow(self, module: nn.Module, name: str, key: str, patches: Sequence[Patch], device: torch.device) -> None:
+        """Have ``module`` see a patched copy, made as ``patch_weight_to_device`` makes it where a model fits."""
+        if not patches:
+            return
+        tensor = _own_tensor(module, name)
+        assert tensor is not None
+        weight = tensor.to(device, torch.float32, copy=True)
+        original = {key: [(weight.clone(), None)]}
+        patched = comfy.lora.calculate_weight(patches, weight, key, original_weights=original)
+        # Found before _parameters, which the streamer rebinds and the state dict reads.
+        module.__dict__[name] = patched.to(tensor.dtype)
+        self._shadows.append((module, name))
+
+    def _remove(self) -> None:
+        for module, name in self._shadows:
+            module.__dict__.pop(name, None)
+        for module, name in self._outside:
+            delattr(module, name)
+        self._shadows.clear()
+        self._outside.clear()
+
+
+def _own_tensor(module: nn.Module, name: str) -> torch.Tensor | None:
+    return module._parameters.get(name, module._buffers.get(name))

@@ -1,0 +1,137 @@
+"""A bad LoRA: what does not fit is skipped and named, and the rest of it works."""
+
+import logging
+
+import loras
+import pytest
+import torch
+
+BAD = "diffusion_model.double_blocks.0.img_mlp.0"
+SHAPE = (1024, 256)
+
+
+def replaced(file, ending, change):
+    """``file`` with what ``change`` makes of the tensor of ``BAD`` whose name ends so."""
+    (name,) = [name for name in file if name.startswith(BAD) and name.endswith(ending)]
+    return file | {name: change(file[name])}
+
+
+def with_value(value):
+    def change(tensor):
+        changed = tensor.clone()
+        changed.view(-1)[7] = value
+        return changed
+
+    return change
+
+
+@pytest.fixture
+def log(caplog):
+    """A function: what this package has said at a level and above."""
+    caplog.set_level(logging.INFO)
+
+    def messages(level):
+        return [r.getMessage() for r in caplog.records if r.levelno >= level and r.getMessage().startswith("LoRA: ")]
+
+    return messages
+
+
+CASES = {
+    "an output that is too small": (".lora_B.weight", lambda up: up[:-1], "shape '[1024, 256]' is invalid"),
+    "an input that is too large": (".lora_A.weight", lambda down: torch.cat([down, down], 1), "is invalid for input"),
+    "halves of other ranks": (".lora_A.weight", lambda down: down[:-1], "same reduction dim"),
+    "no rank": (".lora_A.weight", lambda down: down[:0], "an empty tensor of shape (0, 256)"),
+    "NaN": (".lora_B.weight", with_value(float("nan")), "values that are not finite"),
+    "infinity in fp16": (".lora_A.weight", lambda down: with_value(float("inf"))(down.half()), "not finite"),
+    "NaN in float8": (
+        ".lora_A.weight",
+        lambda down: with_value(float("nan"))(down).to(torch.float8_e4m3fn),
+        "not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_layer_that_does_not_fit_is_skipped_and_named(case, load, shapes, with_lora, sample, log):
+    ending, change, reason = CASES[case]
+    good = loras.generic(shapes)
+    rest = {name: tensor for name, tensor in good.items() if not name.startswith(f"{BAD}.")}
+    patched = with_lora(load(), replaced(good, ending, change), 0.5)
+    (message,) = log(logging.WARNING)
+    assert message.startswith(f"LoRA: {len(shapes) - 1} patches applied at strength 0.5, 1 skipped: {BAD}.weight (")
+    assert reason in message
+    assert torch.equal(sample(patched, steps=1), sample(with_lora(load(), rest, 0.5), steps=1))
+
+
+OTHER_KINDS = {
+    "loha": ".hada_w1_a",
+    "lokr": ".lokr_w2",
+    "glora": ".b1.weight",
+    "oft": ".oft_blocks",
+    "oft with a constraint": ".oft_blocks",
+    "boft": ".rescale",
+    "dora": ".lora_up.weight",
+    "difference": ".diff",
+    "set": ".set_weight",
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_so_is_one_of_any_other_kind(kind, load, with_lora, log):
+    file = loras.adapters(BAD, SHAPE)[kind]
+    fitting = with_lora(load(), file).patches
+    (message,) = log(logging.INFO)
+    assert message == f"LoRA: {len(fitting)} patches applied at strength 1, none skipped"
+    patched = with_lora(load(), replaced(file, OTHER_KINDS[kind], lambda tensor: tensor[:-1].contiguous()))
+    message = log(logging.WARNING)[0]
+    assert f"{len(patched.patches)} patches applied at strength 1, 1 skipped: {BAD}.weight (" in message
+    assert len(patched.patches) == len(fitting) - 1
+
+
+def test_a_kind_that_comfyui_does_not_know_is_skipped_and_named(load, log):
+    patcher = load().clone()
+    assert patcher.add_patches({f"{BAD}.weight": ("rotation", (torch.ones(SHAPE),))}) == []
+    (message,) = log(logging.WARNING)
+    assert f"{BAD}.weight (patch type not recognized rotation)" in message
+
+
+def test_many_that_do_not_fit_are_counted_and_the_first_named(load, shapes, with_lora, log):
+    wrong = {name: (rows + 8, columns) for name, (rows, columns) in shapes.items()}
+    with_lora(load(), loras.generic(wrong))
+    (message,) = log(logging.WARNING)
+    assert f"LoRA: 0 patches applied at strength 1, {len(shapes)} skipped: diffusion_model.double_blocks.0." in message
+    assert message.count("diffusion_model.") == 4
+    assert message.endswith(f"and {len(shapes) - 4} more")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q",
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k",
+        "diffusion_model.blocks.0.cross_attn.k",
+        "lora_te_text_model_encoder_layers_0_mlp_fc1",
+    ],
+    ids=["SD 1.5", "SDXL", "Wan", "text encoder"],
+)
+def test_a_lora_of_another_model_changes_nothing_and_says_so(key, load, with_lora, sample, log):
+    file = {f"{key}.lora_up.weight": torch.ones(64, 4), f"{key}.lora_down.weight": torch.ones(4, 64)}
+    patched = with_lora(load(), file)
+    (message,) = log(logging.WARNING)
+    assert "none of its keys is of this Flux model" in message
+    assert torch.equal(sample(patched, steps=1), sample(load(), steps=1))
+
+
+def test_a_lora_that_comes_after_one_that_widens_a_layer_must_fit_the_wider_one(load, twin_model, with_lora, log):
+    widened = with_lora(load(), loras.black_forest_labs(twin_model))
+    wide, narrow = (loras.generic({"img_in": (256, columns)}) for columns in (128, 64))
+    with_lora(widened, narrow)
+    assert "diffusion_model.img_in.weight (ERROR lora shape" in log(logging.WARNING)[-1]
+    with_lora(widened, wide)
+    assert log(logging.INFO)[-1] == "LoRA: 1 patches applied at strength 1, none skipped"
+
+
+def test_the_other_messages_of_the_log_are_kept(load, shapes, with_lora, caplog):
+    with_lora(load(), loras.generic(shapes))
+    logging.warning("still here")
+    assert "still here" in caplog.text

@@ -1,0 +1,128 @@
+"""A change of a LoRA moves no more than it has to, leaves nothing behind, and residency never shows."""
+
+import comfy.lora
+import comfy.model_management
+import loras
+import pytest
+import torch
+
+NAME = "double_blocks.1.img_mlp.0"
+
+
+@pytest.fixture
+def files(shapes, config, twin_model):
+    """LoRA files of every way in which a patch is computed."""
+    mixed = {}
+    for name in (NAME, "single_blocks.0.linear1", "single_blocks.1.linear2", "double_blocks.0.txt_attn.proj"):
+        mixed |= loras.adapters(f"diffusion_model.{name}", shapes[name])["dora"]
+    return {
+        "low rank": loras.kohya(shapes),
+        "split": loras.diffusers(config.unet_config, shapes),
+        "dense": mixed,
+        "all layers, biases and norms": loras.black_forest_labs(twin_model),
+    }
+
+
+@pytest.mark.parametrize("kind", ["low rank", "split", "dense", "all layers, biases and norms"])
+def test_streamed_is_resident_to_the_bit(kind, files, load, sample, with_lora, copies, monkeypatch):
+    patcher = with_lora(load(2, 3), files[kind], 0.8)
+    expected = sample(patcher)
+    assert not torch.equal(expected, sample(load(2, 3)))
+    for double, single in ((0, 0), (1, 2), (2, 0)):
+        assert torch.equal(sample(with_lora(load(double, single), files[kind], 0.8)), expected)
+
+
+def test_patches_change_nothing_in_host_memory(files, load, sample, with_lora, copies):
+    patcher = load(1, 1)
+    records = patcher.model.streaming.streamer.arena.records
+    before = [record.clone() for record in records]
+    for file in files.values():
+        patcher = with_lora(patcher, file)
+    sample(patcher)
+    assert all(torch.equal(record, was) for record, was in zip(records, before, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["low rank", "split", "dense", "all layers, biases and norms"])
+def test_removing_a_lora_gives_the_plain_model_to_the_bit(kind, files, load, sample, with_lora, copies):
+    plain = load(1, 1)
+    expected = sample(plain)
+    state = {name: (tensor.shape, tensor.dtype) for name, tensor in plain.model.state_dict().items()}
+    assert not torch.equal(sample(with_lora(plain, files[kind])), expected)
+    assert torch.equal(sample(plain), expected)
+    assert {name: (t.shape, t.dtype) for name, t in plain.model.state_dict().items()} == state
+    assert not [name for name, _ in plain.model.named_buffers() if "lora_" in name or "_patch_" in name]
+
+
+def test_clones_with_their_own_loras_can_be_sampled_in_turn(files, load, sample, with_lora, copies):
+    plain = load(0, 1)
+    patchers = [plain, *(with_lora(plain, file) for file in files.values())]
+    first = [sample(patcher, steps=1) for patcher in patchers]
+    assert len({latent.sum().item() for latent in first}) == len(patchers)
+    assert all(torch.equal(sample(p, steps=1), was) for p, was in zip(reversed(patchers), reversed(first), strict=True))
+
+
+def test_another_strength_brings_new_scales_and_nothing_else(files, load, shapes, with_lora):
+    plain = load()
+    layer = plain.model.get_submodule(f"diffusion_model.{NAME}")
+    tensors = []
+    for strength in (0.5, 0.9, 0.9):
+        patches = with_lora(with_lora(plain, files["split"]), files["low rank"], strength).patches
+        given = layer.take_patches(patches[f"diffusion_model.{NAME}.weight"], torch.float32)
+        tensors.append(dict(given))
+    first, second, third = tensors
+    assert [name for name in first if second[name] is not first[name]] == ["lora_scale"]
+    assert all(third[name] is second[name] for name in first)
+
+
+def test_a_forward_computes_from_buffers_only(files, load, sample, with_lora, copies, monkeypatch):
+    """A tensor that is no buffer would be copied from the host in every forward."""
+    patcher = with_lora(load(), files["dense"])
+    comfy.model_management.load_models_gpu([patcher])
+    layer = patcher.model.get_submodule(f"diffusion_model.{NAME}")
+    calculate, seen = comfy.lora.calculate_weight, []
+
+    def record(patches, *args, **kwargs):
+        tensors = [value for value in patches[0][1].weights if isinstance(value, torch.Tensor)]
+        seen.extend(any(tensor is buffer for buffer in layer.buffers()) for tensor in tensors)
+        return calculate(patches, *args, **kwargs)
+
+    monkeypatch.setattr(comfy.lora, "calculate_weight", record)
+    layer(torch.zeros(1, 256))
+    assert seen == [True, True, True]
+
+
+class Interrupt(BaseException):
+    pass
+
+
+def test_an_interrupted_run_leaves_the_next_one_equal(files, load, sample, with_lora, copies):
+    patcher = with_lora(with_lora(load(0, 1), files["low rank"]), files["dense"])
+    expected = sample(patcher)
+
+    def interrupt(*_):
+        raise Interrupt
+
+    handle = patcher.model.diffusion_model.single_blocks[1].linear2.register_forward_pre_hook(interrupt)
+    with pytest.raises(Interrupt):
+        sample(patcher)
+    handle.remove()
+    assert torch.equal(sample(patcher), expected)
+
+
+def test_unloading_takes_the_factors_off_the_device(files, load, sample, with_lora, copies):
+    patcher = with_lora(load(1, 1), files["all layers, biases and norms"])
+    expected = sample(patcher)
+    comfy.model_management.unload_all_models()
+    assert not [name for name, _ in patcher.model.named_buffers() if "lora_" in name or "_patch_" in name]
+    assert torch.equal(sample(patcher), expected)
+
+
+def test_what_nodes_read_of_a_patched_model_is_unpatched(files, load, sample, with_lora, copies):
+    """Merge and save nodes take the weights and the patches, and put them together themselves."""
+    patcher = with_lora(load(), files["all layers, biases and norms"])
+    key = "diffusion_model.double_blocks.0.img_attn.proj.bias"
+    before = patcher.get_key_patches()[key][0][0].clone()
+    sample(patcher, steps=1)
+    (weight, _), *patches = patcher.get_key_patches()[key]
+    assert torch.equal(weight, before)
+    assert len(patches) == 1

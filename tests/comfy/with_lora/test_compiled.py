@@ -1,0 +1,32 @@
+"""A LoRA does not get into torch.compile's way."""
+
+import comfy.model_management
+import loras
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
+def test_layers_of_a_kind_are_compiled_once_and_whole(layout, load, shapes, config, with_lora):
+    file = loras.kohya(shapes) if layout == "kohya" else loras.diffusers(config.unet_config, shapes)
+    plain = load()
+    transformer = plain.model.diffusion_model
+    layers = [block.linear1 for block in transformer.single_blocks]
+    input = loras.random("input", 2, 3, layers[0].in_features)
+    compiled = torch.compile(lambda layer, input: layer(input), backend="aot_eager", fullgraph=True)
+    stance = "default"
+    for strength in (0.8, 0.3):
+        comfy.model_management.load_models_gpu([with_lora(plain, file, strength)])
+        for layer in layers:
+            with torch.inference_mode():
+                expected = layer(input)
+                with torch.compiler.set_stance(stance):
+                    assert torch.equal(compiled(layer, input), expected)
+            stance = "fail_on_recompile"

@@ -1,0 +1,46 @@
+"""LoRA on any dense model of ComfyUI's whose blocks are streamed: as without streaming, to the bit."""
+
+import copy
+
+import comfy.model_management
+import loras
+import pytest
+import torch
+
+from flux_nf4.offload.patcher import Residency, StreamedModelPatcher, attach_streaming
+
+
+@pytest.fixture
+def streamed(twin_model, copies):
+    """A streamed patcher of a dense model."""
+    model = copy.deepcopy(twin_model)
+    blocks = {"double": list(model.diffusion_model.double_blocks), "single": list(model.diffusion_model.single_blocks)}
+    attach_streaming(model, blocks)
+    cpu = torch.device("cpu")
+    patcher = StreamedModelPatcher(model, load_device=cpu, offload_device=cpu)
+    patcher.residency = Residency((("double", 0), ("single", 1)))
+    return patcher
+
+
+@pytest.mark.parametrize("kind", ["low rank", "dora", "all layers, biases and norms"])
+def test_it_is_as_in_stock_comfyui(kind, streamed, twin, twin_model, sample, with_lora, shapes):
+    file = loras.kohya(shapes)
+    if kind == "dora":
+        adapters = [loras.adapters(f"diffusion_model.{name}", shape)["dora"] for name, shape in shapes.items()]
+        file = {key: value for each in adapters for key, value in each.items()}
+    if kind.startswith("all"):
+        file = loras.black_forest_labs(twin_model)
+    expected, plain = sample(with_lora(twin, file, 0.8)), sample(twin)
+    assert not torch.equal(expected, plain)
+    assert torch.equal(sample(with_lora(streamed, file, 0.8)), expected)
+    assert torch.equal(sample(streamed), plain)
+
+
+def test_patched_weights_take_no_more_of_the_device_than_their_factors(streamed, with_lora, shapes):
+    patched = with_lora(streamed, loras.kohya(shapes))
+    comfy.model_management.load_models_gpu([streamed])
+    before = streamed.model.streaming.streamer.device_bytes
+    comfy.model_management.load_models_gpu([patched])
+    factors = sum(4 * 4 * (rows + columns) for rows, columns in shapes.values())
+    assert 0 < streamed.model.streaming.streamer.device_bytes - before <= factors
+    assert not any("weight" in module.__dict__ for module in streamed.model.modules())

@@ -1,0 +1,105 @@
+"""LoRA by hooks: other strengths for each conditioning and each step, as stock ComfyUI computes them."""
+
+import itertools
+
+import comfy.hooks
+import loras
+import pytest
+import torch
+
+BOUND = 1e-5
+"""Relative; found: below 1e-6."""
+
+
+@pytest.fixture
+def files(shapes):
+    adapters = [loras.adapters(f"diffusion_model.{name}", shapes[name]) for name in list(shapes)[:12]]
+    return {
+        "low rank": loras.kohya(shapes, rank=8),
+        "dense": {key: value for each in adapters for key, value in each["loha"].items()},
+        "biases": {key: value for each in adapters for key, value in each["difference"].items()},
+    }
+
+
+def hooked(conditioning, *groups):
+    for group in groups:
+        conditioning = comfy.hooks.set_hooks_for_conditioning(conditioning, group)
+    return conditioning
+
+
+def with_keyframes(group, *strengths):
+    """Each strength from its share of the steps on."""
+    frames = comfy.hooks.HookKeyframeGroup()
+    for index, strength in enumerate(strengths):
+        frames.add(comfy.hooks.HookKeyframe(strength, start_percent=index / len(strengths)))
+    group.set_keyframes_on_hooks(frames)
+    return group
+
+
+@pytest.fixture
+def difference(load, twin, sample, with_lora, files):
+    """A function: the relative difference to stock ComfyUI of a sampling with these conditionings."""
+
+    def difference(steps=2, lora=None, patcher=None, **conds):
+        expected, found = (
+            sample(p if lora is None else with_lora(p, files[lora], 0.5), steps, cfg=3.0, **conds)
+            for p in (twin, patcher or load(0, 1))
+        )
+        return ((found - expected).norm() / expected.norm()).item()
+
+    return difference
+
+
+@pytest.mark.parametrize("kind", ["low rank", "dense", "biases"])
+@pytest.mark.parametrize("lora", [None, "low rank"])
+def test_a_hook_counts_only_for_its_conditioning(kind, lora, files, conditioning, difference, sample, load, copies):
+    hook = comfy.hooks.create_hook_lora(files[kind], 0.8, 0.0)
+    conds = {"positive": hooked(conditioning(1), hook), "negative": conditioning(2)}
+    assert difference(lora=lora, **conds) < BOUND
+    other = {"positive": conditioning(1), "negative": hooked(conditioning(2), hook)}
+    assert (sample(load(), cfg=3.0, **conds) - sample(load(), cfg=3.0, **other)).norm() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["low rank", "dense"])
+def test_keyframes_change_the_strength_from_step_to_step(kind, files, conditioning, difference, copies):
+    hook = with_keyframes(comfy.hooks.create_hook_lora(files[kind], 1.0, 0.0), 0.2, 1.0, 0.0, 0.6)
+    assert difference(4, positive=hooked(conditioning(1), hook), negative=conditioning(2)) < BOUND
+
+
+def test_several_hooks_in_several_groups(files, conditioning, difference, copies):
+    first = comfy.hooks.create_hook_lora(files["low rank"], 0.7, 0.0)
+    second = comfy.hooks.create_hook_lora(files["dense"], 0.9, 0.0)
+    third = with_keyframes(comfy.hooks.create_hook_lora(files["biases"], 1.0, 0.0), 1.0, 0.3)
+    both, one = hooked(conditioning(1), first, second), hooked(conditioning(2), second, third)
+    assert difference(lora="low rank", positive=both, negative=one) < BOUND
+
+
+def test_hooks_leave_nothing_behind(files, conditioning, load, sample, copies):
+    patcher = load(0, 1)
+    expected = sample(patcher)
+    hook = with_keyframes(comfy.hooks.create_hook_lora(files["low rank"] | files["biases"], 1.0, 0.0), 1.0, 0.5)
+    with_hook = sample(patcher, positive=hooked(conditioning(), hook))
+    assert not torch.equal(with_hook, expected)
+    assert torch.equal(sample(patcher), expected)
+    assert torch.equal(sample(patcher, positive=hooked(conditioning(), hook)), with_hook)
+
+
+def test_switching_hooks_brings_new_scales_and_nothing_else(files, conditioning, load, sample, copies, monkeypatch):
+    patcher = load(0, 1)
+    streaming = patcher.model.streaming
+    apply, given = streaming.patching.apply, []
+
+    def record(*args):
+        given.append({m: dict(tensors) for m, tensors in apply(*args).items()})
+        return given[-1]
+
+    monkeypatch.setattr(streaming.patching, "apply", record)
+    hook = with_keyframes(comfy.hooks.create_hook_lora(files["low rank"], 1.0, 0.0), 1.0, 0.5)
+    sample(patcher, cfg=3.0, positive=hooked(conditioning(1), hook), negative=conditioning(2))
+    during = [tensors for tensors in given if tensors]
+    assert len(during) >= 4, "two conditionings in two steps"
+    changed = [
+        {name for module in after for name, tensor in after[module].items() if before[module].get(name) is not tensor}
+        for before, after in itertools.pairwise(during)
+    ]
+    assert set().union(*changed) == {"lora_scale"}

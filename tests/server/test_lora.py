@@ -1,0 +1,103 @@
+"""LoRA with ComfyUI's own nodes, in the real server, in graphs as people send them."""
+
+import loras
+import pytest
+import torch
+from comfy_server import link_model
+from safetensors.torch import save_file
+
+SHAPES = {
+    "double_blocks.0.img_attn.qkv": (9216, 3072),
+    "double_blocks.0.img_mlp.0": (12288, 3072),
+    "double_blocks.0.txt_mod.lin": (18432, 3072),
+    "single_blocks.0.linear1": (21504, 3072),
+    "single_blocks.0.linear2": (3072, 15360),
+}
+
+
+@pytest.fixture(scope="module")
+def put(server, tmp_path_factory):
+    """A function that puts a LoRA file where the server finds it, and gives its name."""
+    folder = tmp_path_factory.mktemp("loras")
+
+    def put(name, tensors, cut_by=0):
+        path = folder / f"{name}.safetensors"
+        save_file(tensors, path)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size - cut_by])
+        link_model(path, server.base, "loras")
+        return path.name
+
+    return put
+
+
+@pytest.fixture(scope="module")
+def names(put):
+    """Three LoRA files; the last is for a text encoder too."""
+    encoder = {
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": loras.random("up", 3072, 4),
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": loras.random("down", 4, 768),
+    }
+    files = [loras.kohya(SHAPES, rank, alpha=float(rank), seed=str(rank)) for rank in (4, 16, 8)]
+    return [put(f"lora-{index}", file) for index, file in enumerate([*files[:2], files[2] | encoder])]
+
+
+def chained(workflow, names, strengths):
+    """``workflow`` with a LoraLoader for each name between the checkpoint and all that uses it."""
+    model, clip = ["1", 0], ["1", 1]
+    for index, (name, strength) in enumerate(zip(names, strengths, strict=True)):
+        inputs = {"model": model, "clip": clip, "lora_name": name, "strength_model": strength, "strength_clip": 1.0}
+        workflow[f"lora{index}"] = {"class_type": "LoraLoader", "inputs": inputs}
+        model, clip = [f"lora{index}", 0], [f"lora{index}", 1]
+    for node in workflow.values():
+        if node["class_type"] == "KSampler":
+            node["inputs"]["model"] = model
+        if node["class_type"] == "CLIPTextEncode":
+            node["inputs"]["clip"] = clip
+    return workflow
+
+
+def test_a_chain_of_three_follows_its_strengths_without_reading_the_checkpoint_again(workflow, picture, names):
+    def run(*strengths):
+        executed = set()
+
+        def on_message(message):
+            if message["type"] == "executing":
+                executed.add(message["data"]["node"])
+
+        return picture(chained(workflow(steps=1), names, strengths), on_message), executed
+
+    plain = picture(workflow(steps=1))
+    first, _ = run(0.8, 0.5, 1.0)
+    second, executed = run(0.8, 0.5, 0.3)
+    assert len({plain, first, second}) == 3
+    assert "lora2" in executed
+    assert "1" not in executed
+    streamed = workflow(steps=1, double_blocks_cuda_size=0, single_blocks_cuda_size=0)
+    assert picture(chained(streamed, names, (0.8, 0.5, 1.0))) == first
+
+
+def test_the_log_says_what_a_lora_did(server, workflow, picture, names, put):
+    up, down = loras.low_rank("other", (640, 640))
+    key = "lora_unet_down_blocks_1_attentions_0_proj_in"
+    other = put("sdxl", {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down})
+    damaged = loras.kohya(SHAPES)
+    damaged["lora_unet_single_blocks_0_linear2.lora_up.weight"][0, 0] = torch.nan
+    picture(chained(workflow(seed=2, steps=1), [names[0], other, put("nan", damaged)], (0.7, 0.7, 0.7)))
+    log = server.log.read_text("utf-8")
+    assert "LoRA: 5 patches applied at strength 0.7, none skipped" in log
+    assert "LoRA: none of its keys is of this Flux model" in log
+    assert "LoRA: 4 patches applied at strength 0.7, 1 skipped: diffusion_model.single_blocks.0.linear2.weight (" in log
+
+
+@pytest.mark.parametrize("case", ["truncated", "without its lower half"])
+def test_a_file_that_comfyui_cannot_read_is_an_error_that_says_so(case, server, workflow, put):
+    file = loras.kohya(SHAPES)
+    if case == "truncated":
+        name, expected = put(case, file, cut_by=1000), "incomplete"
+    else:
+        missing = "lora_unet_single_blocks_0_linear2.lora_down.weight"
+        name, expected = put(case, {key: tensor for key, tensor in file.items() if key != missing}), missing
+    history = server.run(chained(workflow(), [name], (1.0,)))
+    (data,) = [data for kind, data in history["status"]["messages"] if kind == "execution_error"]
+    assert data["node_type"] == "LoraLoader"
+    assert expected in data["exception_message"]
