@@ -77,6 +77,7 @@ class Model(nn.Module):
         self.diffusion_model.single_blocks = nn.ModuleList(Block(40) for _ in range(SINGLES))
         self.diffusion_model.last = nn.Linear(WIDTH, WIDTH)
         self.device = torch.device("cpu")
+        self.manual_cast_dtype = None
         self.current_patcher = None
         self.requires_grad_(False)
 
