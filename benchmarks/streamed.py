@@ -1,0 +1,59 @@
+"""This package: some blocks stay, the others are streamed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cases import Case
+from comfy_model import ComfyModel, at_work
+from contenders import Unavailable
+
+
+def load(path: Path) -> Any:
+    """The transformer of ``path`` as the node loads it, with no resident block."""
+    from flux_nf4 import nodes
+    from flux_nf4.nf4_loader.catalogue import read_catalogue
+    from flux_nf4.nf4_loader.flux import build_flux
+
+    catalogue = read_catalogue(path)
+    return nodes._load_transformer(build_flux(catalogue), catalogue, {"double": 0, "single": 0})
+
+
+def with_resident(patcher: Any, double: int, single: int) -> Any:
+    """A clone that keeps so many blocks of each kind on the device."""
+    clone = patcher.clone()
+    clone.resident = {"double": double, "single": single}
+    return clone
+
+
+class Streamed:
+    """One model in host memory; a setting is "double/single" blocks that stay, or "auto", and may end in "compiled"."""
+
+    def __init__(self, path: Path) -> None:
+        self._patcher = load(path)
+
+    @contextmanager
+    def at_work(self, setting: str, case: Case) -> Iterator[ComfyModel]:
+        residency, *rest = setting.split()
+        if residency == "auto":
+            raise Unavailable("this version has no automatic budget")
+        double, single = map(int, residency.split("/"))
+        patcher = with_resident(self._patcher, double, single)
+        if rest:
+            if case.bus_gbps:
+                raise Unavailable("blocks cannot be compiled while copies are padded")
+            compile_blocks(patcher)
+        with at_work(patcher, case) as model:
+            yield model
+
+
+def compile_blocks(patcher: Any) -> None:
+    """Compile each block by itself, as ComfyUI's own helper does it for node packs."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    transformer = patcher.model.diffusion_model
+    kinds = {"double_blocks": transformer.double_blocks, "single_blocks": transformer.single_blocks}
+    keys = [f"diffusion_model.{kind}.{i}" for kind, blocks in kinds.items() for i in range(len(blocks))]
+    backend = "inductor" if patcher.load_device.type == "cuda" else "eager"
+    set_torch_compile_wrapper(model=patcher, backend=backend, keys=keys)
