@@ -27,6 +27,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from arguments import ROOT, parse, parser_for
 from cases import CASES, TINY_CASES, matching
 from contenders import CONTENDERS, Contender, Options
 from results import Results, Row
@@ -34,7 +35,6 @@ from turn import Effort
 from weights import Files
 from worker import Request, Worker, in_process, make_files
 
-ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("torch", "bitsandbytes", "comfy-aimdo", "comfy-kitchen", "diffusers", "gguf", "triton")
 
 
@@ -45,8 +45,6 @@ def main() -> None:
     if given.list:
         print("\n".join([*(case.name for case in cases), "", *(c.name for c in contenders)]))
         return
-    given.output.mkdir(parents=True, exist_ok=True)
-    given.folder.mkdir(parents=True, exist_ok=True)
     results = Results(given.output, about())
     run = Run(given, contenders, results)
     try:
@@ -59,10 +57,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, help="an NF4 file of Flux.1 dev; made if not given")
-    parser.add_argument("--folder", type=Path, default=ROOT / ".cache" / "benchmarks", help="where weights are kept")
-    parser.add_argument("--output", type=Path, default=Path("results"), help="folder for results")
+    parser = parser_for(__doc__)
     parser.add_argument("--gguf-pack", type=Path, help="your copy of city96/ComfyUI-GGUF")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these contenders; * and ? stand for any")
     parser.add_argument("--cases", nargs="+", default=[], metavar="NAME", help="these cases; * and ? stand for any")
@@ -72,9 +67,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=600.0, help="begin no turn after this time")
     parser.add_argument("--turn-timeout", type=float, default=120.0, metavar="SECONDS", help="end a turn that hangs")
     parser.add_argument("--load-timeout", type=float, default=400.0, metavar="SECONDS", help="the same, with loading")
-    parser.add_argument("--dry-run", action="store_true", help="tiny weights and pictures, to try it without a GPU")
     parser.add_argument("--list", action="store_true", help="only say which contenders and cases would run")
-    given = parser.parse_args()
+    given = parse(parser)
     given.available_cases = TINY_CASES if given.dry_run else CASES
     try:
         given.only = matching([contender.name for contender in CONTENDERS], given.only)
@@ -93,9 +87,7 @@ class Run:
         self._given, self._contenders, self._results = given, contenders, results
         self._until = time.monotonic() + 60 * given.minutes
         self._effort = Effort(given.calls, given.seconds)
-        folder = given.folder / "tiny" if given.dry_run else given.folder
-        folder.mkdir(exist_ok=True)
-        options = Options(Files(folder, given.checkpoint, given.dry_run), given.gguf_pack)
+        options = Options(Files(given.folder, given.checkpoint, given.dry_run), given.gguf_pack)
         families = list(dict.fromkeys(contender.family for contender in contenders))
         if in_process(make_files, families, options, given.output / "files.log"):
             raise SystemExit(f"the weights could not be made: see {given.output / 'files.log'}")

@@ -30,8 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import ROOT
 from memory import resident_bytes
-from package import ROOT, import_package
+from package import import_package
 from timing import seconds
 
 Range = tuple[int, int]

@@ -4,12 +4,10 @@ import importlib
 import os
 import sys
 import types
-from pathlib import Path
 from typing import Any
 
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
+from arguments import ROOT
 
 
 def enter_comfyui() -> None:

@@ -20,8 +20,20 @@ def load(path: Path) -> Any:
     return nodes._load_transformer(build_flux(catalogue), catalogue, {"double": 0, "single": 0})
 
 
-def with_resident(patcher: Any, double: int, single: int) -> Any:
-    """A clone that keeps so many blocks of each kind on the device."""
+def with_residency(patcher: Any, double: int = -1, single: int = -1) -> Any:
+    """A clone that keeps so many blocks of each kind on the device; -1: as many as there is room for.
+
+    Raises:
+        Unavailable: this version of the package has no automatic budget.
+    """
+    from flux_nf4 import nodes
+
+    node: Any = nodes.NODE_CLASS_MAPPINGS.get("StreamModelBlocks")
+    if node is not None:
+        (clone,) = getattr(node(), node.FUNCTION)(patcher, 0.0, double, single)
+        return clone
+    if double < 0:
+        raise Unavailable("this version has no automatic budget")
     clone = patcher.clone()
     clone.resident = {"double": double, "single": single}
     return clone
@@ -36,10 +48,8 @@ class Streamed:
     @contextmanager
     def at_work(self, setting: str, case: Case) -> Iterator[ComfyModel]:
         residency, *rest = setting.split()
-        if residency == "auto":
-            raise Unavailable("this version has no automatic budget")
-        double, single = map(int, residency.split("/"))
-        patcher = with_resident(self._patcher, double, single)
+        counts = () if residency == "auto" else map(int, residency.split("/"))
+        patcher = with_residency(self._patcher, *counts)
         if rest:
             if case.bus_gbps:
                 raise Unavailable("blocks cannot be compiled while copies are padded")

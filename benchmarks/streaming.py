@@ -129,7 +129,7 @@ def measure(path: Path, rounds: int, repeats: int) -> dict[str, Any]:
 
 def measure_plans(patcher: Any, forward: "Forward", rounds: int, repeats: int) -> list[dict[str, Any]]:
     import comfy.model_management
-    from streamed import with_resident
+    from streamed import with_residency
 
     streamer = patcher.model.streaming.streamer
     rows: dict[str, dict[str, Any]] = {name: {"pixels": forward.pixels, "plan": name} for name in PLANS}
@@ -137,7 +137,7 @@ def measure_plans(patcher: Any, forward: "Forward", rounds: int, repeats: int) -
     reference = None
     for _ in range(rounds):
         for name, (double, single, ring) in PLANS.items():
-            clone = with_resident(patcher, double, single)
+            clone = with_residency(patcher, double, single)
             clone.staging_bytes = abs(ring) << 20
             clone.whole_blocks = ring < 0
             comfy.model_management.load_models_gpu([clone])
