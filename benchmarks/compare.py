@@ -30,6 +30,7 @@ from typing import Any
 from arguments import ROOT, parse, parser_for
 from cases import CASES, TINY_CASES, matching
 from contenders import CONTENDERS, Contender, Options
+from package import ALLOCATOR, allocator_of_comfyui
 from results import Results, Row
 from turn import Effort
 from weights import Files
@@ -45,6 +46,7 @@ def main() -> None:
     if given.list:
         print("\n".join([*(case.name for case in cases), "", *(c.name for c in contenders)]))
         return
+    os.environ.setdefault(ALLOCATOR, allocator_of_comfyui())  # for the families' processes
     results = Results(given.output, about())
     run = Run(given, contenders, results)
     try:
@@ -65,7 +67,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calls", type=int, default=12, help="timed calls of a turn, at most")
     parser.add_argument("--seconds", type=float, default=4.0, help="time for the timed calls of a turn")
     parser.add_argument("--minutes", type=float, default=600.0, help="begin no turn after this time")
-    parser.add_argument("--turn-timeout", type=float, default=120.0, metavar="SECONDS", help="end a turn that hangs")
+    parser.add_argument("--turn-timeout", type=float, default=240.0, metavar="SECONDS", help="end a turn that hangs")
     parser.add_argument("--load-timeout", type=float, default=400.0, metavar="SECONDS", help="the same, with loading")
     parser.add_argument("--list", action="store_true", help="only say which contenders and cases would run")
     given = parse(parser)
@@ -86,6 +88,7 @@ class Run:
     def __init__(self, given: argparse.Namespace, contenders: Sequence[Contender], results: Results) -> None:
         self._given, self._contenders, self._results = given, contenders, results
         self._until = time.monotonic() + 60 * given.minutes
+        self._failed: dict[Contender, str] = {}
         self._effort = Effort(given.calls, given.seconds)
         options = Options(Files(given.folder, given.checkpoint, given.dry_run), given.gguf_pack)
         families = list(dict.fromkeys(contender.family for contender in contenders))
@@ -98,9 +101,9 @@ class Run:
             worker.wait(given.load_timeout)
 
     def case(self, case: Any) -> None:
-        """Every contender, ``--rounds`` times in turn; one that fails at this case is not asked again."""
+        """Every contender, ``--rounds`` times in turn; one that fails is not asked again."""
         (self._given.output / f"{case.name}.pt").unlink(missing_ok=True)
-        rows = [Row(case, contender) for contender in self._contenders]
+        rows = [Row(case, contender, failure=self._failed.get(contender, "")) for contender in self._contenders]
         self._results.rows += rows
         for turn in range(self._given.rounds):
             for row in rows:
@@ -114,6 +117,8 @@ class Run:
         timeout = self._given.turn_timeout if worker.loaded else self._given.load_timeout
         row.add(worker.ask(request, timeout))
         row.loaded = worker.loaded
+        if row.is_lasting:
+            self._failed[contender] = row.failure
         told = row.failure or f"{row.ms:.1f} ms, {row.most('peak_device') / 2**30:.2f} GiB"
         print(f"{row.case.name}, turn {turn + 1}, {contender.name}: {told}", flush=True)
         self._results.write()
@@ -135,6 +140,7 @@ def about() -> dict[str, Any]:
         "versions": ", ".join(
             [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in _PACKAGES)]
         ),
+        "allocator": os.environ[ALLOCATOR] or "torch's own",
         "commit": _output(["git", "-C", str(ROOT), "describe", "--always", "--dirty"]),
     }
 

@@ -53,11 +53,12 @@ class Diffusers:
             from diffusers.hooks import apply_group_offloading
         except ImportError as error:
             raise Unavailable(f"needs diffusers ({error})") from None
-        quantised = {}
+        quantised: dict[str, Any] = {}
         if is_nf4:
-            quantised["quantization_config"] = BitsAndBytesConfig(
+            config = BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
             )
+            quantised = {"quantization_config": config, "device": "cuda"}  # to be quantised there
         self._device = torch.device("cuda", torch.cuda.current_device())
         self._is_resident = way == "resident"
         self._transformer = FluxTransformer2DModel.from_single_file(

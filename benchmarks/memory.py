@@ -12,8 +12,6 @@ GIB = 2**30
 CONTEXT_GIB = 0.5
 """About what a CUDA context takes of a card; it is there already when a cap is set."""
 
-_SAMPLE_SECONDS = 0.001
-
 
 @dataclass(frozen=True)
 class Use:
@@ -33,13 +31,13 @@ class Use:
 class Watch:
     """What is used at most of ``device`` within a ``with`` statement, above what was used ``before``.
 
-    The device is asked every millisecond, by a thread: between two samples its figure may miss a moment; torch's own
-    misses none. Not for calls that are timed.
+    A thread asks the device ``every_s`` seconds: between two samples its figure may miss a moment; torch's own misses
+    none. A thread that asks often slows launches down: not for calls that are timed.
     """
 
-    def __init__(self, device: torch.device, before: Use) -> None:
+    def __init__(self, device: torch.device, before: Use, every_s: float = 0.001) -> None:
         self.peak = Use()
-        self._device, self._before = device, before
+        self._device, self._before, self._every_s = device, before, every_s
         self._over = threading.Event()
         self._sampler = threading.Thread(target=self._sample, daemon=True)
 
@@ -59,7 +57,7 @@ class Watch:
             self.peak = Use(self.peak.device - self._before.device, allocated)
 
     def _sample(self) -> None:
-        while not self._over.wait(_SAMPLE_SECONDS):
+        while not self._over.wait(self._every_s):
             used = Use.now(self._device).device
             if used > self.peak.device:
                 self.peak = Use(used)

@@ -2,12 +2,15 @@
 
 import importlib
 import os
+import subprocess
 import sys
 import types
 from typing import Any
 
 import torch
 from arguments import ROOT
+
+ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 
 
 def enter_comfyui() -> None:
@@ -21,6 +24,14 @@ def enter_comfyui() -> None:
 
     sys.argv = arguments
     _enable_dynamic_vram(comfy.cli_args)
+
+
+def allocator_of_comfyui() -> str:
+    """What ComfyUI's start sets PYTORCH_CUDA_ALLOC_CONF to on this machine; it must be set before torch is imported."""
+    code = "import comfy.options as o; o.enable_args_parsing(); import cuda_malloc, os; print(os.environ.get(NAME, ''))"
+    command = [sys.executable, "-c", f"NAME = {ALLOCATOR!r}; {code}"]
+    ended = subprocess.run(command, cwd=os.environ["COMFYUI_PATH"], capture_output=True, text=True, check=False)
+    return ended.stdout.strip()
 
 
 def import_package() -> Any:

@@ -17,17 +17,18 @@ GIB = 2**30
 
 @dataclass
 class Row:
-    """One contender at one case, over all its turns. ``failure`` ends it."""
+    """One contender at one case, over all its turns. ``failure`` ends it, for all cases if it is lasting."""
 
     case: Case
     contender: Contender
     turns: list[Any] = field(default_factory=list)
     loaded: Loaded | None = None
     failure: str = ""
+    is_lasting: bool = False
 
     def add(self, answer: Any) -> None:
         if isinstance(answer, Failure):
-            self.failure = answer.reason
+            self.failure, self.is_lasting = answer.reason, answer.is_lasting
         else:
             self.turns.append(answer)
 
@@ -95,11 +96,13 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
     )
     yield "|---" * 10 + "|"
     for row in rows:
+        dynamic = row.loaded is not None and row.loaded.has_dynamic_vram and row.contender.family != "streamed"
+        name = f"{row.contender.name} (dynamic VRAM)" if dynamic else row.contender.name
         if row.ms is None:
-            yield f"| {row.contender.name} | {row.failure or 'not reached'} |" + " |" * 8
+            yield f"| {name} | {row.failure or 'not reached'} |" + " |" * 8
             continue
         cells = [
-            row.contender.name,
+            name,
             f"{row.ms:.1f}",
             *(_ratio(row.ms, base.get(name)) for name in (NF4_RESIDENT, DENSE_RESIDENT)),
             f"{row.sampling_s:.2f}" if row.sampling_s else "",

@@ -14,6 +14,7 @@ import torch
 from cases import Case
 from comfy_model import ComfyModel, at_work
 from contenders import Unavailable
+from package import has_dynamic_vram
 from weights import Files
 
 
@@ -25,6 +26,8 @@ class Stock:
 
     @contextmanager
     def at_work(self, setting: str, case: Case) -> Iterator[ComfyModel]:
+        if setting == "offloaded" and has_dynamic_vram():
+            raise Unavailable("with dynamic VRAM ComfyUI has no such setting")
         management = comfy.model_management
         state = management.vram_state
         if setting == "offloaded":

@@ -1,5 +1,6 @@
 """One contender's turn at one case: load, warm up, time, watch the memory, unload."""
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -61,6 +62,7 @@ def take_turn(family: Family, setting: str, name: str, case: Case, effort: Effor
         Unavailable: the contender cannot do this case.
         torch.OutOfMemoryError: the device has no room.
     """
+    gc.collect()  # what a turn that failed has left
     figures = Figures()
     device = device_of_comfyui()
     with slow_bus(device, case.bus_gbps) as figures.bus_gbps, capped(device, case.cap_gib):
@@ -104,6 +106,8 @@ def _measure_sampling(model: Model, effort: Effort, figures: Figures, before: Us
 
 
 def _watched(call: Callable[[], torch.Tensor], device: torch.device, figures: Figures, before: Use) -> torch.Tensor:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what earlier calls needed more is not needed now
     with Watch(device, before) as watch:
         output = call()
     figures.peak_device, figures.peak_allocated = watch.peak.device, watch.peak.allocated

@@ -6,6 +6,7 @@ format, so that all contenders compute about the same picture.
 
 import importlib.util
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -54,17 +55,12 @@ class Files:
 
     def dense(self, dtype: torch.dtype) -> Path:
         """All tensors in ``dtype``, in Black Forest Labs' names."""
-
-        def make(path: Path) -> None:
-            from safetensors.torch import save_file
-
-            save_file({name: tensor.to(dtype) for name, tensor in dense_tensors(self.nf4())}, path)
-
-        return self._made(f"flux-{str(dtype).removeprefix('torch.')}.safetensors", make)
+        name = f"flux-{str(dtype).removeprefix('torch.')}.safetensors"
+        return self._made(name, lambda path: write_dense(path, self.nf4(), dtype))
 
     def gguf(self) -> Path:
         """The matrices of the blocks as Q4_0, the rest as fp32."""
-        return self._made("flux-q4_0.gguf", lambda path: write_gguf(path, dense_tensors(self.nf4())))
+        return self._made("flux-q4_0.gguf", lambda path: write_gguf(path, self.nf4()))
 
     def diffusers_config(self) -> Path:
         """A folder with the configuration that diffusers wants beside a single file."""
@@ -98,38 +94,55 @@ class Files:
         (folder / "config.json").write_text(json.dumps(config))
 
 
-def dense_tensors(nf4: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every transformer tensor of an NF4 file by its name without prefix, dequantised, in bf16 on the CPU."""
+def dense_tensors(catalogue: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every transformer tensor of an NF4 file (its catalogue) by name, dequantised, on the CPU, one after the other."""
     from safetensors import safe_open
 
-    from flux_nf4.nf4_loader.catalogue import read_catalogue
     from flux_nf4.nf4_loader.kernels import dequantise
     from flux_nf4.nf4_loader.quant_state import expand_nested_absmax
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    catalogue = read_catalogue(nf4)
-    with safe_open(nf4, framework="pt") as file:
+    with safe_open(catalogue.path, framework="pt") as file:
         for name, entry in catalogue.dense.items():
-            yield name, file.get_tensor(entry.name).bfloat16()
+            yield name, file.get_tensor(entry.name).to(dtype)
         for name, weight in catalogue.weights4bit.items():
             state, absmax = weight.state, file.get_tensor(weight.absmax.name).view(-1)
             if state.nested is not None:
-                assert weight.nested_absmax is not None
-                assert weight.nested_map is not None
                 scales, table = (file.get_tensor(entry.name) for entry in (weight.nested_absmax, weight.nested_map))
                 absmax = expand_nested_absmax(state.nested, absmax, scales.view(-1), table.view(-1))
             packed = file.get_tensor(weight.packed.name).view(-1).to(device)
-            dense = dequantise(
-                packed, absmax.to(device), state.shape, state.blocksize, state.quant_type, torch.bfloat16
-            )
-            yield name, dense.cpu()
+            how = (state.shape, state.blocksize, state.quant_type, torch.bfloat16)
+            yield name, dequantise(packed, absmax.to(device), *how).to(dtype).cpu()
 
 
-def write_gguf(path: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+def write_dense(path: Path, nf4: Path, dtype: torch.dtype) -> None:
+    """A safetensors file, written tensor by tensor: the whole is more than many a machine's memory."""
+    from flux_nf4.nf4_loader.catalogue import read_catalogue
+
+    catalogue = read_catalogue(nf4)
+    names = {torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
+    header, offset = {}, 0
+    for name in (*catalogue.dense, *catalogue.weights4bit):
+        shape = catalogue.logical_shapes[name]
+        nbytes = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": shape, "data_offsets": (offset, offset + nbytes)}
+        offset += nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in dense_tensors(catalogue, dtype):
+            file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+
+
+def write_gguf(path: Path, nf4: Path) -> None:
+    """As ComfyUI-GGUF reads it: the blocks' matrices in Q4_0, the rest in fp32."""
     import gguf
 
+    from flux_nf4.nf4_loader.catalogue import read_catalogue
+
     writer = gguf.GGUFWriter(path, "flux", use_temp_file=False)
-    for name, tensor in tensors:
+    for name, tensor in dense_tensors(read_catalogue(nf4), torch.bfloat16):
         if tensor.dim() == 2 and "_blocks." in name:
             kind: Any = gguf.GGMLQuantizationType.Q4_0
             writer.add_tensor(name, quantise_q4_0(tensor).numpy(), raw_dtype=kind)

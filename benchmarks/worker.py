@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -46,9 +46,10 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why there are no figures."""
+    """Why there are no figures. ``is_lasting``: other cases would fail, too."""
 
     reason: str
+    is_lasting: bool
 
 
 class Worker:
@@ -87,11 +88,12 @@ class Worker:
                     break
         except TimeoutError:
             self.stop()
-            return Failure(f"not done after {timeout_s:.0f} s")
+            return Failure(f"not done after {timeout_s:.0f} s", is_lasting=self.loaded is None)
         except (EOFError, OSError):
-            return Failure(f"its process ended (exit code {self.stop()}); see its log")
+            return Failure(f"its process ended (exit code {self.stop()}); see its log", is_lasting=True)
         if isinstance(answer, Failure) and self.loaded is None:
             self.stop()
+            return replace(answer, is_lasting=True)
         return answer
 
     def stop(self) -> Any:
@@ -183,7 +185,9 @@ def _load(family: str, options: Any) -> tuple[Any, Loaded]:
 def _failure(error: Exception) -> Failure:
     traceback.print_exception(error)
     kind = type(error).__name__
-    if kind == "OutOfMemoryError":
-        return Failure("out of memory")
     text = " ".join(str(error).split())[:300]
-    return Failure(text if kind == "Unavailable" else f"{kind}: {text}")
+    if kind == "OutOfMemoryError":
+        return Failure("out of memory", is_lasting=False)
+    if kind == "Unavailable":
+        return Failure(text, is_lasting=False)
+    return Failure(f"{kind}: {text}", is_lasting=kind != "ValueError")

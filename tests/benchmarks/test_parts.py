@@ -61,7 +61,7 @@ def test_the_table_gives_ratios_to_both_resident_models_and_names_failures():
     unequal = Difference("bnb-nf4", is_equal=False, relative_error=0.25)
     for difference in (Difference("bnb-nf4", is_equal=True, relative_error=0.0), unequal):
         by_name["streamed-0-0"].add(Figures(ms=[210.0], peak_device=2**30, difference=difference))
-    by_name["comfy-fp8"].add(Failure("out of memory"))
+    by_name["comfy-fp8"].add(Failure("out of memory", is_lasting=False))
     lines = {line.split("|")[1].strip(): line for line in table(rows)}
     assert "| 210.0 | 1.050 | 2.100 |  | 1.00 |" in lines["streamed-0-0"]
     assert "2.5e-01 from bnb-nf4" in lines["streamed-0-0"]
