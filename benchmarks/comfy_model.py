@@ -94,19 +94,24 @@ def at_work(patcher: Any, case: Case) -> Iterator[ComfyModel]:
 
 
 def _with_loras(patcher: Any, case: Case) -> Any:
+    linears = tuple(
+        (name.replace(".", "_"), module.out_features, module.in_features)
+        for name, module in patcher.model.diffusion_model.named_modules()
+        if "_blocks." in name and hasattr(module, "in_features")
+    )
     for index in range(case.loras):
-        patcher = comfy.sd.load_lora_for_models(patcher, None, random_lora(patcher, case.rank, index), 1.0, 0.0)[0]
+        patcher = comfy.sd.load_lora_for_models(patcher, None, random_lora(linears, case.rank, index), 1.0, 0.0)[0]
     return patcher.clone()
 
 
-def random_lora(patcher: Any, rank: int, seed: int) -> dict[str, torch.Tensor]:
-    """A LoRA on every Linear of the blocks, in kohya's names, small against the weights; equal for equal shapes."""
+@functools.cache
+def random_lora(linears: tuple[tuple[str, int, int], ...], rank: int, seed: int) -> dict[str, torch.Tensor]:
+    """A LoRA on each of ``linears`` (name, out, in), in kohya's names, small against the weights; always the same."""
     generator = torch.Generator().manual_seed(seed)
     lora: dict[str, torch.Tensor] = {}
-    for name, module in patcher.model.diffusion_model.named_modules():
-        if "_blocks." in name and hasattr(module, "in_features"):
-            key = f"lora_unet_{name.replace('.', '_')}"
-            down = torch.randn(rank, module.in_features, generator=generator) / module.in_features**0.5
-            up = torch.randn(module.out_features, rank, generator=generator) * 0.02
-            lora |= {f"{key}.lora_down.weight": down.bfloat16(), f"{key}.lora_up.weight": up.bfloat16()}
+    for name, out, inp in linears:
+        down = torch.randn(rank, inp, generator=generator) / inp**0.5
+        up = torch.randn(out, rank, generator=generator) * 0.02
+        lora[f"lora_unet_{name}.lora_down.weight"] = down.bfloat16()
+        lora[f"lora_unet_{name}.lora_up.weight"] = up.bfloat16()
     return lora

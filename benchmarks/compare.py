@@ -7,7 +7,8 @@
 Run it with ComfyUI's Python. Every contender goes through ComfyUI's own memory manager, model and sampler; the
 contenders of one family share a process that loads its weights once, and the families take turns, several rounds for
 each case, so that what changes on the machine meanwhile meets all of them. Between turns a family has nothing on the
-device but its CUDA context. Each number is a median; compare ratios within one run.
+device but its CUDA context, about 0.5 GiB; where even that is too much, ``--alone`` has one process at a time. Each
+number is a median; compare ratios within one run.
 
 Without ``--checkpoint`` it makes a full-size Flux with random weights (NF4 6.9 GB; with the dense and GGUF contenders
 24, 12 and 7 GB more), which is kept in ``--folder`` for the next run. A contender that fails, or is not available on
@@ -69,6 +70,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=600.0, help="begin no turn after this time")
     parser.add_argument("--turn-timeout", type=float, default=240.0, metavar="SECONDS", help="end a turn that hangs")
     parser.add_argument("--load-timeout", type=float, default=400.0, metavar="SECONDS", help="the same, with loading")
+    parser.add_argument("--alone", action="store_true", help="one family after the other: for small cards, little RAM")
     parser.add_argument("--list", action="store_true", help="only say which contenders and cases would run")
     given = parse(parser)
     given.available_cases = TINY_CASES if given.dry_run else CASES
@@ -95,28 +97,36 @@ class Run:
         if in_process(make_files, families, options, given.output / "files.log"):
             raise SystemExit(f"the weights could not be made: see {given.output / 'files.log'}")
         self._workers = {name: Worker(name, options, given.output / f"{name}.log") for name in families}
-        for worker in self._workers.values():
-            worker.start()
-        for worker in self._workers.values():
-            worker.wait(given.load_timeout)
+        if not given.alone:
+            for worker in self._workers.values():
+                worker.start()
+            for worker in self._workers.values():
+                worker.wait(given.load_timeout)
 
     def case(self, case: Any) -> None:
         """Every contender, ``--rounds`` times in turn; one that fails is not asked again."""
         (self._given.output / f"{case.name}.pt").unlink(missing_ok=True)
         rows = [Row(case, contender, failure=self._failed.get(contender, "")) for contender in self._contenders]
         self._results.rows += rows
+        if not self._given.alone:
+            self._turns(rows)
+            return
+        for family, worker in self._workers.items():
+            self._turns([row for row in rows if row.contender.family == family])
+            worker.stop()
+
+    def _turns(self, rows: Sequence[Row]) -> None:
         for turn in range(self._given.rounds):
             for row in rows:
                 if not row.failure and time.monotonic() < self._until:
                     self._turn(row, turn)
-        self._results.write()
 
     def _turn(self, row: Row, turn: int) -> None:
         contender, worker = row.contender, self._workers[row.contender.family]
         request = Request(contender.setting, contender.name, row.case, self._effort, self._given.output)
         timeout = self._given.turn_timeout if worker.loaded else self._given.load_timeout
         row.add(worker.ask(request, timeout))
-        row.loaded = worker.loaded
+        row.loaded = worker.loaded or row.loaded
         if row.is_lasting:
             self._failed[contender] = row.failure
         told = row.failure or f"{row.ms:.1f} ms, {row.most('peak_device') / 2**30:.2f} GiB"

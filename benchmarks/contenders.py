@@ -3,6 +3,7 @@
 A family loads its weights once, in a process of its own, and runs each of its settings on them.
 """
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -90,27 +91,29 @@ CONTENDERS = (
 )
 
 
-def make_family(name: str, options: Options) -> Family:
-    """Load the weights of a family into this process, which must have ComfyUI (`package.import_package`).
+def family_maker(name: str, options: Options) -> Callable[[], Family]:
+    """What loads the weights of a family into this process, with all that it takes imported: only loading is left.
 
-    Raises:
-        Unavailable: something that it needs is not here.
+    The process must have ComfyUI (`package.import_package`). What is returned raises `Unavailable` where something
+    that the family needs is not here.
     """
+    files = options.files
     if name == "streamed":
         from streamed import Streamed
 
-        return Streamed(options.files.nf4())
+        return functools.partial(Streamed, files.nf4())
     if name == "bnb":
         from bnb_modules import BnbModules
 
-        return BnbModules(options.files.nf4())
+        return functools.partial(BnbModules, files.nf4())
     if name.startswith("diffusers-"):
         from diffusers_model import Diffusers
 
         _, weights, way = name.split("-")
-        return Diffusers(options.files, way, is_nf4=weights == "nf4")
+        return functools.partial(Diffusers, files, way, is_nf4=weights == "nf4")
     import stock
 
     if name == "gguf":
-        return stock.gguf(options.files, options.gguf_pack)
-    return stock.dense(options.files, {"comfy-bf16": torch.bfloat16, "comfy-fp8": torch.float8_e4m3fn}[name])
+        return functools.partial(stock.gguf, files, options.gguf_pack)
+    dtype = {"comfy-bf16": torch.bfloat16, "comfy-fp8": torch.float8_e4m3fn}[name]
+    return functools.partial(stock.dense, files, dtype)

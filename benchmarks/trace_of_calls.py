@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from arguments import parse, parser_for
 from cases import CASES, TINY_CASES
-from contenders import CONTENDERS, Options, make_family
+from contenders import CONTENDERS, Options, family_maker
 from package import import_package
 from weights import Files
 
@@ -129,7 +129,7 @@ def main() -> None:
     case = next(one for one in (*CASES, *TINY_CASES) if one.name == given.case)
     path = given.output / f"trace-{contender.name}-{case.name}.json"
     with torch.inference_mode():
-        family = make_family(contender.family, Options(files, given.gguf_pack))
+        family = family_maker(contender.family, Options(files, given.gguf_pack))()
         with family.at_work(contender.setting, case) as model:
             model.load()
             record(model, given.calls, path)

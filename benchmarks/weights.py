@@ -41,7 +41,7 @@ class Files:
             torch.set_num_threads(1)  # it is small, and other processes work beside it
 
     def make(self, family: str) -> None:
-        """Make what ``family`` (`contenders.make_family`) reads, so that its loading can be timed without that."""
+        """Make what ``family`` (`contenders.family_maker`) reads, so that its loading can be timed without that."""
         self.nf4()
         if family == "gguf" and importlib.util.find_spec("gguf"):
             self.gguf()

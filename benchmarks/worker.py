@@ -64,7 +64,6 @@ class Worker:
     def start(self) -> None:
         """Begin to start the process, if there is none."""
         if self._process is None:
-            self.loaded = None
             self._connection, theirs = get_context("spawn").Pipe()
             self._process = get_context("spawn").Process(target=serve, args=(theirs, *self._arguments))
             self._process.start()
@@ -76,7 +75,7 @@ class Worker:
 
     def ask(self, request: Request, timeout_s: float) -> Any:
         """`turn.Figures`, or a `Failure`: what it raised, or that it took longer than ``timeout_s``."""
-        until = time.monotonic() + timeout_s
+        until, is_useless = time.monotonic() + timeout_s, False
         try:
             self.start()
             self._connection.send(request)
@@ -87,18 +86,18 @@ class Worker:
                 elif not isinstance(answer, Started):
                     break
         except TimeoutError:
-            self.stop()
-            return Failure(f"not done after {timeout_s:.0f} s", is_lasting=self.loaded is None)
+            answer, is_useless = Failure(f"not done after {timeout_s:.0f} s", is_lasting=False), True
         except (EOFError, OSError):
-            return Failure(f"its process ended (exit code {self.stop()}); see its log", is_lasting=True)
+            answer = Failure(f"its process ended (exit code {self.stop()}); see its log", is_lasting=True)
         if isinstance(answer, Failure) and self.loaded is None:
+            answer = replace(answer, is_lasting=True)
+        if is_useless or (isinstance(answer, Failure) and answer.is_lasting):
             self.stop()
-            return replace(answer, is_lasting=True)
         return answer
 
     def stop(self) -> Any:
         """End the process; its exit code, None if there was none. Idempotent."""
-        process, self._process = self._process, None
+        process, self._process, self.loaded = self._process, None, None
         if process is None:
             return None
         self._connection.close()
@@ -172,13 +171,14 @@ def _print_to(log: Path) -> None:
 
 def _load(family: str, options: Any) -> tuple[Any, Loaded]:
     import torch
-    from contenders import make_family
+    from contenders import family_maker
     from memory import resident_bytes
     from package import has_dynamic_vram
 
+    make = family_maker(family, options)
     before, started = resident_bytes(), time.perf_counter()
     with torch.inference_mode():
-        loaded = make_family(family, options)
+        loaded = make()
     return loaded, Loaded(time.perf_counter() - started, before, resident_bytes(), has_dynamic_vram())
 
 

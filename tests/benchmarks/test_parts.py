@@ -73,7 +73,7 @@ def test_a_worker_that_does_not_start_in_time_is_ended(tmp_path):
     worker = Worker("streamed", None, tmp_path / "log")
     began = time.monotonic()
     answer = worker.ask(Request("0/0", "streamed-0-0", Case("x"), None, tmp_path), timeout_s=0.2)
-    assert answer.reason == "not done after 0 s"
+    assert answer == Failure("not done after 0 s", is_lasting=True)
     assert time.monotonic() - began < 20
     assert worker.stop() is None
 
@@ -83,5 +83,5 @@ def test_a_worker_that_dies_is_reported_and_may_start_again(tmp_path, monkeypatc
     worker = Worker("streamed", None, tmp_path / "log")
     for _ in range(2):
         answer = worker.ask(Request("0/0", "streamed-0-0", Case("x"), None, tmp_path), timeout_s=60)
-        assert answer.reason == "its process ended (exit code 1); see its log"
+        assert answer == Failure("its process ended (exit code 1); see its log", is_lasting=True)
         assert "COMFYUI_PATH" in (tmp_path / "log").read_text()
