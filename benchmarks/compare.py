@@ -18,17 +18,13 @@ and the log of each family, in ``--output``.
 
 import argparse
 import os
-import platform
-import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from arguments import ROOT, parse, parser_for
+from about import about
+from arguments import parse, parser_for
 from cases import CASES, TINY_CASES, matching
 from contenders import CONTENDERS, Contender, Options
 from package import ALLOCATOR, allocator_of_comfyui
@@ -36,8 +32,6 @@ from results import Results, Row
 from turn import Effort
 from weights import Files
 from worker import Request, Worker, in_process, make_files
-
-_PACKAGES = ("torch", "bitsandbytes", "comfy-aimdo", "comfy-kitchen", "diffusers", "gguf", "triton")
 
 
 def main() -> None:
@@ -137,49 +131,6 @@ class Run:
         self._results.write()
         for worker in self._workers.values():
             worker.stop()
-
-
-def about() -> dict[str, Any]:
-    """What a reader must know to repeat the run."""
-    return {
-        "command": f"COMFYUI_PATH=... python {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}",
-        "date": time.strftime("%Y-%m-%d"),
-        "device": device(),
-        "host": f"{os.cpu_count()} cores, {_ram_gib():.0f} GiB RAM, {platform.system()}",
-        "comfyui": comfyui_version(Path(os.environ["COMFYUI_PATH"])),
-        "versions": ", ".join(
-            [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in _PACKAGES)]
-        ),
-        "allocator": os.environ[ALLOCATOR] or "torch's own",
-        "commit": _output(["git", "-C", str(ROOT), "describe", "--always", "--dirty"]),
-    }
-
-
-def device() -> str:
-    return _output(["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]) or "CPU"
-
-
-def comfyui_version(tree: Path) -> str:
-    path = tree / "comfyui_version.py"
-    return path.read_text().split('"')[-2] if path.exists() else "unknown"
-
-
-def version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "-"
-
-
-def _ram_gib() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 0.0
-
-
-def _output(command: list[str]) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
 
 
 if __name__ == "__main__":
