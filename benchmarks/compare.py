@@ -123,7 +123,7 @@ class Run:
         row.loaded = worker.loaded or row.loaded
         if row.is_lasting:
             self._failed[contender] = row.failure
-        told = row.failure or f"{row.ms:.1f} ms, {row.most('peak_device') / 2**30:.2f} GiB"
+        told = row.failure or f"{row.ms:.1f} ms, {row.typical('peak_device') / 2**30:.2f} GiB"
         print(f"{row.case.name}, turn {turn + 1}, {contender.name}: {told}", flush=True)
         self._results.write()
 

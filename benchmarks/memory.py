@@ -21,6 +21,14 @@ class Use:
     allocated: int = 0
 
     @classmethod
+    def at_rest(cls, device: torch.device) -> "Use":
+        """Without what torch's allocator holds and no tensor uses."""
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+        return cls.now(device)
+
+    @classmethod
     def now(cls, device: torch.device) -> "Use":
         if device.type != "cuda":
             return cls()

@@ -43,8 +43,9 @@ class Row:
         times = [time for turn in self.turns for time in turn.sampling_s]
         return statistics.median(times) if times else None
 
-    def most(self, figure: str) -> float:
-        return max((getattr(turn, figure) for turn in self.turns), default=0)
+    def typical(self, figure: str) -> float:
+        """The median of all turns, the lower one of two: in the first turn kernels are still being loaded."""
+        return statistics.median_low([getattr(turn, figure) for turn in self.turns]) if self.turns else 0.0
 
 
 class Results:
@@ -106,10 +107,10 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
             f"{row.ms:.1f}",
             *(_ratio(row.ms, base.get(name)) for name in (NF4_RESIDENT, DENSE_RESIDENT)),
             f"{row.sampling_s:.2f}" if row.sampling_s else "",
-            f"{row.most('peak_device') / GIB:.2f}",
-            f"{row.most('peak_allocated') / GIB:.2f}",
+            f"{row.typical('peak_device') / GIB:.2f}",
+            f"{row.typical('peak_allocated') / GIB:.2f}",
             f"{row.loaded.seconds + row.turns[0].load_s + row.turns[0].first_call_s:.1f}" if row.loaded else "",
-            f"{row.most('resident') / GIB:.1f}",
+            f"{row.typical('resident') / GIB:.1f}",
             _difference(row) + (f"; then {row.failure}" if row.failure else ""),
         ]
         yield f"| {' | '.join(cells)} |"

@@ -66,7 +66,7 @@ def take_turn(family: Family, setting: str, name: str, case: Case, effort: Effor
     figures = Figures()
     device = device_of_comfyui()
     with slow_bus(device, case.bus_gbps) as figures.bus_gbps, capped(device, case.cap_gib):
-        before = Use.now(device)
+        before = Use.at_rest(device)
         with torch.inference_mode(), family.at_work(setting, case) as model:
             figures.load_s = seconds(model.load, device)
             figures.first_call_s = seconds(model.forward, device)

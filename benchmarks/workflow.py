@@ -78,7 +78,7 @@ def measure(parts: tuple[Any, Any, Any], cap_gib: float, pixels: int, steps: int
     comfy.model_management.soft_empty_cache(True)
     device = comfy.model_management.get_torch_device()
     with capped(device, cap_gib):
-        with Watch(device, Use.now(device), every_s=0.05) as watch:
+        with Watch(device, Use.at_rest(device), every_s=0.05) as watch:
             seconds, picture = run(*parts, pixels, steps)
         comfy.model_management.unload_all_models()
     return {"cap_gib": cap_gib, "peak_gib": watch.peak.device / GIB, "mean": float(picture.mean())} | seconds
