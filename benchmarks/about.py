@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 from arguments import ROOT
-from package import ALLOCATOR
+from inside_comfyui import ALLOCATOR
 
 _PACKAGES = ("torch", "bitsandbytes", "comfy-aimdo", "comfy-kitchen", "diffusers", "gguf", "triton")
 

@@ -77,7 +77,8 @@ class BnbModules:
 
 def _model(path: Path) -> Any:
     from flux_nf4.nf4_loader.catalogue import read_catalogue
-    from flux_nf4.nf4_loader.flux import build_flux, fill, materialise
+    from flux_nf4.nf4_loader.fill import fill
+    from flux_nf4.nf4_loader.flux import build_flux, materialise
     from flux_nf4.nf4_loader.linear4bit import Linear4bit
 
     catalogue = read_catalogue(path)

@@ -27,7 +27,7 @@ from about import about
 from arguments import parse, parser_for
 from cases import CASES, TINY_CASES, matching
 from contenders import CONTENDERS, Contender, Options
-from package import ALLOCATOR, allocator_of_comfyui
+from inside_comfyui import ALLOCATOR, allocator_of_comfyui
 from results import Results, Row
 from turn import Effort
 from weights import Files

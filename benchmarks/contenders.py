@@ -94,8 +94,8 @@ CONTENDERS = (
 def family_maker(name: str, options: Options) -> Callable[[], Family]:
     """What loads the weights of a family into this process, with all that it takes imported: only loading is left.
 
-    The process must have ComfyUI (`package.import_package`). What is returned raises `Unavailable` where something
-    that the family needs is not here.
+    The process must have ComfyUI (`inside_comfyui.import_package`). What is returned raises `Unavailable` where
+    something that the family needs is not here.
     """
     files = options.files
     if name == "streamed":

@@ -31,8 +31,8 @@ from typing import Any
 
 import torch
 from arguments import ROOT
+from inside_comfyui import import_package
 from memory import resident_bytes
-from package import import_package
 from timing import seconds
 
 Range = tuple[int, int]
@@ -41,12 +41,14 @@ MIB = 2**20
 
 def ranges_read(path: Path) -> list[Range]:
     """(offset, bytes) of all that the loader reads of the transformer, in file order, neighbours joined."""
-    from flux_nf4.nf4_loader.catalogue import read_catalogue
+    from flux_nf4.nf4_loader.catalogue import Weight4bit, read_catalogue
 
     catalogue = read_catalogue(path)
-    entries = [entry for weight in catalogue.weights4bit.values() for entry in (weight.packed, weight.absmax)]
+    weights = [part for part in catalogue.parts if isinstance(part, Weight4bit)]
+    entries = [entry for weight in weights for entry in (weight.packed, weight.absmax)]
+    entries += [part for part in catalogue.parts if not isinstance(part, Weight4bit)]
     joined: list[Range] = []
-    for entry in sorted((*entries, *catalogue.dense.values()), key=lambda entry: entry.offset):
+    for entry in sorted(entries, key=lambda entry: entry.offset):
         if joined and sum(joined[-1]) == entry.offset:
             joined[-1] = (joined[-1][0], joined[-1][1] + entry.nbytes)
         else:
@@ -91,9 +93,12 @@ def fresh_seconds(call: Callable[[], Any]) -> float:
     return seconds(lambda: kept.append(call()), torch.device("cpu"))
 
 
-def measure_time(nodes: Any, path: Path, rounds: int) -> dict[str, float]:
+def measure_time(path: Path, rounds: int) -> dict[str, float]:
     from streamed import load
 
+    import flux_nf4.loaded
+
+    loaded: Any = flux_nf4.loaded
     ranges = ranges_read(path)
     nbytes = sum(size for _, size in ranges)
     written = fresh_memory(nbytes)
@@ -105,18 +110,18 @@ def measure_time(nodes: Any, path: Path, rounds: int) -> dict[str, float]:
     }
     calls["load"]()
     times: dict[str, list[float]] = {name: [] for name in (*calls, "fill")}
-    fill = nodes.fill
+    fill = loaded.fill
 
     def timed_fill(*arguments: Any) -> None:
         started = time.perf_counter()
         fill(*arguments)
         times["fill"].append(time.perf_counter() - started)
 
-    nodes.fill = timed_fill
+    loaded.fill = timed_fill
     for _ in range(rounds):
         for name, call in calls.items():
             times[name].append(fresh_seconds(call))
-    nodes.fill = fill
+    loaded.fill = fill
     result = {f"{name}_s": statistics.median(values) for name, values in times.items()}
     return {"read_bytes": nbytes} | result
 
@@ -151,8 +156,8 @@ def checkpoint_files(given: Sequence[Path]) -> Sequence[Path]:
     return files
 
 
-def measure(nodes: Any, path: Path, rounds: int) -> dict[str, Any]:
-    row: dict[str, Any] = {"file": path.name} | measure_time(nodes, path, rounds) | measure_memory(path)
+def measure(path: Path, rounds: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"file": path.name} | measure_time(path, rounds) | measure_memory(path)
     for memory in ("fresh", "written"):
         row[f"ratio_to_{memory}"] = row["fill_s"] / row[f"plain_{memory}_s"]
     row["memory_ratio"] = row["peak_mib"] / row["tensors_mib"]
@@ -180,12 +185,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only-memory", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    nodes = import_package()
+    import_package()
     with torch.inference_mode():
         if given.only_memory:
             print(json.dumps(measure_own_memory(given.checkpoint[0])))
             return
-        rows = [measure(nodes, path, given.rounds) for path in checkpoint_files(given.checkpoint)]
+        rows = [measure(path, given.rounds) for path in checkpoint_files(given.checkpoint)]
     given.output.mkdir(parents=True, exist_ok=True)
     (given.output / "load.json").write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1))
     print(table(rows))

@@ -18,7 +18,7 @@ import torch
 from arguments import parse, parser_for
 from bus import slow_bus
 from cases import Case
-from package import import_package
+from inside_comfyui import import_package
 from timing import milliseconds, seconds
 from torch import nn
 from weights import Files
@@ -46,7 +46,8 @@ def load_remembered(path: Path) -> tuple[Any, int]:
     import comfy.model_management
 
     from flux_nf4.nf4_loader.catalogue import read_catalogue
-    from flux_nf4.nf4_loader.flux import block_groups, build_flux, fill, materialise
+    from flux_nf4.nf4_loader.fill import fill
+    from flux_nf4.nf4_loader.flux import block_groups, build_flux, materialise
     from flux_nf4.offload.patcher import StreamedModelPatcher, attach_streaming
 
     catalogue = read_catalogue(path)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from package import import_package
+from inside_comfyui import import_package
 from streaming import Forward, checkpoint_file
 from timing import copy_gbps, milliseconds
 

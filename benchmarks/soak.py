@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from arguments import parse, parser_for
 from cases import Case
+from inside_comfyui import import_package
 from memory import Use, resident_bytes
-from package import import_package
 from weights import TINY_BLOCKS, Files
 
 MIB = 2**20
@@ -89,7 +89,7 @@ def run(patcher: Any, prompt: Prompt, steps: int, text_tokens: int) -> Done:
 
 def memory_of(patcher: Any) -> Memory:
     use = Use.now(patcher.load_device)
-    return Memory(use.device, use.allocated, patcher.model.streaming.streamer.arena.pinned_bytes, resident_bytes())
+    return Memory(use.device, use.allocated, patcher.model.streaming.streamer.pinned_bytes, resident_bytes())
 
 
 def other_pictures(done: Sequence[Done]) -> list[int]:

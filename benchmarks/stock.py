@@ -14,7 +14,7 @@ import torch
 from cases import Case
 from comfy_model import ComfyModel, at_work
 from contenders import Unavailable
-from package import has_dynamic_vram
+from inside_comfyui import has_dynamic_vram
 from weights import Files
 
 

@@ -11,31 +11,21 @@ from contenders import Unavailable
 
 
 def load(path: Path) -> Any:
-    """The transformer of ``path`` as the node loads it, with no resident block."""
-    from flux_nf4 import nodes
+    """The transformer of ``path`` as the nodes load it."""
+    from flux_nf4.loaded import load_transformer, streamed
     from flux_nf4.nf4_loader.catalogue import read_catalogue
-    from flux_nf4.nf4_loader.flux import build_flux
+    from flux_nf4.offload.patcher import Residency
 
-    catalogue = read_catalogue(path)
-    return nodes._load_transformer(build_flux(catalogue), catalogue, {"double": 0, "single": 0})
+    return streamed(load_transformer(read_catalogue(path)), Residency(), node_id=None)
 
 
-def with_residency(patcher: Any, double: int = -1, single: int = -1) -> Any:
-    """A clone that keeps so many blocks of each kind on the device; -1: as many as there is room for.
+def with_residency(patcher: Any, double: int | None = None, single: int | None = None) -> Any:
+    """A clone that keeps so many blocks of each kind on the device; None: as many as there is room for."""
+    from flux_nf4.offload.patcher import Residency
 
-    Raises:
-        Unavailable: this version of the package has no automatic budget.
-    """
-    from flux_nf4 import nodes
-
-    node: Any = nodes.NODE_CLASS_MAPPINGS.get("StreamModelBlocks")
-    if node is not None:
-        (clone,) = getattr(node(), node.FUNCTION)(patcher, 0.0, double, single)
-        return clone
-    if double < 0:
-        raise Unavailable("this version has no automatic budget")
     clone = patcher.clone()
-    clone.resident = {"double": double, "single": single}
+    wanted = (("double", double), ("single", single))
+    clone.residency = Residency(tuple((kind, count) for kind, count in wanted if count is not None))
     return clone
 
 
@@ -48,7 +38,7 @@ class Streamed:
     @contextmanager
     def at_work(self, setting: str, case: Case) -> Iterator[ComfyModel]:
         residency, *rest = setting.split()
-        counts = () if residency == "auto" else map(int, residency.split("/"))
+        counts = [] if residency == "auto" else [int(count) for count in residency.split("/")]
         patcher = with_residency(self._patcher, *counts)
         if rest:
             if case.bus_gbps:

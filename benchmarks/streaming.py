@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from package import import_package
+from inside_comfyui import import_package
 from timing import copy_gbps, milliseconds
 from weights import Files
 

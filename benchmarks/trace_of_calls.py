@@ -19,7 +19,7 @@ import torch
 from arguments import parse, parser_for
 from cases import CASES, TINY_CASES
 from contenders import CONTENDERS, Options, family_maker
-from package import import_package
+from inside_comfyui import import_package
 from weights import Files
 
 _LONGEST, _SHOWN = 8, 12

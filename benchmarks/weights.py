@@ -96,23 +96,18 @@ class Files:
 
 def dense_tensors(catalogue: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """Every transformer tensor of an NF4 file (its catalogue) by name, dequantised, on the CPU, one after the other."""
-    from safetensors import safe_open
-
     from flux_nf4.nf4_loader.kernels import dequantise
-    from flux_nf4.nf4_loader.quant_state import expand_nested_absmax
+    from flux_nf4.nf4_loader.parts import read_dense, read_fused
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with safe_open(catalogue.path, framework="pt") as file:
-        for name, entry in catalogue.dense.items():
-            yield name, file.get_tensor(entry.name).to(dtype)
-        for name, weight in catalogue.weights4bit.items():
-            state, absmax = weight.state, file.get_tensor(weight.absmax.name).view(-1)
-            if state.nested is not None:
-                scales, table = (file.get_tensor(entry.name) for entry in (weight.nested_absmax, weight.nested_map))
-                absmax = expand_nested_absmax(state.nested, absmax, scales.view(-1), table.view(-1))
-            packed = file.get_tensor(weight.packed.name).view(-1).to(device)
+    for name, tensor in catalogue.transformer.items():
+        state = tensor.fused
+        if state is None or tensor.halves_swapped:
+            yield name, read_dense(tensor, torch.bfloat16).to(dtype)
+        else:
+            packed, absmax = (part.to(device) for part in read_fused(tensor))
             how = (state.shape, state.blocksize, state.quant_type, torch.bfloat16)
-            yield name, dequantise(packed, absmax.to(device), *how).to(dtype).cpu()
+            yield name, dequantise(packed, absmax, *how).to(dtype).cpu()
 
 
 def write_dense(path: Path, nf4: Path, dtype: torch.dtype) -> None:
@@ -122,8 +117,7 @@ def write_dense(path: Path, nf4: Path, dtype: torch.dtype) -> None:
     catalogue = read_catalogue(nf4)
     names = {torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
     header, offset = {}, 0
-    for name in (*catalogue.dense, *catalogue.weights4bit):
-        shape = catalogue.logical_shapes[name]
+    for name, shape in catalogue.logical_shapes.items():
         nbytes = math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": names[dtype], "shape": shape, "data_offsets": (offset, offset + nbytes)}
         offset += nbytes

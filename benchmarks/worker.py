@@ -115,7 +115,7 @@ class Worker:
 def serve(connection: Connection, family: str, options: Any, log: Path) -> None:
     """The process: answers requests until the other end is closed; the first has it load the weights."""
     _print_to(log)
-    from package import import_package
+    from inside_comfyui import import_package
 
     import_package()
     import torch
@@ -147,7 +147,7 @@ def serve(connection: Connection, family: str, options: Any, log: Path) -> None:
 def make_files(families: Sequence[str], options: Any, log: Path) -> None:
     """A process that makes the files which ``families`` read, where they are not there."""
     _print_to(log)
-    from package import import_package
+    from inside_comfyui import import_package
 
     import_package()
     options.files.enter()
@@ -172,8 +172,8 @@ def _print_to(log: Path) -> None:
 def _load(family: str, options: Any) -> tuple[Any, Loaded]:
     import torch
     from contenders import family_maker
+    from inside_comfyui import has_dynamic_vram
     from memory import resident_bytes
-    from package import has_dynamic_vram
 
     make = family_maker(family, options)
     before, started = resident_bytes(), time.perf_counter()

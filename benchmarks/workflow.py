@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from arguments import parse, parser_for
+from inside_comfyui import import_package
 from memory import GIB, Use, Watch, capped
-from package import import_package
 
 STAGES = ("encode", "sample", "decode")
 
