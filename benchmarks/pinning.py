@@ -57,7 +57,7 @@ def switch(streamer: Any, variant: Variant, plan: Any, device: torch.device) -> 
     streamer.stop()
     streamer.arena.unpin()
     started = time.monotonic()
-    streamer.arena.pin(int(streamer.arena.nbytes * variant.pinned_share), device)
+    streamer.pin(int(streamer.arena.nbytes * variant.pinned_share), device)
     seconds = time.monotonic() - started
     streamer.start(plan, copies_for(variant, device))
     return seconds
@@ -96,10 +96,10 @@ def require_clean_refusal(arena: Any, device: torch.device) -> int:
 
 def measure(path: Path, rounds: int, repeats: int) -> dict[str, Any]:
     import comfy.model_management
-    from streamed import load
+    from streamed import load, with_residency
 
     device = comfy.model_management.get_torch_device()
-    patcher = load(path)
+    patcher = with_residency(load(path), 0, 0)
     comfy.model_management.load_models_gpu([patcher])
     streamer = patcher.model.streaming.streamer
     results: dict[str, Any] = {
