@@ -36,7 +36,7 @@ def import_offload() -> Any:
     package = types.ModuleType("flux_nf4")
     package.__path__ = [str(ROOT)]
     sys.modules["flux_nf4"] = package
-    from flux_nf4.offload import copies, plan, streamer  # type: ignore[import-not-found]
+    from flux_nf4.offload import copies, plan, streamer
 
     return copies, plan, streamer
 

@@ -30,29 +30,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from streaming import ROOT, import_package
+from arguments import ROOT
+from inside_comfyui import import_package
+from memory import resident_bytes
+from timing import seconds
 
 Range = tuple[int, int]
 MIB = 2**20
 
 
-def load(nodes: Any, path: Path) -> Any:
-    """The transformer of ``path``, as the node loads it."""
-    from flux_nf4.nf4_loader.catalogue import read_catalogue  # type: ignore[import-not-found]
-    from flux_nf4.nf4_loader.flux import build_flux  # type: ignore[import-not-found]
-
-    catalogue = read_catalogue(path)
-    return nodes._load_transformer(build_flux(catalogue), catalogue, {"double": 0, "single": 0})
-
-
 def ranges_read(path: Path) -> list[Range]:
     """(offset, bytes) of all that the loader reads of the transformer, in file order, neighbours joined."""
-    from flux_nf4.nf4_loader.catalogue import read_catalogue  # type: ignore[import-not-found]
+    from flux_nf4.nf4_loader.catalogue import Weight4bit, read_catalogue
 
     catalogue = read_catalogue(path)
-    entries = [entry for weight in catalogue.weights4bit.values() for entry in (weight.packed, weight.absmax)]
+    weights = [part for part in catalogue.parts if isinstance(part, Weight4bit)]
+    entries = [entry for weight in weights for entry in (weight.packed, weight.absmax)]
+    entries += [part for part in catalogue.parts if not isinstance(part, Weight4bit)]
     joined: list[Range] = []
-    for entry in sorted((*entries, *catalogue.dense.values()), key=lambda entry: entry.offset):
+    for entry in sorted(entries, key=lambda entry: entry.offset):
         if joined and sum(joined[-1]) == entry.offset:
             joined[-1] = (joined[-1][0], joined[-1][1] + entry.nbytes)
         else:
@@ -62,7 +58,7 @@ def ranges_read(path: Path) -> list[Range]:
 
 def plain_read(path: Path, ranges: Sequence[Range], buffer: memoryview) -> memoryview:
     """Fill ``buffer`` with ``ranges``, one after the other, with the loader's number of threads and chunk size."""
-    from flux_nf4.nf4_loader.read import CHUNK_BYTES, THREADS  # type: ignore[import-not-found]
+    from flux_nf4.nf4_loader.read import CHUNK_BYTES, THREADS
 
     chunks, position = [], 0
     for offset, nbytes in ranges:
@@ -90,55 +86,53 @@ def fresh_memory(nbytes: int) -> memoryview:
     return memoryview(memory)
 
 
-def seconds(call: Callable[[], Any]) -> float:
-    """Time of ``call``; freeing what it returns is not in it."""
-    gc.collect()  # frees the model of the call before
-    started = time.perf_counter()
-    kept = call()
-    elapsed = time.perf_counter() - started
-    del kept
-    return elapsed
+def fresh_seconds(call: Callable[[], Any]) -> float:
+    """Time of ``call``, with the model of the call before freed; freeing what it returns is not in it."""
+    gc.collect()
+    kept: list[Any] = []
+    return seconds(lambda: kept.append(call()), torch.device("cpu"))
 
 
-def measure_time(nodes: Any, path: Path, rounds: int) -> dict[str, float]:
+def measure_time(path: Path, rounds: int) -> dict[str, float]:
+    from streamed import load
+
+    import flux_nf4.loaded
+
+    loaded: Any = flux_nf4.loaded
     ranges = ranges_read(path)
     nbytes = sum(size for _, size in ranges)
     written = fresh_memory(nbytes)
     plain_read(path, ranges, written)
     calls: dict[str, Callable[[], Any]] = {
-        "load": lambda: load(nodes, path),
+        "load": lambda: load(path),
         "plain_fresh": lambda: plain_read(path, ranges, fresh_memory(nbytes)),
         "plain_written": lambda: plain_read(path, ranges, written),
     }
     calls["load"]()
     times: dict[str, list[float]] = {name: [] for name in (*calls, "fill")}
-    fill = nodes.fill
+    fill = loaded.fill
 
     def timed_fill(*arguments: Any) -> None:
         started = time.perf_counter()
         fill(*arguments)
         times["fill"].append(time.perf_counter() - started)
 
-    nodes.fill = timed_fill
+    loaded.fill = timed_fill
     for _ in range(rounds):
         for name, call in calls.items():
-            times[name].append(seconds(call))
-    nodes.fill = fill
+            times[name].append(fresh_seconds(call))
+    loaded.fill = fill
     result = {f"{name}_s": statistics.median(values) for name, values in times.items()}
     return {"read_bytes": nbytes} | result
 
 
-def resident_mib(field: str) -> float:
-    """``VmRSS`` (now) or ``VmHWM`` (the highest so far) of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(field))) / 1024
-
-
-def measure_own_memory(nodes: Any, path: Path) -> dict[str, float]:
+def measure_own_memory(path: Path) -> dict[str, float]:
     """What loading adds to this process, which must be fresh."""
-    before = resident_mib("VmRSS")
-    model = load(nodes, path).model
-    peak = resident_mib("VmHWM") - before
+    from streamed import load
+
+    before = resident_bytes()
+    model = load(path).model
+    peak = (resident_bytes("VmHWM") - before) / MIB
     tensors = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) / MIB
     return {"peak_mib": peak, "tensors_mib": tensors}
 
@@ -162,8 +156,8 @@ def checkpoint_files(given: Sequence[Path]) -> Sequence[Path]:
     return files
 
 
-def measure(nodes: Any, path: Path, rounds: int) -> dict[str, Any]:
-    row: dict[str, Any] = {"file": path.name} | measure_time(nodes, path, rounds) | measure_memory(path)
+def measure(path: Path, rounds: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"file": path.name} | measure_time(path, rounds) | measure_memory(path)
     for memory in ("fresh", "written"):
         row[f"ratio_to_{memory}"] = row["fill_s"] / row[f"plain_{memory}_s"]
     row["memory_ratio"] = row["peak_mib"] / row["tensors_mib"]
@@ -191,12 +185,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only-memory", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    nodes = import_package()
+    import_package()
     with torch.inference_mode():
         if given.only_memory:
-            print(json.dumps(measure_own_memory(nodes, given.checkpoint[0])))
+            print(json.dumps(measure_own_memory(given.checkpoint[0])))
             return
-        rows = [measure(nodes, path, given.rounds) for path in checkpoint_files(given.checkpoint)]
+        rows = [measure(path, given.rounds) for path in checkpoint_files(given.checkpoint)]
     given.output.mkdir(parents=True, exist_ok=True)
     (given.output / "load.json").write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1))
     print(table(rows))

@@ -4,8 +4,9 @@
     COMFYUI_PATH=~/ComfyUI python benchmarks/lora.py --checkpoint flux1-dev-bnb-nf4-v2.safetensors --output results
 
 Run it with ComfyUI's Python; every variant runs in the same process, and each number is a median. The LoRA are of
-every Linear in the blocks, in the layouts of kohya and of diffusers (q, k, v and the MLP on their own). "first" is the best of
-three first forwards after another strength, from a loaded LoRA file on: adding the patches, loading, the forward.
+every Linear in the blocks, in the layouts of kohya and of diffusers (q, k, v and the MLP on their own). "first" is the
+best of three first forwards after another strength, from a loaded LoRA file on: adding the patches, loading, the
+forward.
 """
 
 import argparse
@@ -19,7 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from streaming import ROOT, Forward, checkpoint_file, import_package, milliseconds
+from arguments import ROOT
+from inside_comfyui import import_package
+from streaming import Forward, checkpoint_file
+from timing import milliseconds
 
 LORAS = {
     "none": (),
@@ -66,15 +70,11 @@ def seconds_of_first(patcher: Any, files: Any, strength: float, forward: Forward
     return time.perf_counter() - started
 
 
-def measure(nodes: Any, path: Path, rounds: int, repeats: int) -> list[dict[str, Any]]:
+def measure(path: Path, rounds: int, repeats: int) -> list[dict[str, Any]]:
     import comfy.model_management
+    from streamed import load, with_residency
 
-    from flux_nf4.nf4_loader.catalogue import read_catalogue  # type: ignore[import-not-found]
-    from flux_nf4.nf4_loader.flux import build_flux  # type: ignore[import-not-found]
-    from flux_nf4.offload.patcher import Residency  # type: ignore[import-not-found]
-
-    catalogue = read_catalogue(path)
-    patcher = nodes._load_transformer(build_flux(catalogue), catalogue, {"double": 0, "single": 0})
+    patcher = load(path)
     device = comfy.model_management.get_torch_device()
     forwards = [Forward(pixels, device, patcher.model.get_dtype()) for pixels in (1024, 512)]
     rows: dict[tuple[int, str, str], dict[str, Any]] = {}
@@ -82,8 +82,7 @@ def measure(nodes: Any, path: Path, rounds: int, repeats: int) -> list[dict[str,
     for name, parts in LORAS.items():
         files = tuple(lora_file(layout, rank, index, patcher.model) for index, (layout, rank) in enumerate(parts))
         for plan, (double, single) in PLANS.items():
-            clone = patcher.clone()
-            clone.residency = Residency((("double", double), ("single", single)))
+            clone = with_residency(patcher, double, single)
             for forward in forwards:
                 key = forward.pixels, plan, name
                 row = rows[key] = {"pixels": forward.pixels, "plan": plan, "lora": name}
@@ -113,10 +112,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=8)
     given = parser.parse_args()
-    nodes = import_package()
+    import_package()
     sys.path.insert(0, str(ROOT / "tests" / "support"))
     with checkpoint_file(given.checkpoint) as path, torch.inference_mode():
-        rows = measure(nodes, path, given.rounds, given.repeats)
+        rows = measure(path, given.rounds, given.repeats)
     given.output.mkdir(parents=True, exist_ok=True)
     (given.output / "lora.json").write_text(json.dumps(rows, indent=1))
     print(torch.cuda.get_device_name())

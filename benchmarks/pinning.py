@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from streaming import Forward, checkpoint_file, copy_gbps, import_package, milliseconds
+from inside_comfyui import import_package
+from streaming import Forward, checkpoint_file
+from timing import copy_gbps, milliseconds
 
 GIB = 2**30
 
@@ -43,10 +45,10 @@ VARIANTS = {
 
 
 def copies_for(variant: Variant, device: torch.device) -> Any:
-    from flux_nf4.offload.bounce import BouncedCopies  # type: ignore[import-not-found]
-    from flux_nf4.offload.copies import copies_to  # type: ignore[import-not-found]
+    from flux_nf4.offload.bounce import BouncedCopies
+    from flux_nf4.offload.copies import copies_to
 
-    copies = copies_to(device)
+    copies: Any = copies_to(device)
     return BouncedCopies(copies, variant.buffer_mib << 20) if variant.buffer_mib else copies
 
 
@@ -55,7 +57,7 @@ def switch(streamer: Any, variant: Variant, plan: Any, device: torch.device) -> 
     streamer.stop()
     streamer.arena.unpin()
     started = time.monotonic()
-    streamer.arena.pin(int(streamer.arena.nbytes * variant.pinned_share), device)
+    streamer.pin(int(streamer.arena.nbytes * variant.pinned_share), device)
     seconds = time.monotonic() - started
     streamer.start(plan, copies_for(variant, device))
     return seconds
@@ -82,7 +84,7 @@ def fill_gbps(record: torch.Tensor) -> float:
 
 def require_clean_refusal(arena: Any, device: torch.device) -> int:
     """Have the driver refuse a registration; returns its error code."""
-    from flux_nf4.offload.arena import CudaRegistrar  # type: ignore[import-not-found]
+    from flux_nf4.offload.arena import CudaRegistrar
 
     error = CudaRegistrar(device).register(arena.records[0].data_ptr(), 4096)  # it is registered already
     if not error:
@@ -92,15 +94,12 @@ def require_clean_refusal(arena: Any, device: torch.device) -> int:
     return int(error)
 
 
-def measure(nodes: Any, path: Path, rounds: int, repeats: int) -> dict[str, Any]:
+def measure(path: Path, rounds: int, repeats: int) -> dict[str, Any]:
     import comfy.model_management
-
-    from flux_nf4.nf4_loader.catalogue import read_catalogue  # type: ignore[import-not-found]
-    from flux_nf4.nf4_loader.flux import build_flux  # type: ignore[import-not-found]
+    from streamed import load, with_residency
 
     device = comfy.model_management.get_torch_device()
-    catalogue = read_catalogue(path)
-    patcher = nodes._load_transformer(build_flux(catalogue), catalogue, {"double": 0, "single": 0})
+    patcher = with_residency(load(path), 0, 0)
     comfy.model_management.load_models_gpu([patcher])
     streamer = patcher.model.streaming.streamer
     results: dict[str, Any] = {
@@ -165,9 +164,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=6)
     given = parser.parse_args()
-    nodes = import_package()
+    import_package()
     with checkpoint_file(given.checkpoint) as path, torch.inference_mode():
-        results = measure(nodes, path, given.rounds, given.repeats)
+        results = measure(path, given.rounds, given.repeats)
     given.output.mkdir(parents=True, exist_ok=True)
     (given.output / "pinning.json").write_text(json.dumps(results, indent=1))
     print(", ".join(f"{key} {value}" for key, value in results.items() if key != "rows"))

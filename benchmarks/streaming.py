@@ -10,23 +10,21 @@ median; compare ratios within one run. Outputs of all variants must be bit-ident
 
 import argparse
 import functools
-import itertools
 import json
-import os
 import statistics
-import sys
 import tempfile
 import time
-import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from inside_comfyui import import_package
+from timing import copy_gbps, milliseconds
+from weights import Files
 
-ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 RING = 208
 PLANS = {
@@ -41,24 +39,6 @@ PLANS = {
     "12/24, ring of 384 MiB": (12, 24, 384),
 }
 """Double and single blocks that stay, and MiB of the staging ring; negative: two slots of whole blocks, no tiles."""
-
-
-def import_package() -> types.ModuleType:
-    """This package as ``flux_nf4``, inside the ComfyUI of COMFYUI_PATH."""
-    sys.path[:0] = [os.environ["COMFYUI_PATH"], str(ROOT / "tools")]
-    package = types.ModuleType("flux_nf4")
-    package.__path__ = [str(ROOT)]
-    sys.modules["flux_nf4"] = package
-    arguments, sys.argv = sys.argv, [sys.argv[0], *([] if torch.cuda.is_available() else ["--cpu"])]
-    import comfy.options
-
-    comfy.options.enable_args_parsing()
-    import comfy.cli_args
-
-    sys.argv = arguments
-    from flux_nf4 import nodes  # type: ignore[import-not-found]
-
-    return nodes
 
 
 class Forward:
@@ -76,17 +56,6 @@ class Forward:
 
     def __call__(self, model: Any) -> torch.Tensor:
         return model.apply_model(self.x, self.timestep, c_crossattn=self.context, y=self.y, guidance=self.guidance)
-
-
-def milliseconds(call: Callable[[], Any], repeats: int) -> list[float]:
-    """Time of each of ``repeats`` calls queued one after the other, as the device sees it."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    events[0].record()
-    for event in events[1:]:
-        call()
-        event.record()
-    torch.cuda.synchronize()
-    return [before.elapsed_time(after) for before, after in itertools.pairwise(events)]
 
 
 def allocations_and_syncs(forward: "Forward", model: Any) -> tuple[int, int]:
@@ -124,40 +93,22 @@ def interrupted_forward_leaves_next_equal(patcher: Any, forward: "Forward", refe
             raise SystemExit(f"after an interrupt at {forward.pixels}: the output differs")
 
 
-def copy_gbps(record: torch.Tensor, device: torch.device) -> float:
-    """GB/s of host-to-device copies of one pinned record."""
-    target = torch.empty_like(record, device=device)
-    times = milliseconds(lambda: target.copy_(record, non_blocking=True), 20)
-    return record.nbytes / statistics.median(times) / 1e6
-
-
 @contextmanager
 def checkpoint_file(given: Path | None) -> Iterator[Path]:
-    if given is not None:
-        yield given
-        return
-    from make_checkpoint import Recipe, forget_weights, make_checkpoint
-
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "flux1-dev-nf4-random.safetensors"
         started = time.monotonic()
-        make_checkpoint(path, Recipe(double_blocks=19, single_blocks=38, unet_only=True, device="cuda"))
-        forget_weights()
-        torch.cuda.empty_cache()
-        print(f"made {path.name}: {path.stat().st_size / GIB:.2f} GiB in {time.monotonic() - started:.1f} s")
+        path = Files(Path(folder), given).nf4()
+        print(f"{path.name}: {path.stat().st_size / GIB:.2f} GiB, there in {time.monotonic() - started:.1f} s")
         yield path
 
 
-def measure(nodes: Any, path: Path, rounds: int, repeats: int) -> dict[str, Any]:
+def measure(path: Path, rounds: int, repeats: int) -> dict[str, Any]:
     import comfy.model_management
-
-    from flux_nf4.nf4_loader.catalogue import read_catalogue  # type: ignore[import-not-found]
-    from flux_nf4.nf4_loader.flux import build_flux  # type: ignore[import-not-found]
+    from streamed import load
 
     device = comfy.model_management.get_torch_device()
     started = time.monotonic()
-    catalogue = read_catalogue(path)
-    patcher = nodes._load_transformer(build_flux(catalogue), catalogue, {"double": 0, "single": 0})
+    patcher = load(path)
     loaded = time.monotonic()
     comfy.model_management.load_models_gpu([patcher])
     torch.cuda.synchronize()
@@ -178,8 +129,7 @@ def measure(nodes: Any, path: Path, rounds: int, repeats: int) -> dict[str, Any]
 
 def measure_plans(patcher: Any, forward: "Forward", rounds: int, repeats: int) -> list[dict[str, Any]]:
     import comfy.model_management
-
-    from flux_nf4.offload.patcher import Residency  # type: ignore[import-not-found]
+    from streamed import with_residency
 
     streamer = patcher.model.streaming.streamer
     rows: dict[str, dict[str, Any]] = {name: {"pixels": forward.pixels, "plan": name} for name in PLANS}
@@ -187,8 +137,7 @@ def measure_plans(patcher: Any, forward: "Forward", rounds: int, repeats: int) -
     reference = None
     for _ in range(rounds):
         for name, (double, single, ring) in PLANS.items():
-            clone = patcher.clone()
-            clone.residency = Residency((("double", double), ("single", single)))
+            clone = with_residency(patcher, double, single)
             clone.staging_bytes = abs(ring) << 20
             clone.whole_blocks = ring < 0
             comfy.model_management.load_models_gpu([clone])
@@ -227,9 +176,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=8)
     given = parser.parse_args()
-    nodes = import_package()
+    import_package()
     with checkpoint_file(given.checkpoint) as path, torch.inference_mode():
-        results = measure(nodes, path, given.rounds, given.repeats)
+        results = measure(path, given.rounds, given.repeats)
     given.output.mkdir(parents=True, exist_ok=True)
     (given.output / "streaming.json").write_text(json.dumps(results, indent=1))
     print(", ".join(f"{key} {value}" for key, value in results.items() if key != "rows"))

@@ -356,10 +356,9 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     @property
     def _needs_whole_blocks(self) -> bool:
         """Asked for, or a block or the whole model is run through torch.compile: by ComfyUI's node or another's."""
-        wrappers = self.model_options.get("transformer_options", {}).get("wrappers", {})
         return (
             self.whole_blocks
-            or any("torch.compile" in keyed for keyed in wrappers.values())
+            or any("torch.compile" in keyed for keyed in self.wrappers.values())
             or any(type(patch).__name__ == "OptimizedModule" for patch in self.object_patches.values())
             or any(block.module._compiled_call_impl is not None for block in self._streaming.streamer.blocks)
         )

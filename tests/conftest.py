@@ -48,7 +48,7 @@ def comfyui():
     return Path(COMFYUI_PATH)
 
 
-sys.path[:0] = [str(ROOT / folder) for folder in ("tools", "commands", "tests/support")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("tools", "commands", "benchmarks", "tests/support")]
 _alias_package()
 if COMFYUI_PATH:
     _enter_comfyui(COMFYUI_PATH)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import environment
 
+_TOOLS = (Path("tools"), Path("benchmarks"))
 _ALIAS = environment.CACHE / "typecheck" / "flux_nf4"
 
 
@@ -35,11 +36,11 @@ def main() -> None:
         "lint": [*python, "ruff", "check", "."],
         "format": [*python, "ruff", "format", "--check", "."],
         "types": [*python, "mypy", "-p", "flux_nf4.nf4_loader", "-p", "flux_nf4.offload", "-m", "flux_nf4.nodes"],
-        "types of tools": [*python, "mypy", *map(str, sorted(Path("tools").glob("*.py")))],
+        "types of tools": [*python, "mypy", *(str(path) for folder in _TOOLS for path in sorted(folder.glob("*.py")))],
     }
     if not given.static:
         checks["tests"] = [*python, "pytest", "tests"]
-    variables = os.environ | {"MYPYPATH": os.pathsep.join((str(_ALIAS.parent), "tools"))}
+    variables = os.environ | {"MYPYPATH": os.pathsep.join((str(_ALIAS.parent), *map(str, _TOOLS)))}
     failed = [name for name, command in checks.items() if not _passes(name, command, variables)]
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")

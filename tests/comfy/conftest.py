@@ -2,11 +2,10 @@
 
 import comfy.model_detection
 import comfy.sample
-import comfy.supported_models
 import pytest
 import torch
-from comfy.ldm.flux.model import FluxParams
 from make_checkpoint import Recipe, make_checkpoint
+from tiny_flux import HIDDEN, detection_of
 
 from flux_nf4.loaded import load_transformer, streamed
 from flux_nf4.nf4_loader.catalogue import read_catalogue, require_transformer
@@ -17,7 +16,7 @@ from flux_nf4.offload import record
 from flux_nf4.offload.copies import InlineCopies
 from flux_nf4.offload.patcher import Residency, StreamedModelPatcher
 
-HIDDEN, DOUBLES, SINGLES = 256, 8, 10
+DOUBLES, SINGLES = 8, 10
 CPU = torch.device("cpu")
 
 
@@ -45,36 +44,13 @@ def tiny_file(tmp_path_factory):
 @pytest.fixture(scope="session")
 def flux_config():
     """A function: ComfyUI's configuration of a small Flux with so many blocks."""
-
-    def make(double, single):
-        config = {
-            "image_model": "flux",
-            "in_channels": 16,
-            "out_channels": 16,
-            "patch_size": 2,
-            "vec_in_dim": 768,
-            "context_in_dim": 4096,
-            "hidden_size": HIDDEN,
-            "mlp_ratio": 4.0,
-            "num_heads": 2,
-            "depth": double,
-            "depth_single_blocks": single,
-            "axes_dim": [16, 56, 56],
-            "theta": 10000,
-            "qkv_bias": True,
-            "guidance_embed": True,
-        }
-        if "txt_ids_dims" in FluxParams.__dataclass_fields__:
-            config["txt_ids_dims"] = []
-        return comfy.supported_models.Flux(config)
-
-    return make
+    return lambda double, single: detection_of(double, single)()
 
 
 @pytest.fixture
-def tiny_config(monkeypatch, flux_config):
+def tiny_config(monkeypatch):
     """ComfyUI "detects" the tiny model."""
-    monkeypatch.setattr(comfy.model_detection, "model_config_from_unet", lambda *_: flux_config(DOUBLES, SINGLES))
+    monkeypatch.setattr(comfy.model_detection, "model_config_from_unet", detection_of(DOUBLES, SINGLES))
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import weakref
 import comfy.model_management
 import pytest
 import torch
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 
 from flux_nf4.offload.patcher import Residency
 
@@ -138,3 +139,12 @@ def test_moving_the_model_from_outside_leaves_the_blocks_in_place(load, sample, 
     assert places() == before
     transformer.to(torch.float32)
     assert torch.equal(sample(patcher), expected)
+
+
+def test_blocks_that_comfyui_compiles_stream_whole(load, sample, expected, copies):
+    patcher = load(1, 1)
+    keys = [f"diffusion_model.double_blocks.{i}" for i in range(DOUBLES)]
+    set_torch_compile_wrapper(model=patcher, backend="eager", keys=keys)
+    assert torch.equal(sample(patcher), expected)
+    streamer = patcher.model.streaming.streamer
+    assert all(len(streamer.blocks[index].tiles) == 1 for index in streamer.plan.streamed)

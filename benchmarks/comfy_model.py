@@ -1,0 +1,117 @@
+"""A model run as ComfyUI runs it: loaded by its memory manager, called through ``apply_model`` or a KSampler."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sample
+import comfy.sampler_helpers
+import comfy.samplers
+import comfy.sd
+import torch
+from cases import Case
+
+SEED = 0
+
+
+class ComfyModel:
+    """One patcher at work on one case; loaded by ComfyUI as for a sampling of that picture."""
+
+    def __init__(self, patcher: Any, case: Case) -> None:
+        self.patcher = _with_loras(patcher, case)
+        self.case = case
+        self.device: torch.device = self.patcher.load_device
+        generator = torch.Generator().manual_seed(SEED)
+        side = case.pixels // 8
+        self._noise = torch.randn(case.batch, 16, side, side, generator=generator)
+        text = torch.randn(2, case.text_tokens, 4096, generator=generator)
+        pooled = torch.randn(2, 768, generator=generator)
+        self._positive, self._negative = (_cond(text[i : i + 1], pooled[i : i + 1]) for i in range(2))
+
+    def load(self) -> None:
+        conds = {"positive": comfy.sampler_helpers.convert_cond(self._positive)}
+        comfy.sampler_helpers.prepare_sampling(self.patcher, self._noise.shape, conds, self.patcher.model_options)
+
+    def forward(self) -> torch.Tensor:
+        """One call of the transformer in the middle of the schedule, (batch, 16, pixels / 8, pixels / 8)."""
+        return self.patcher.model.apply_model(*self._inputs[:2], **self._inputs[2])
+
+    def sample(self, on_step: Callable[[], None], steps: int | None = None) -> torch.Tensor:
+        """A whole sampling; ``on_step`` is called after each step. Latents on the CPU."""
+        return comfy.sample.sample(
+            self.patcher,
+            self._noise,
+            steps or self.case.steps,
+            self.case.cfg,
+            "euler",
+            "simple",
+            self._positive,
+            self._negative,
+            torch.zeros_like(self._noise),
+            callback=lambda *_: on_step(),
+            disable_pbar=True,
+            seed=SEED,
+        )
+
+    @functools.cached_property
+    def _inputs(self) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        model, batch = self.patcher.model, self.case.batch
+        dtype = model.manual_cast_dtype or model.get_dtype()
+        ((text, pooled),) = self._positive
+        conditioning = {
+            "c_crossattn": text.repeat(batch, 1, 1).to(self.device, dtype),
+            "y": pooled["pooled_output"].repeat(batch, 1).to(self.device, dtype),
+            "guidance": torch.full((batch,), 3.5, device=self.device),
+            "transformer_options": self._transformer_options(),
+        }
+        timestep = torch.full((batch,), 0.7, device=self.device)
+        return self._noise.to(self.device), timestep, conditioning
+
+    def _transformer_options(self) -> dict[str, Any]:
+        """With the wrappers of the patcher in it, as a sampling puts them there."""
+        options = comfy.model_patcher.create_model_options_clone(self.patcher.model_options)
+        options.setdefault("transformer_options", {})
+        comfy.sampler_helpers.prepare_model_patcher(self.patcher, {}, options)
+        return options["transformer_options"]
+
+
+def _cond(text: torch.Tensor, pooled: torch.Tensor) -> list[Any]:
+    """A prompt as ComfyUI's nodes hand it on."""
+    return [[text, {"pooled_output": pooled}]]
+
+
+@contextmanager
+def at_work(patcher: Any, case: Case) -> Iterator[ComfyModel]:
+    """Afterwards nothing of any model is on the device."""
+    try:
+        yield ComfyModel(patcher, case)
+    finally:
+        comfy.model_management.unload_all_models()
+        comfy.model_management.soft_empty_cache(True)
+
+
+def _with_loras(patcher: Any, case: Case) -> Any:
+    linears = tuple(
+        (name.replace(".", "_"), module.out_features, module.in_features)
+        for name, module in patcher.model.diffusion_model.named_modules()
+        if "_blocks." in name and hasattr(module, "in_features")
+    )
+    for index in range(case.loras):
+        patcher = comfy.sd.load_lora_for_models(patcher, None, random_lora(linears, case.rank, index), 1.0, 0.0)[0]
+    return patcher.clone()
+
+
+@functools.cache
+def random_lora(linears: tuple[tuple[str, int, int], ...], rank: int, seed: int) -> dict[str, torch.Tensor]:
+    """A LoRA on each of ``linears`` (name, out, in), in kohya's names, small against the weights; always the same."""
+    generator = torch.Generator().manual_seed(seed)
+    lora: dict[str, torch.Tensor] = {}
+    for name, out, inp in linears:
+        down = torch.randn(rank, inp, generator=generator) / inp**0.5
+        up = torch.randn(out, rank, generator=generator) * 0.02
+        lora[f"lora_unet_{name}.lora_down.weight"] = down.bfloat16()
+        lora[f"lora_unet_{name}.lora_up.weight"] = up.bfloat16()
+    return lora

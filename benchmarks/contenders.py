@@ -1,0 +1,119 @@
+"""Who is compared: what each is called, and which family runs it in which setting.
+
+A family loads its weights once, in a process of its own, and runs each of its settings on them.
+"""
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from cases import Case
+from weights import Files
+
+
+class Unavailable(Exception):  # noqa: N818  a reason, not a fault
+    """A contender cannot run here, or not this case; the message says why."""
+
+
+class Model(Protocol):
+    """A model at work on a case."""
+
+    device: torch.device
+
+    def load(self) -> None:
+        """Bring it to the device, as far as it goes there."""
+        ...
+
+    def forward(self) -> torch.Tensor:
+        """One call of the transformer."""
+        ...
+
+    def sample(self, on_step: Callable[[], None], steps: int | None = None) -> torch.Tensor:
+        """A whole sampling; ``on_step`` is called after each step."""
+        ...
+
+
+class Family(Protocol):
+    """Weights in host memory, and the ways to run them."""
+
+    def at_work(self, setting: str, case: Case) -> AbstractContextManager[Model]:
+        """The model in this setting, not loaded yet; afterwards nothing of it is on the device.
+
+        Raises:
+            Unavailable: it cannot do that.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a family is made from. ``gguf_pack`` is the user's copy of city96/ComfyUI-GGUF."""
+
+    files: Files
+    gguf_pack: Path | None = None
+
+
+@dataclass(frozen=True)
+class Contender:
+    name: str
+    family: str
+    setting: str
+    description: str
+
+
+NF4_RESIDENT, DENSE_RESIDENT = "bnb-nf4", "comfy-bf16"
+
+CONTENDERS = (
+    Contender(
+        NF4_RESIDENT, "bnb", "resident", "NF4 in bitsandbytes' own modules, all in VRAM (ComfyUI_bitsandbytes_NF4)"
+    ),
+    Contender("bnb-nf4-moved-7-7", "bnb", "moved", "the same, 7 blocks at a time moved by .to() (ComfyUI-FluxExt-MZ)"),
+    Contender("streamed-0-0", "streamed", "0/0", "this package, no block stays"),
+    Contender("streamed-7-7", "streamed", "7/7", "this package, 7 double and 7 single blocks stay"),
+    Contender("streamed-12-24", "streamed", "12/24", "this package, 12 double and 24 single blocks stay"),
+    Contender("streamed-auto", "streamed", "auto", "this package, as many blocks stay as there is room for"),
+    Contender("streamed-resident", "streamed", "19/38", "this package, all in VRAM"),
+    Contender("streamed-0-0-compiled", "streamed", "0/0 compiled", "this package, no block stays, blocks compiled"),
+    Contender("streamed-resident-compiled", "streamed", "19/38 compiled", "this package, all in VRAM, blocks compiled"),
+    Contender(DENSE_RESIDENT, "comfy-bf16", "automatic", "ComfyUI's loader, bf16, in VRAM as far as it has room"),
+    Contender("comfy-bf16-offloaded", "comfy-bf16", "offloaded", "the same, all weights offloaded"),
+    Contender("comfy-fp8", "comfy-fp8", "automatic", "ComfyUI's loader, fp8 e4m3, in VRAM as far as it has room"),
+    Contender("comfy-fp8-offloaded", "comfy-fp8", "offloaded", "the same, all weights offloaded"),
+    Contender("gguf-q4", "gguf", "automatic", "ComfyUI-GGUF, Q4_0, in VRAM as far as it has room"),
+    Contender("gguf-q4-offloaded", "gguf", "offloaded", "the same, all weights offloaded"),
+    Contender("diffusers-nf4", "diffusers-nf4-resident", "", "diffusers, NF4, all in VRAM"),
+    Contender("diffusers-nf4-group", "diffusers-nf4-group", "", "diffusers, NF4, group offload by blocks, stream"),
+    Contender("diffusers-bf16-group", "diffusers-bf16-group", "", "diffusers, bf16, group offload by blocks, stream"),
+)
+
+
+def family_maker(name: str, options: Options) -> Callable[[], Family]:
+    """What loads the weights of a family into this process, with all that it takes imported: only loading is left.
+
+    The process must have ComfyUI (`inside_comfyui.import_package`). What is returned raises `Unavailable` where
+    something that the family needs is not here.
+    """
+    files = options.files
+    if name == "streamed":
+        from streamed import Streamed
+
+        return functools.partial(Streamed, files.nf4())
+    if name == "bnb":
+        from bnb_modules import BnbModules
+
+        return functools.partial(BnbModules, files.nf4())
+    if name.startswith("diffusers-"):
+        from diffusers_model import Diffusers
+
+        _, weights, way = name.split("-")
+        return functools.partial(Diffusers, files, way, is_nf4=weights == "nf4")
+    import stock
+
+    if name == "gguf":
+        return functools.partial(stock.gguf, files, options.gguf_pack)
+    dtype = {"comfy-bf16": torch.bfloat16, "comfy-fp8": torch.float8_e4m3fn}[name]
+    return functools.partial(stock.dense, files, dtype)

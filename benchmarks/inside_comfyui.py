@@ -1,0 +1,67 @@
+"""This package as ``flux_nf4``, inside the ComfyUI tree that the environment variable COMFYUI_PATH names."""
+
+import importlib
+import os
+import subprocess
+import sys
+import types
+from typing import Any
+
+import torch
+from arguments import ROOT
+
+ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
+
+
+def enter_comfyui() -> None:
+    """Make ComfyUI importable, as its own ``main.py`` does: on the GPU if there is one, with dynamic VRAM if it can."""
+    sys.path[:0] = [os.environ["COMFYUI_PATH"], str(ROOT / "tools")]
+    arguments, sys.argv = sys.argv, [sys.argv[0], *([] if torch.cuda.is_available() else ["--cpu"])]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfy.cli_args
+
+    sys.argv = arguments
+    _enable_dynamic_vram(comfy.cli_args)
+
+
+def allocator_of_comfyui() -> str:
+    """What ComfyUI's start sets PYTORCH_CUDA_ALLOC_CONF to on this machine; it must be set before torch is imported."""
+    code = "import comfy.options as o; o.enable_args_parsing(); import cuda_malloc, os; print(os.environ.get(NAME, ''))"
+    command = [sys.executable, "-c", f"NAME = {ALLOCATOR!r}; {code}"]
+    ended = subprocess.run(command, cwd=os.environ["COMFYUI_PATH"], capture_output=True, text=True, check=False)
+    return ended.stdout.strip()
+
+
+def import_package() -> Any:
+    """The module ``nodes`` of this package, whatever its folder is called."""
+    enter_comfyui()
+    package = types.ModuleType("flux_nf4")
+    package.__path__ = [str(ROOT)]
+    sys.modules["flux_nf4"] = package
+    return importlib.import_module("flux_nf4.nodes")
+
+
+def has_dynamic_vram() -> bool:
+    """Whether ComfyUI pages weights in by need (0.18 and later, with comfy-aimdo), as `enter_comfyui` has set it."""
+    management = sys.modules.get("comfy.memory_management")
+    return bool(getattr(management, "aimdo_enabled", False))
+
+
+def _enable_dynamic_vram(cli_args: Any) -> None:
+    """What ``main.py`` of ComfyUI 0.18 and later does when it starts."""
+    enables = getattr(cli_args, "enables_dynamic_vram", None)
+    if enables is None or not torch.cuda.is_available() or not enables():
+        return
+    control = importlib.import_module("comfy_aimdo.control")
+    control.init()
+    import comfy.memory_management
+    import comfy.model_management
+    import comfy.model_patcher
+
+    index = comfy.model_management.get_torch_device().index
+    many = hasattr(control, "init_devices")  # newer ones take (device, GiB to leave free)
+    if control.init_devices([(index, 0)]) if many else control.init_device(index):
+        comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
+        comfy.memory_management.aimdo_enabled = True

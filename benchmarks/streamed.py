@@ -1,0 +1,59 @@
+"""This package: some blocks stay, the others are streamed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cases import Case
+from comfy_model import ComfyModel, at_work
+from contenders import Unavailable
+
+
+def load(path: Path) -> Any:
+    """The transformer of ``path`` as the nodes load it."""
+    from flux_nf4.loaded import load_transformer, streamed
+    from flux_nf4.nf4_loader.catalogue import read_catalogue
+    from flux_nf4.offload.patcher import Residency
+
+    return streamed(load_transformer(read_catalogue(path)), Residency(), node_id=None)
+
+
+def with_residency(patcher: Any, double: int | None = None, single: int | None = None) -> Any:
+    """A clone that keeps so many blocks of each kind on the device; None: as many as there is room for."""
+    from flux_nf4.offload.patcher import Residency
+
+    clone = patcher.clone()
+    wanted = (("double", double), ("single", single))
+    clone.residency = Residency(tuple((kind, count) for kind, count in wanted if count is not None))
+    return clone
+
+
+class Streamed:
+    """One model in host memory; a setting is "double/single" blocks that stay, or "auto", and may end in "compiled"."""
+
+    def __init__(self, path: Path) -> None:
+        self._patcher = load(path)
+
+    @contextmanager
+    def at_work(self, setting: str, case: Case) -> Iterator[ComfyModel]:
+        residency, *rest = setting.split()
+        counts = [] if residency == "auto" else [int(count) for count in residency.split("/")]
+        patcher = with_residency(self._patcher, *counts)
+        if rest:
+            if case.bus_gbps:
+                raise Unavailable("blocks cannot be compiled while copies are padded")
+            compile_blocks(patcher)
+        with at_work(patcher, case) as model:
+            yield model
+
+
+def compile_blocks(patcher: Any) -> None:
+    """Compile each block by itself, as ComfyUI's own helper does it for node packs."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    transformer = patcher.model.diffusion_model
+    kinds = {"double_blocks": transformer.double_blocks, "single_blocks": transformer.single_blocks}
+    keys = [f"diffusion_model.{kind}.{i}" for kind, blocks in kinds.items() for i in range(len(blocks))]
+    backend = "inductor" if patcher.load_device.type == "cuda" else "eager"
+    set_torch_compile_wrapper(model=patcher, backend=backend, keys=keys)

@@ -1,0 +1,87 @@
+"""Parts of the comparison that a dry run does not reach, or not with figures."""
+
+import time
+
+import gguf
+import pytest
+import torch
+from bus import PaddedCopies
+from cases import CASES, Case, matching
+from contenders import CONTENDERS
+from results import Row, table
+from turn import Difference, Figures
+from weights import quantise_q4_0
+from worker import Failure, Request, Worker
+
+HOST = torch.device("cpu")
+
+
+def test_q4_0_is_what_the_gguf_package_makes():
+    weight = torch.randn(6, 96, generator=torch.Generator().manual_seed(0))
+    weight[2, 32:64] = 0
+    expected = gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType.Q4_0)
+    assert (quantise_q4_0(weight).numpy() == expected).all()
+
+
+def test_padding_is_in_proportion_to_what_was_copied():
+    source, target = torch.arange(1000.0), torch.zeros(1000)
+    with PaddedCopies(HOST, share=3.5) as bus:
+        target.copy_(source)
+        target.to(torch.float64)
+        target + target
+    assert bus.padded_bytes == 2 * 3.5 * source.nbytes
+    assert torch.equal(target, source)
+
+
+def test_padding_leaves_single_numbers_alone():
+    with PaddedCopies(HOST, share=9.0) as bus:
+        torch.zeros(1).copy_(torch.ones(1))
+    assert bus.padded_bytes == 0
+
+
+def test_names_are_unique():
+    for things in (CASES, CONTENDERS):
+        names = [thing.name for thing in things]
+        assert len(set(names)) == len(names)
+
+
+def test_patterns_choose_in_the_order_of_the_names():
+    names = ["1024", "512", "1024-cap4", "512-cap4"]
+    assert matching(names, []) == names
+    assert matching(names, ["512", "*-cap4"]) == ["512", "1024-cap4", "512-cap4"]
+    with pytest.raises(ValueError, match="cap5"):
+        matching(names, ["*-cap5"])
+
+
+def test_the_table_gives_ratios_to_both_resident_models_and_names_failures():
+    rows = [Row(Case("x"), contender) for contender in CONTENDERS]
+    by_name = {row.contender.name: row for row in rows}
+    by_name["bnb-nf4"].add(Figures(ms=[100.0, 300.0, 200.0]))
+    by_name["comfy-bf16"].add(Figures(ms=[100.0]))
+    unequal = Difference("bnb-nf4", is_equal=False, relative_error=0.25)
+    for difference in (Difference("bnb-nf4", is_equal=True, relative_error=0.0), unequal):
+        by_name["streamed-0-0"].add(Figures(ms=[210.0], peak_device=2**30, difference=difference))
+    by_name["comfy-fp8"].add(Failure("out of memory", is_lasting=False))
+    lines = {line.split("|")[1].strip(): line for line in table(rows)}
+    assert "| 210.0 | 1.050 | 2.100 |  | 1.00 |" in lines["streamed-0-0"]
+    assert "2.5e-01 from bnb-nf4" in lines["streamed-0-0"]
+    assert "out of memory" in lines["comfy-fp8"]
+    assert "not reached" in lines["gguf-q4"]
+
+
+def test_a_worker_that_does_not_start_in_time_is_ended(tmp_path):
+    worker = Worker("streamed", None, tmp_path / "log")
+    began = time.monotonic()
+    answer = worker.ask(Request("0/0", "streamed-0-0", Case("x"), None, tmp_path), timeout_s=0.2)
+    assert answer == Failure("not done after 0 s", is_lasting=True)
+    assert time.monotonic() - began < 20
+    assert worker.stop() is None
+
+
+def test_a_worker_that_dies_is_reported_and_may_start_again(tmp_path, monkeypatch):
+    monkeypatch.delenv("COMFYUI_PATH")  # without which it ends at once
+    worker = Worker("streamed", None, tmp_path / "log")
+    for _ in range(2):
+        answer = worker.ask(Request("0/0", "streamed-0-0", Case("x"), None, tmp_path), timeout_s=60)
+        assert answer == Failure("its process ended (exit code 1); see its log", is_lasting=True)
+        assert "COMFYUI_PATH" in (tmp_path / "log").read_text()

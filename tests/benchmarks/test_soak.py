@@ -1,0 +1,42 @@
+"""The soak sees growth and changed pictures; a small one runs through."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import soak
+
+ROOT = Path(__file__).parent.parent.parent
+MIB = 2**20
+
+
+def done(pixels=64, loras=0, digest="a", device=0, allocated=0, pinned=0, resident=0):
+    prompt = soak.Prompt(pixels, loras, 0, 0, unloads_first=False)
+    return soak.Done(prompt, digest, 1.0, soak.Memory(device, allocated, pinned, resident))
+
+
+def test_growth_is_the_second_half_against_the_first():
+    run = [done(device=5 * MIB, pinned=9), done(device=9 * MIB), done(device=8 * MIB, resident=3), done(pinned=10)]
+    assert soak.growth(run) == {"device": -MIB, "allocated": 0, "pinned": 1, "resident": 3}
+
+
+def test_a_picture_that_is_not_the_first_of_its_size_and_loras_is_found():
+    run = [done(), done(pixels=96, digest="b"), done(), done(loras=1, digest="c"), done(digest="b"), done(loras=1)]
+    assert soak.other_pictures(run) == [4, 5]
+
+
+def test_prompts_differ_in_everything_and_are_the_same_each_time():
+    drawn = soak.prompts(200, is_tiny=False)
+    assert drawn == soak.prompts(200, is_tiny=False)
+    for field in ("pixels", "loras", "double", "unloads_first"):
+        assert len({getattr(prompt, field) for prompt in drawn}) > 1
+
+
+def test_a_small_soak_runs_through(comfyui, tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "soak.py"), "--dry-run", "--prompts", "10", "--steps", "1"]
+    command += ["--folder", str(tmp_path), "--output", str(tmp_path)]
+    variables = os.environ | {"COMFYUI_PATH": str(comfyui)}
+    output = subprocess.run(command, check=True, timeout=200, stdout=subprocess.PIPE, text=True, env=variables).stdout
+    assert "10 of 10 prompts" in output
+    assert output.endswith("nothing grew, and every picture is bit-equal to the first of its kind\n")
