@@ -1,6 +1,5 @@
 """This package as ``flux_nf4``, inside the ComfyUI tree that the environment variable COMFYUI_PATH names."""
 
-import importlib
 import os
 import subprocess
 import sys
@@ -34,13 +33,12 @@ def allocator_of_comfyui() -> str:
     return ended.stdout.strip()
 
 
-def import_package() -> Any:
-    """The module ``nodes`` of this package, whatever its folder is called."""
+def import_package() -> None:
+    """Make this package importable as ``flux_nf4``, whatever its folder is called, inside ComfyUI."""
     enter_comfyui()
     package = types.ModuleType("flux_nf4")
     package.__path__ = [str(ROOT)]
     sys.modules["flux_nf4"] = package
-    return importlib.import_module("flux_nf4.nodes")
 
 
 def has_dynamic_vram() -> bool:
