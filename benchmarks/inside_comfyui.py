@@ -1,5 +1,6 @@
 """This package as ``flux_nf4``, inside the ComfyUI tree that the environment variable COMFYUI_PATH names."""
 
+import importlib
 import os
 import subprocess
 import sys

@@ -103,14 +103,17 @@ def main() -> None:
     parser.add_argument("--single", type=int, default=0, help="single blocks that stay")
     parser.add_argument("--rounds", type=int, default=3)
     given = parse(parser)
-    nodes = import_package()
-    import folder_paths
+    import_package()
+    from flux_nf4.loaded import load_all_in_one, streamed
+    from flux_nf4.nf4_loader.catalogue import read_catalogue
+    from flux_nf4.offload.patcher import Residency
 
     with torch.inference_mode():
         path = given.checkpoint or checkpoint(given.folder, is_small=given.dry_run)
-        folder_paths.add_model_folder_path("checkpoints", str(path.parent))
         started = time.perf_counter()
-        parts = nodes.FluxNF4CheckpointLoader().load_checkpoint(path.name, given.double, given.single)
+        loaded = load_all_in_one(read_catalogue(path))
+        residency = Residency((("double", given.double), ("single", given.single)))
+        parts = streamed(loaded.model, residency, None), loaded.clip, loaded.vae
         load_s = time.perf_counter() - started
         caps = (0.0,) if given.dry_run else (0.0, given.cap)
         pixels, steps = (64, 2) if given.dry_run else (given.pixels, given.steps)
