@@ -45,9 +45,7 @@ def build_flux(catalogue: Catalogue) -> comfy.model_base.Flux:
         CheckpointError: ComfyUI does not see a Flux.1 model in it, or a layer is missing or has another shape.
     """
     shapes = catalogue.logical_shapes
-    config = comfy.model_detection.model_config_from_unet(
-        {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, ""
-    )
+    config = _detect(catalogue)
     found = getattr(config, "unet_config", {}).get("image_model")
     if found != "flux":
         raise CheckpointError(
@@ -70,6 +68,19 @@ def build_flux(catalogue: Catalogue) -> comfy.model_base.Flux:
     model.device = management.unet_offload_device()
     _check_complete(model, catalogue)
     return model
+
+
+def _detect(catalogue: Catalogue) -> Any:
+    """ComfyUI's configuration for the logical shapes, or None."""
+    state = {name: torch.empty(shape, device="meta") for name, shape in catalogue.logical_shapes.items()}
+    try:
+        return comfy.model_detection.model_config_from_unet(state, "")
+    except Exception as error:  # it looks at shapes that nobody has checked, and raises whatever comes of them
+        raise CheckpointError(
+            catalogue.path,
+            f"ComfyUI's detection fails on its shapes ({type(error).__name__}: {error}). The file is damaged or of "
+            "another model.",
+        ) from error
 
 
 def model_names(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> dict[str, str]:
