@@ -1,7 +1,8 @@
 """From a catalogue to ComfyUI's Flux model, CLIP and VAE."""
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import comfy.model_base
@@ -45,7 +46,9 @@ def build_flux(catalogue: Catalogue) -> comfy.model_base.Flux:
         CheckpointError: ComfyUI does not see a Flux.1 model in it, or a layer is missing or has another shape.
     """
     shapes = catalogue.logical_shapes
-    config = _detect(catalogue)
+    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    with _refusing_what_comfyui_cannot_take(catalogue):
+        config = comfy.model_detection.model_config_from_unet(state, "")
     found = getattr(config, "unet_config", {}).get("image_model")
     if found != "flux":
         raise CheckpointError(
@@ -63,23 +66,24 @@ def build_flux(catalogue: Catalogue) -> comfy.model_base.Flux:
     config.custom_operations = _Operations
     # Ordinary tensors, not inference ones: the streaming threads may run outside inference mode.
     with torch.inference_mode(False), torch.no_grad():
-        model = config.get_model({}, "", device=torch.device("meta"))
+        with _refusing_what_comfyui_cannot_take(catalogue):
+            model = config.get_model({}, "", device=torch.device("meta"))
         _adopt_4bit_weights(model, catalogue, dtype)
     model.device = management.unet_offload_device()
     _check_complete(model, catalogue)
     return model
 
 
-def _detect(catalogue: Catalogue) -> Any:
-    """ComfyUI's configuration for the logical shapes, or None."""
-    state = {name: torch.empty(shape, device="meta") for name, shape in catalogue.logical_shapes.items()}
+@contextlib.contextmanager
+def _refusing_what_comfyui_cannot_take(catalogue: Catalogue) -> Iterator[None]:
+    """ComfyUI's code looks at shapes that nobody has checked, and raises whatever comes of them."""
     try:
-        return comfy.model_detection.model_config_from_unet(state, "")
-    except Exception as error:  # it looks at shapes that nobody has checked, and raises whatever comes of them
+        yield
+    except Exception as error:
         raise CheckpointError(
             catalogue.path,
-            f"ComfyUI's detection fails on its shapes ({type(error).__name__}: {error}). The file is damaged or of "
-            "another model.",
+            f"ComfyUI makes no model of its shapes ({type(error).__name__}: {error}). The file is damaged or of another "
+            "model.",
         ) from error
 
 

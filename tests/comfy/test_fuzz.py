@@ -217,14 +217,16 @@ class Bounded:
 
 def outcome(path, action):
     """The error's message, or "" if the file was read; anything but a CheckpointError goes through."""
-    started = time.monotonic()
+    started, cpu_time = time.monotonic(), time.process_time()
     try:
         action(path)
         message = ""
     except CheckpointError as error:
         message = str(error)
         assert len(message) < 3000
-    assert time.monotonic() - started < SECONDS
+    # A busy machine is no hang: what is counted is this process's own time, and any time that is far too long.
+    assert time.process_time() - cpu_time < SECONDS
+    assert time.monotonic() - started < 10 * SECONDS
     return message
 
 
@@ -304,6 +306,9 @@ def test_mutated_shapes_become_a_model_or_are_refused(tmp_path):
             else:
                 tensors[name] = ("BF16", shape, None)
         write_sparse(path, tensors)
-        messages.add(outcome(path, lambda path: build_flux(read_catalogue(path)))[:60])
+        try:
+            messages.add(outcome(path, lambda path: build_flux(read_catalogue(path)))[:60])
+        except BaseException as error:
+            raise AssertionError(f"seed {seed}") from error
     assert "" in messages
     assert len(messages) > 3
