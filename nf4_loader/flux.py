@@ -82,8 +82,8 @@ def _refusing_what_comfyui_cannot_take(catalogue: Catalogue) -> Iterator[None]:
     except Exception as error:
         raise CheckpointError(
             catalogue.path,
-            f"ComfyUI makes no model of its shapes ({type(error).__name__}: {error}). The file is damaged or of another "
-            "model.",
+            f"ComfyUI makes no model of its shapes ({type(error).__name__}: {error}). The file is damaged or of "
+            "another model.",
         ) from error
 
 
