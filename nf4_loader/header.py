@@ -17,7 +17,7 @@ from typing import Any, TypeGuard
 from .errors import CheckpointError
 
 MAX_HEADER_BYTES = 8_000_000
-"""Ten times what the largest Flux file needs, and read in a second or two; the safetensors library takes up to 100 MB."""
+"""Ten times what the largest Flux file needs, and read in seconds; the safetensors library takes up to 100 MB."""
 
 _MAX_DIMENSIONS = 64
 """PyTorch makes no tensor of more."""
