@@ -1,6 +1,7 @@
 """Mutated files: an error of this package, or a file that is read, in bounded time and memory.
 
-``FUZZ_FILES`` sets how many there are; each comes from a seed of its own, which a failure names.
+``FUZZ_FILES`` sets how many there are, ``FUZZ_FIRST`` the seed of the first; each has one of its own, which a failure
+names.
 """
 
 import json
@@ -24,6 +25,7 @@ from flux_nf4.nf4_loader.flux import build_flux
 from flux_nf4.nf4_loader.parts import DenseMemory, PackedMemory, read_parts
 
 FILES = int(os.environ.get("FUZZ_FILES", "600"))
+FIRST = int(os.environ.get("FUZZ_FIRST", "0"))
 SECONDS = 5
 EXTRA_BYTES = 2**30
 VALUES = (0, -1, 1, 2, 3, 63, 64, 65, 255, 2**16, 2**31, 2**32, 2**63 - 1, 2**63, 2**64, 10**30, 1.5, 1e400, True, None)
@@ -233,7 +235,7 @@ def outcome(path, action):
 def test_mutated_files_are_read_or_refused(bases, tmp_path):
     path, seen = tmp_path / "flux.safetensors", set()
     with Bounded():
-        for seed in range(FILES):
+        for seed in range(FIRST, FIRST + FILES):
             chance = random.Random(seed)
             header, body = chance.choice(bases)
             mutation = chance.choice(MUTATIONS)
@@ -249,7 +251,7 @@ def test_swapped_and_mixed_shards_are_read_or_refused(bases, tmp_path):
     header, body = bases[0]
     names = [name for name in header if name != "__metadata__"]
     messages = set()
-    for seed in range(FILES // 10):
+    for seed in range(FIRST, FIRST + FILES // 10):
         chance = random.Random(seed)
         weight_map = {}
         for number in (1, 2):
@@ -291,7 +293,7 @@ def _parts(raw):
 def test_mutated_shapes_become_a_model_or_are_refused(tmp_path):
     """ComfyUI's detection and model, on the meta device, of shapes that nobody has checked."""
     path, messages = tmp_path / "flux.safetensors", set()
-    for seed in range(FILES // 20):
+    for seed in range(FIRST, FIRST + FILES // 20):
         chance = random.Random(seed)
         shapes = layout.flux(1, 1, guidance=True)
         for name in chance.sample(list(shapes), chance.choice((0, 1, 1, 2))):
