@@ -27,6 +27,10 @@ _CHECKPOINT_PREFIX = "model.diffusion_model."
 """Of the transformer in a checkpoint, for ComfyUI's eyes."""
 
 
+_MODELS = ("flux", "flux2", "chroma")
+"""ComfyUI's names of models that consist of double and single blocks."""
+
+
 class _Operations(comfy.ops.manual_cast):
     """ComfyUI's layers for what is not packed."""
 
@@ -50,11 +54,11 @@ def build_flux(catalogue: Catalogue) -> comfy.model_base.Flux:
     with _refusing_what_comfyui_cannot_take(catalogue):
         config = comfy.model_detection.model_config_from_unet(state, "")
     found = getattr(config, "unet_config", {}).get("image_model")
-    if found != "flux":
+    if found not in _MODELS:
         raise CheckpointError(
             catalogue.path,
             f"ComfyUI sees {'no model that it knows' if found is None else repr(found)} in it, not Flux.1 "
-            "(dev, schnell, Fill, Canny, Depth, Kontext, Krea). This node loads Flux.1 in 4 bits only.",
+            "(dev, schnell, Fill, Canny, Depth, Kontext, Krea), Flux 2 or Chroma, which are all that this node loads.",
         )
     numel = sum(torch.Size(shape).numel() for shape in shapes.values())
     management = comfy.model_management

@@ -195,10 +195,9 @@ def test_a_layer_of_another_shape_is_named_with_both_shapes(name, shape, wanted,
 
 
 def test_another_model_with_flux_names_is_refused(catalogue_of):
-    """Chroma has Flux's blocks, and its own way to modulate them."""
-    shapes = dev() | {"distilled_guidance_layer.norms.0.scale": (5120,)}
-    shapes |= {"distilled_guidance_layer.0.norms.0.scale": (5120,)}
-    with pytest.raises(CheckpointError, match=r"ComfyUI sees 'chroma' in it, not Flux\.1"):
+    """Chroma Radiance has Chroma's blocks, and makes pixels of them."""
+    shapes = dev() | {"distilled_guidance_layer.norms.0.scale": (5120,), "nerf_blocks.0.norm.scale": (64,)}
+    with pytest.raises(CheckpointError, match=r"ComfyUI sees 'chroma_radiance' in it, not Flux\.1"):
         build_flux(catalogue_of(shapes))
 
 
