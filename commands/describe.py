@@ -34,7 +34,7 @@ _INPUT_CHANNELS = {64: "", 128: " (Canny or Depth)", 384: " (Fill)"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a .safetensors file, any one shard, an index or a folder")
-    parser.add_argument("--budget", type=float, metavar="GiB", help="of VRAM for the transformer's blocks")
+    parser.add_argument("--budget", type=float, metavar="GiB", help="of VRAM for the transformer")
     given = parser.parse_args()
     try:
         catalogue = read_catalogue(given.model)
@@ -92,7 +92,7 @@ def _kind(part: object) -> str:
     return f"weights in {part.state.quant_type.upper()}, blocksize {part.state.blocksize}, absmax {nested}"
 
 
-def block_sizes(catalogue: Catalogue) -> list[BlockSize]:
+def block_sizes(catalogue: Catalogue) -> tuple[BlockSize, ...]:
     """What each block weighs when it is loaded, in execution order: a tile for each layer, as `offload` lays it out."""
     blocks: dict[tuple[str, int], dict[str, list[int]]] = {}
     for name, tensor in catalogue.transformer.items():
@@ -100,7 +100,7 @@ def block_sizes(catalogue: Catalogue) -> list[BlockSize]:
         if found:
             layer = blocks.setdefault((found[1], int(found[2])), {}).setdefault(found[3], [])
             layer += [nbytes for part in tensor.parts for nbytes in _tensor_bytes(part)]
-    return [_block_size(kind, layers) for (kind, _), layers in sorted(blocks.items())]
+    return tuple(_block_size(kind, layers) for (kind, _), layers in sorted(blocks.items()))
 
 
 def _tensor_bytes(part: object) -> tuple[int, ...]:
@@ -120,19 +120,21 @@ def _aligned(sizes: list[int]) -> int:
 
 
 def plan(catalogue: Catalogue, budget_gib: float) -> str:
-    """What stays in VRAM and what is streamed for a budget.
+    """What stays in VRAM and what is streamed for a budget, as the nodes' ``vram_budget_gb`` means it: for the whole
+    transformer.
 
     Raises:
         ValueError: the budget is too small; the message says what is needed.
     """
     sizes = block_sizes(catalogue)
-    made = plan_by_budget(sizes, int(budget_gib * _GIB))
+    other = catalogue.transformer_ram - sum(size.nbytes for size in sizes)
+    made = plan_by_budget(sizes, budget_gib * _GIB - other)
     stay = Counter(sizes[index].kind for index in made.resident)
-    whole = plan_for(sizes, range(len(sizes)))
+    used, whole = (other + p.device_bytes for p in (made, plan_for(sizes, range(len(sizes)))))
     return (
         f"with {budget_gib:g} GiB  {stay['double']} double and {stay['single']} single blocks stay, "
-        f"{len(made.streamed)} are streamed: {made.device_bytes / _GIB:.2f} GiB of VRAM, of "
-        f"{whole.device_bytes / _GIB:.2f} for all; {made.bytes_per_forward / 1e9:.2f} GB over the bus a step"
+        f"{len(made.streamed)} are streamed: {used / _GIB:.2f} GiB of VRAM (all of it: {whole / _GIB:.2f}), "
+        f"{made.bytes_per_forward / 1e9:.2f} GB over the bus a step"
     )
 
 

@@ -1,7 +1,8 @@
 """From a catalogue to ComfyUI's Flux model, CLIP and VAE."""
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import comfy.model_base
@@ -26,6 +27,10 @@ _CHECKPOINT_PREFIX = "model.diffusion_model."
 """Of the transformer in a checkpoint, for ComfyUI's eyes."""
 
 
+_MODELS = ("flux", "flux2", "chroma")
+"""ComfyUI's names of models that consist of double and single blocks."""
+
+
 class _Operations(comfy.ops.manual_cast):
     """ComfyUI's layers for what is not packed."""
 
@@ -45,15 +50,15 @@ def build_flux(catalogue: Catalogue) -> comfy.model_base.Flux:
         CheckpointError: ComfyUI does not see a Flux.1 model in it, or a layer is missing or has another shape.
     """
     shapes = catalogue.logical_shapes
-    config = comfy.model_detection.model_config_from_unet(
-        {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, ""
-    )
+    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    with _refusing_what_comfyui_cannot_take(catalogue):
+        config = comfy.model_detection.model_config_from_unet(state, "")
     found = getattr(config, "unet_config", {}).get("image_model")
-    if found != "flux":
+    if found not in _MODELS:
         raise CheckpointError(
             catalogue.path,
             f"ComfyUI sees {'no model that it knows' if found is None else repr(found)} in it, not Flux.1 "
-            "(dev, schnell, Fill, Canny, Depth, Kontext, Krea). This node loads Flux.1 in 4 bits only.",
+            "(dev, schnell, Fill, Canny, Depth, Kontext, Krea), Flux 2 or Chroma, which are all that this node loads.",
         )
     numel = sum(torch.Size(shape).numel() for shape in shapes.values())
     management = comfy.model_management
@@ -65,11 +70,25 @@ def build_flux(catalogue: Catalogue) -> comfy.model_base.Flux:
     config.custom_operations = _Operations
     # Ordinary tensors, not inference ones: the streaming threads may run outside inference mode.
     with torch.inference_mode(False), torch.no_grad():
-        model = config.get_model({}, "", device=torch.device("meta"))
+        with _refusing_what_comfyui_cannot_take(catalogue):
+            model = config.get_model({}, "", device=torch.device("meta"))
         _adopt_4bit_weights(model, catalogue, dtype)
     model.device = management.unet_offload_device()
     _check_complete(model, catalogue)
     return model
+
+
+@contextlib.contextmanager
+def _refusing_what_comfyui_cannot_take(catalogue: Catalogue) -> Iterator[None]:
+    """ComfyUI's code looks at shapes that nobody has checked, and raises whatever comes of them."""
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(
+            catalogue.path,
+            f"ComfyUI makes no model of its shapes ({type(error).__name__}: {error}). The file is damaged or of "
+            "another model.",
+        ) from error
 
 
 def model_names(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> dict[str, str]:

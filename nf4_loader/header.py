@@ -16,8 +16,8 @@ from typing import Any, TypeGuard
 
 from .errors import CheckpointError
 
-MAX_HEADER_BYTES = 100_000_000
-"""The safetensors library refuses longer headers."""
+MAX_HEADER_BYTES = 8_000_000
+"""Ten times what the largest Flux file needs, and read in seconds; the safetensors library takes up to 100 MB."""
 
 _MAX_DIMENSIONS = 64
 """PyTorch makes no tensor of more."""
@@ -93,7 +93,7 @@ def read_header(path: Path) -> Header:
 def _read_raw(path: Path) -> tuple[bytes, int]:
     """The bytes of the header's JSON, and the size of the file."""
     if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for who writes into it
-        raise CheckpointError(path, f"it is no ordinary file ({path}). Pick a .safetensors file.")
+        raise CheckpointError(path, f"it cannot be read: {path} is no ordinary file. Pick a .safetensors file.")
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
@@ -116,8 +116,8 @@ def _what_else_it_is(prefix: bytes, length: int) -> str:
     if prefix.startswith((b"PK\x03\x04", b"\x80")):
         return "this is a PyTorch pickle (.ckpt or .pt). This node reads .safetensors files: convert or download one."
     return (
-        f"its first bytes give a header of {length:,} bytes, more than the {MAX_HEADER_BYTES:,} that a "
-        "safetensors file may have. This is no safetensors file, or it is damaged: download it again."
+        f"its first bytes give a header of {length:,} bytes, more than the {MAX_HEADER_BYTES:,} that this node reads; "
+        "that of a Flux file has less than 1,000,000. This is no safetensors file, or it is damaged: download it again."
     )
 
 

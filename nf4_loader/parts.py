@@ -139,11 +139,13 @@ def _expand(nested: NestedAbsmax, absmax: torch.Tensor, scales: torch.Tensor, ta
 
 def _batches(items: Sequence[DenseMemory]) -> Iterator[list[DenseMemory]]:
     batch: list[DenseMemory] = []
+    nbytes = 0
     for item in items:
-        if batch and sum(other.entry.nbytes for other in (*batch, item)) > _CONVERTED_BYTES:
+        if batch and nbytes + item.entry.nbytes > _CONVERTED_BYTES:
             yield batch
-            batch = []
+            batch, nbytes = [], 0
         batch.append(item)
+        nbytes += item.entry.nbytes
     yield batch
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import environment
 
-_TOOLS = (Path("tools"), Path("benchmarks"))
+_TOOLS = (Path("tools"), Path("benchmarks"), Path("commands"))
 _ALIAS = environment.CACHE / "typecheck" / "flux_nf4"
 
 

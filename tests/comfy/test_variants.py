@@ -3,9 +3,7 @@
 The files are sparse: a header in the real layout and the quant states, over a body of holes.
 """
 
-import json
 import logging
-import math
 
 import checkpoint_layout as layout
 import comfy.lora
@@ -14,16 +12,15 @@ import pytest
 import torch
 from bitsandbytes import functional as bnb
 from make_checkpoint import Recipe, make_checkpoint, quantised
+from sparse_checkpoint import packed_tensors, write_sparse
 
 from flux_nf4.nf4_loader.catalogue import Weight4bit, read_catalogue
 from flux_nf4.nf4_loader.errors import CheckpointError
 from flux_nf4.nf4_loader.fill import fill
 from flux_nf4.nf4_loader.flux import build_flux, load_clip_and_vae, materialise
 from flux_nf4.nf4_loader.linear4bit import Linear4bit
-from flux_nf4.nf4_loader.quant_state import CODES
 
 PREFIX = "model.diffusion_model."
-SIZES = {"U8": 1, "F8_E4M3": 1, "F16": 2, "BF16": 2, "F32": 4}
 
 DEV = {
     "image_model": "flux",
@@ -51,37 +48,6 @@ def is_weight(name, shape):
 
 def in_blocks(name):
     return name.startswith(("double_blocks.", "single_blocks."))
-
-
-def packed_tensors(name, shape, quant_type, blocksize):
-    """What bitsandbytes writes for one weight of logical ``shape``, as name -> (dtype, shape, bytes or None)."""
-    numel = math.prod(shape)
-    state = {"quant_type": quant_type, "blocksize": blocksize, "dtype": "bfloat16", "shape": list(shape)}
-    raw = json.dumps(state).encode()
-    return {
-        name: ("U8", ((numel + 1) // 2, 1), None),
-        f"{name}.absmax": ("F32", (-(-numel // blocksize),), None),
-        f"{name}.quant_map": ("F32", (16,), torch.tensor(CODES[quant_type]).numpy().tobytes()),
-        f"{name}.quant_state.bitsandbytes__{quant_type}": ("U8", (len(raw),), raw),
-    }
-
-
-def write_sparse(path, tensors):
-    """A safetensors file of ``tensors`` (name -> (dtype, shape, bytes or None)); where there are no bytes, a hole."""
-    entries, content, position = {}, {}, 0
-    for name, (dtype, shape, raw) in tensors.items():
-        nbytes = SIZES[dtype] * math.prod(shape)
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + nbytes]}
-        content[position] = raw or b""
-        position += nbytes
-    header = json.dumps(entries).encode()
-    with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        start = file.tell()
-        for offset, raw in content.items():
-            file.seek(start + offset)
-            file.write(raw)
-        file.truncate(start + position)
 
 
 def dev(double=1, single=1, **options):
@@ -229,10 +195,9 @@ def test_a_layer_of_another_shape_is_named_with_both_shapes(name, shape, wanted,
 
 
 def test_another_model_with_flux_names_is_refused(catalogue_of):
-    """Chroma has Flux's blocks, and its own way to modulate them."""
-    shapes = dev() | {"distilled_guidance_layer.norms.0.scale": (5120,)}
-    shapes |= {"distilled_guidance_layer.0.norms.0.scale": (5120,)}
-    with pytest.raises(CheckpointError, match=r"ComfyUI sees 'chroma' in it, not Flux\.1"):
+    """Chroma Radiance has Chroma's blocks, and makes pixels of them."""
+    shapes = dev() | {"distilled_guidance_layer.norms.0.scale": (5120,), "nerf_blocks.0.norm.scale": (64,)}
+    with pytest.raises(CheckpointError, match=r"ComfyUI sees 'chroma_radiance' in it, not Flux\.1"):
         build_flux(catalogue_of(shapes))
 
 

@@ -179,6 +179,16 @@ def gguf(bad, path):
     path.write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(64))
 
 
+def pickle(bad, path):
+    path.write_bytes(b"PK\x03\x04\0\0\x08\x08" + bytes(64))
+
+
+def nunchaku(bad, path):
+    bad.drop("double_blocks", "single_blocks", ".quant_state.", ".absmax", ".quant_map")
+    bad.tensors["single_transformer_blocks.0.qkv_proj.qweight"] = ("I8", [9216, 1536])
+    bad.write(path)
+
+
 def not_flux(bad, path):
     bad.rename("double_blocks.", "joint_blocks.")
     bad.write(path)
@@ -221,8 +231,10 @@ CASES = {
     dense("F8_E4M3"): ["dense F8_E4M3 weights", "'Load Checkpoint'"],
     dense_unet_only: ["dense BF16 weights", "'Load Diffusion Model'"],
     gguf: ["GGUF", "'Unet Loader (GGUF)'"],
+    pickle: ["PyTorch pickle", "convert or download"],
+    nunchaku: ["nunchaku (SVDQuant)", "'Nunchaku FLUX DiT Loader'"],
     not_flux: ["not of a Flux model"],
-    lora: ["no Flux transformer"],
+    lora: ["it is a LoRA", "models/loras"],
     unet_only: ["no CLIP-L, no T5-XXL, no VAE", "'DualCLIPLoader'", "'Load VAE'"],
     without_vae: ["no VAE", "all-in-one"],
 }

@@ -1,0 +1,316 @@
+"""Mutated files: an error of this package, or a file that is read, in bounded time and memory.
+
+``FUZZ_FILES`` sets how many there are, ``FUZZ_FIRST`` the seed of the first; each has one of its own, which a failure
+names.
+"""
+
+import json
+import os
+import random
+import re
+import resource
+import time
+from pathlib import Path
+
+import checkpoint_layout as layout
+import pytest
+import torch
+from make_checkpoint import Recipe, make_checkpoint
+from safetensors.torch import load_file, save_file
+from sparse_checkpoint import packed_tensors, write_sparse
+
+from flux_nf4.nf4_loader.catalogue import Weight4bit, read_catalogue, require_all_in_one, require_transformer
+from flux_nf4.nf4_loader.errors import CheckpointError
+from flux_nf4.nf4_loader.flux import build_flux
+from flux_nf4.nf4_loader.parts import DenseMemory, PackedMemory, read_parts
+
+FILES = int(os.environ.get("FUZZ_FILES", "600"))
+FIRST = int(os.environ.get("FUZZ_FIRST", "0"))
+SECONDS = 5
+EXTRA_BYTES = 2**30
+VALUES = (0, -1, 1, 2, 3, 63, 64, 65, 255, 2**16, 2**31, 2**32, 2**63 - 1, 2**63, 2**64, 10**30, 1.5, 1e400, True, None)
+WORDS = (
+    "",
+    "nf4",
+    "fp4",
+    "F32",
+    "U8",
+    "F8_E4M3",
+    "BOOL",
+    "C64",
+    "I64",
+    "../x",
+    "model.diffusion_model.",
+    "\0",
+    "é",
+    "a" * 500,
+)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """What is mutated: files of each layout, as (header, body)."""
+    folder = tmp_path_factory.mktemp("bases")
+    for number, nested in enumerate((False, True)):
+        recipe = Recipe(hidden=64, nested=nested, unet_only=True, quant_type="fp4" if nested else "nf4")
+        make_checkpoint(folder / f"{number}.safetensors", recipe)
+    tensors = load_file(folder / "0.safetensors")
+    beside = {"text_encoders.t5xxl.transformer.encoder.block.0.a": torch.ones(4), "vae.b": torch.ones(3).half()}
+    beside["text_encoders.clip_l.c"] = torch.ones(2, 2).bfloat16()
+    save_file(tensors | beside, folder / "2.safetensors")
+    diffusers = {}
+    for name, tensor in tensors.items():
+        linear, _, end = name.removeprefix("model.diffusion_model.").partition(".weight")
+        if linear in ("single_blocks.0.linear2", "img_in"):
+            for theirs in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"):
+                diffusers[f"single_transformer_blocks.0.{theirs}.weight{end}"] = tensor.clone()
+    save_file(diffusers, folder / "3.safetensors")
+    return [split(path) for path in sorted(folder.iterdir())]
+
+
+def split(path):
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def joined(header, body):
+    raw = json.dumps(header).encode()
+    return len(raw).to_bytes(8, "little") + raw + body
+
+
+# Mutations: each takes a random generator, the header and the body, and gives the bytes of a file.
+
+
+def flip_bytes(chance, header, body):
+    raw = bytearray(joined(header, body))
+    for _ in range(chance.choice((1, 3, 30))):
+        at = chance.randrange(min(len(raw), chance.choice((8, 200, 20_000, len(raw)))))
+        raw[at] = chance.choice((0, 255, raw[at] ^ (1 << chance.randrange(8)), chance.randrange(256)))
+    return bytes(raw)
+
+
+def cut(chance, header, body):
+    raw = joined(header, body)
+    at = chance.choice((chance.randrange(20), chance.randrange(len(raw)), len(raw) - 1 - chance.randrange(9)))
+    return raw[:at] if chance.random() < 0.7 else raw[:at] + raw[at + chance.randrange(1, 99) :]
+
+
+def append(chance, header, body):
+    return joined(header, body + chance.randbytes(chance.choice((1, 8, 5000))))
+
+
+def change_entry(chance, header, body):
+    entry = header[chance.choice(list(header))]
+    for _ in range(chance.choice((1, 1, 2))):
+        key = chance.choice(("dtype", "shape", "data_offsets", "extra"))
+        value = entry.get(key)
+        if isinstance(value, list) and value and chance.random() < 0.6:
+            value[chance.randrange(len(value))] = anything(chance)
+        else:
+            entry[key] = anything(chance)
+    return joined(header, body)
+
+
+def change_names(chance, header, body):
+    names = list(header)
+    for _ in range(chance.choice((1, 2, 40))):
+        old = chance.choice(names)
+        new = chance.choice(
+            (chance.choice(names), old.replace("0", "7"), old + ".weight", chance.choice(WORDS), old[:-3])
+        )
+        if old in header:
+            header[new] = header.pop(old)
+    return joined(header, body)
+
+
+def drop_tensors(chance, header, body):
+    """With the offsets of the others closed up, so that only the tensors are missing."""
+    gone = set(chance.sample(list(header), chance.choice((1, 2, len(header) // 2))))
+    kept, parts, position = {}, [], 0
+    for name, entry in header.items():
+        if name not in gone and name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            kept[name] = entry | {"data_offsets": [position, position + end - begin]}
+            parts.append(body[begin:end])
+            position += end - begin
+    return joined(kept, b"".join(parts))
+
+
+def swap_places(chance, header, body):
+    one, other = chance.sample([name for name in header if name != "__metadata__"], 2)
+    header[one]["data_offsets"], header[other]["data_offsets"] = (
+        header[other]["data_offsets"],
+        header[one]["data_offsets"],
+    )
+    return joined(header, body)
+
+
+def change_quant_state(chance, header, body):
+    name = chance.choice([name for name in header if ".quant_state." in name])
+    begin, end = header[name]["data_offsets"]
+    state = json.loads(body[begin:end])
+    for _ in range(chance.choice((1, 2))):
+        state[chance.choice((*state, "nested_blocksize", "nested_offset"))] = anything(chance)
+    if chance.random() < 0.5 and isinstance(state.get("shape"), list) and state["shape"]:
+        state["shape"] = [chance.choice((*VALUES, *state["shape"])) for _ in state["shape"]]
+    raw = json.dumps(state).encode()[: end - begin].ljust(end - begin)
+    return joined(header, body[:begin] + raw + body[end:])
+
+
+def deep_json(chance, header, body):
+    raw = chance.choice((b"[", b'{"a":')) * chance.choice((10, 5000, 200_000))
+    return len(raw).to_bytes(8, "little") + raw + body
+
+
+def many_names(chance, header, body):
+    empty = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
+    return joined(dict.fromkeys(map(str, range(3000)), empty) | header, body)
+
+
+MUTATIONS = (
+    flip_bytes, flip_bytes, cut, append, change_entry, change_entry, change_names, drop_tensors, swap_places,
+    change_quant_state, change_quant_state, deep_json, many_names,
+)  # fmt: skip
+
+
+def anything(chance):
+    return chance.choice(
+        (
+            chance.choice(VALUES),
+            chance.choice(WORDS),
+            chance.randrange(10**6),
+            [chance.choice(VALUES) for _ in range(chance.randrange(5))],
+            {"a": chance.choice(VALUES)},
+        )
+    )
+
+
+def read_all(path):
+    """Everything that loading does with the file but for ComfyUI's part."""
+    size = path.stat().st_size
+    catalogue = read_catalogue(path)
+    for entry in catalogue.header.tensors.values():
+        assert 0 <= entry.offset <= entry.offset + entry.nbytes <= size
+    require_transformer(catalogue)
+    memory = []
+    for part in catalogue.parts:
+        if isinstance(part, Weight4bit):
+            state = part.state
+            packed, absmax = torch.empty(state.packed_bytes, dtype=torch.uint8), torch.empty(state.absmax_count)
+            memory.append(PackedMemory(part, packed, absmax))
+        else:
+            memory.append(DenseMemory(part, torch.empty(part.shape)))
+    read_parts(memory, lambda _: None)
+    require_all_in_one(catalogue)
+
+
+class Bounded:
+    """Address space that may grow by no more than ``EXTRA_BYTES``: what asks for more gets a MemoryError."""
+
+    def __enter__(self):
+        self.before = resource.getrlimit(resource.RLIMIT_AS)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + EXTRA_BYTES, self.before[1]))
+
+    def __exit__(self, *_):
+        resource.setrlimit(resource.RLIMIT_AS, self.before)
+
+
+def outcome(path, action):
+    """The error's message, or "" if the file was read; anything but a CheckpointError goes through."""
+    started, cpu_time = time.monotonic(), time.process_time()
+    try:
+        action(path)
+        message = ""
+    except CheckpointError as error:
+        message = str(error)
+        assert len(message) < 3000
+    # A busy machine is no hang: what is counted is this process's own time, and any time that is far too long.
+    assert time.process_time() - cpu_time < SECONDS
+    assert time.monotonic() - started < 10 * SECONDS
+    return message
+
+
+def test_mutated_files_are_read_or_refused(bases, tmp_path):
+    path, seen = tmp_path / "flux.safetensors", set()
+    with Bounded():
+        for seed in range(FIRST, FIRST + FILES):
+            chance = random.Random(seed)
+            header, body = chance.choice(bases)
+            mutation = chance.choice(MUTATIONS)
+            path.write_bytes(mutation(chance, json.loads(json.dumps(header)), body))
+            try:
+                seen.add(re.sub(r"[\d,]+|'[^']*'", "", outcome(path, read_all))[18:80])
+            except BaseException as error:
+                raise AssertionError(f"seed {seed}, {mutation.__name__}") from error
+    assert len(seen) > 20
+
+
+def test_swapped_and_mixed_shards_are_read_or_refused(bases, tmp_path):
+    header, body = bases[0]
+    names = [name for name in header if name != "__metadata__"]
+    messages = set()
+    for seed in range(FIRST, FIRST + FILES // 10):
+        chance = random.Random(seed)
+        weight_map = {}
+        for number in (1, 2):
+            file = f"model-{number:05}-of-00002.safetensors"
+            kept = {name: header[name] for name in names[number - 1 :: 2]}
+            weight_map |= dict.fromkeys(kept, file)
+            gone = {n: e for n, e in header.items() if n not in kept}
+            chance_of_damage = chance.random()
+            raw = drop_tensors(random.Random(0), {**kept}, body) if chance_of_damage < 0.3 else _only(kept, body)
+            (tmp_path / file).write_bytes(flip_bytes(chance, *_parts(raw)) if chance_of_damage > 0.8 else raw)
+            assert gone
+        if chance.random() < 0.5:
+            for name in chance.sample(names, 3):
+                weight_map[name] = chance.choice((*weight_map.values(), "../x.safetensors", "x.safetensors"))
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        messages.add(outcome(tmp_path / "model-00001-of-00002.safetensors", read_shards)[:40])
+    assert len(messages) > 3
+
+
+def read_shards(path):
+    require_transformer(read_catalogue(path))
+
+
+def _only(header, body):
+    kept, parts, position = {}, [], 0
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        kept[name] = entry | {"data_offsets": [position, position + end - begin]}
+        parts.append(body[begin:end])
+        position += end - begin
+    return joined(kept, b"".join(parts))
+
+
+def _parts(raw):
+    length = int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def test_mutated_shapes_become_a_model_or_are_refused(tmp_path):
+    """ComfyUI's detection and model, on the meta device, of shapes that nobody has checked."""
+    path, messages = tmp_path / "flux.safetensors", set()
+    for seed in range(FIRST, FIRST + FILES // 20):
+        chance = random.Random(seed)
+        shapes = layout.flux(1, 1, guidance=True)
+        for name in chance.sample(list(shapes), chance.choice((0, 1, 1, 2))):
+            shape = list(shapes.pop(name))
+            shape[chance.randrange(len(shape))] = chance.choice((1, 2, 63, 64, 128, 3071, 6144, 9216))
+            if chance.random() < 0.7:
+                shapes[chance.choice((name, name, name.replace("0", "1")))] = tuple(shape)
+        tensors = {}
+        for name, shape in shapes.items():
+            if name.endswith(".weight") and chance.random() < 0.9:
+                tensors |= packed_tensors(name, shape, "nf4", 64)
+            else:
+                tensors[name] = ("BF16", shape, None)
+        write_sparse(path, tensors)
+        try:
+            messages.add(outcome(path, lambda path: build_flux(read_catalogue(path)))[:60])
+        except BaseException as error:
+            raise AssertionError(f"seed {seed}") from error
+    assert "" in messages
+    assert len(messages) > 3
