@@ -52,15 +52,13 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_layer_that_does_not_fit_is_skipped_and_named(case, load, shapes, with_lora, sample, log):
+def test_a_layer_that_does_not_fit_is_skipped_and_named(case, load, shapes, with_lora, log):
     ending, change, reason = CASES[case]
-    good = loras.generic(shapes)
-    rest = {name: tensor for name, tensor in good.items() if not name.startswith(f"{BAD}.")}
-    patched = with_lora(load(), replaced(good, ending, change), 0.5)
+    patched = with_lora(load(), replaced(loras.generic(shapes), ending, change), 0.5)
     (message,) = log(logging.WARNING)
     assert message.startswith(f"LoRA: {len(shapes) - 1} patches applied at strength 0.5, 1 skipped: {BAD}.weight (")
     assert reason in message
-    assert torch.equal(sample(patched, steps=1), sample(with_lora(load(), rest, 0.5), steps=1))
+    assert patched.patches.keys() == {f"diffusion_model.{name}.weight" for name in shapes} - {f"{BAD}.weight"}
 
 
 OTHER_KINDS = {
@@ -114,12 +112,12 @@ def test_many_that_do_not_fit_are_counted_and_the_first_named(load, shapes, with
     ],
     ids=["SD 1.5", "SDXL", "Wan", "text encoder"],
 )
-def test_a_lora_of_another_model_changes_nothing_and_says_so(key, load, with_lora, sample, log):
+def test_a_lora_of_another_model_changes_nothing_and_says_so(key, load, with_lora, log):
     file = {f"{key}.lora_up.weight": torch.ones(64, 4), f"{key}.lora_down.weight": torch.ones(4, 64)}
     patched = with_lora(load(), file)
     (message,) = log(logging.WARNING)
     assert "none of its keys is of this Flux model" in message
-    assert torch.equal(sample(patched, steps=1), sample(load(), steps=1))
+    assert not patched.patches
 
 
 def test_a_lora_that_comes_after_one_that_widens_a_layer_must_fit_the_wider_one(load, twin_model, with_lora, log):
