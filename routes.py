@@ -22,7 +22,7 @@ import torch
 from aiohttp import web
 
 from .file_plan import Advice, Measured, Wanted, advise, block_sizes, make_plan, other_bytes, predict_ms
-from .nf4_loader.catalogue import read_catalogue, require_all_in_one
+from .nf4_loader.catalogue import read_catalogue, require_all_in_one, require_transformer
 from .nf4_loader.errors import CheckpointError
 from .nodes import NODE_CLASS_MAPPINGS
 from .offload.patcher import StreamedModelPatcher, StreamingReport, observers
@@ -46,13 +46,15 @@ class PlannedNode:
 
 
 _BUDGET = {"double": "double_blocks", "single": "single_blocks", "budget": "vram_budget_gb"}
+_OLD_COUNTS = {"double": "double_blocks_cuda_size", "single": "single_blocks_cuda_size"}
 PLANNED_NODES = {
-    "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload": PlannedNode(
-        "checkpoints", "ckpt_name", "double_blocks_cuda_size", "single_blocks_cuda_size"
-    ),
+    "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload": PlannedNode("checkpoints", "ckpt_name", **_OLD_COUNTS),
     "FluxNF4CheckpointLoaderStreamed": PlannedNode("checkpoints", "ckpt_name", **_BUDGET),
     "FluxNF4UNETLoaderStreamed": PlannedNode("diffusion_models", "unet_name", **_BUDGET),
     "StreamModelBlocks": PlannedNode(**_BUDGET),
+    "MZ_Flux1PartialLoad_Patch": PlannedNode(**_OLD_COUNTS),
+    "MZ_Flux1CheckpointLoader_cpuDynOffload": PlannedNode(**_OLD_COUNTS),
+    "MZ_Flux1UnetLoader_cpuDynOffload": PlannedNode(**_OLD_COUNTS),
 }
 
 
@@ -208,8 +210,7 @@ class _File:
 def _read_file(path: Path, mtime_ns: int, size: int, is_all_in_one: bool) -> _File | Problem:
     try:
         catalogue = read_catalogue(path)
-        if is_all_in_one:
-            require_all_in_one(catalogue)
+        (require_all_in_one if is_all_in_one else require_transformer)(catalogue)
     except CheckpointError as error:
         return Problem(str(error))
     dtype = _model_dtype(sum(math.prod(shape) for shape in catalogue.logical_shapes.values()))
