@@ -24,9 +24,9 @@ def test_inputs_and_outputs_have_tooltips_and_the_node_has_words_that_find_it(na
     assert NODE_DISPLAY_NAME_MAPPINGS[name]
     assert node.DESCRIPTION
     assert node.SEARCH_ALIASES
-    for options in inputs_of(name).values():
-        assert options[1]["tooltip"]
-    assert len(node.OUTPUT_TOOLTIPS) == len(node.RETURN_TYPES)
+    for given, options in inputs_of(name).items():
+        assert options[1]["tooltip"], given
+    assert len(getattr(node, "OUTPUT_TOOLTIPS", ())) == len(node.RETURN_TYPES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -52,7 +52,7 @@ def test_its_help_page_names_every_input(name, language):
     assert text.startswith("# ")
     assert bool(CHINESE.search(text)) == (language == "zh")
     for given in inputs_of(name):
-        assert f"`{given}`" in text
+        assert f"`{given}`" in text, given
 
 
 def test_settings_are_translated():
