@@ -19,7 +19,7 @@ _ROOT = environment.ROOT
 _IMAGES = _ROOT / "images"
 _EXAMPLES = _ROOT / "example_workflows"
 _CHECKPOINT = "flux1-dev-bnb-nf4-v2.safetensors"
-_OLD_NODE = "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload"
+_NODE = "FluxNF4CheckpointLoaderStreamed"
 _READY = "() => window.app?.graph && app.extensions?.some(({ name }) => name === 'FluxNF4.Plan')"
 
 
@@ -144,12 +144,13 @@ def _take_node(browser: Any, address: str, language: str, path: Path) -> None:
           node.pos = [0, 0];
           app.graph.add(node);
           node.widgets[0].value = file;
+          node.widgets[1].value = 4;
           node.setSize([460, node.size[1]]);
           app.canvas.ds.scale = 1.2;
           app.canvas.ds.offset = [120, 120];
           app.graph.setDirtyCanvas(true, true);
         }""",
-        [_OLD_NODE, _CHECKPOINT],
+        [_NODE, _CHECKPOINT],
     )
     page.locator(".flux-nf4-content path").first.wait_for()
     page.wait_for_timeout(1000)

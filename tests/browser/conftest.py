@@ -89,7 +89,6 @@ class Page:
     SETTINGS: ClassVar = {
         "Comfy.TutorialCompleted": True,
         "Comfy.ColorPalette": "dark",
-        "Comfy.Locale": "en",
         "Comfy.Minimap.Visible": False,
         "FluxNF4.Bar.Show": True,
     }
@@ -160,11 +159,11 @@ class Page:
     def wait_for_bar(self, text, seconds=30):
         """Wait until the bar says ``text``; returns all that it says, on one line."""
         says = "document.querySelector('.flux-nf4-content')?.innerText.replace(/\\s+/g, ' ')"
+        found = f"(text) => {{ const said = {says}; return said?.includes(text) && said; }}"
         try:
-            self.page.wait_for_function(f"text => {says}?.includes(text)", arg=text, timeout=1000 * seconds)
+            return self.page.wait_for_function(found, arg=text, timeout=1000 * seconds).json_value()
         except TimeoutError:
             raise AssertionError(f"the bar says {self.page.evaluate(f'() => {says}')!r}, not {text!r}") from None
-        return self.page.evaluate(f"() => {says}")
 
     def widget(self, name, node):
         find = "([id, name]) => app.graph.getNodeById(id).widgets.find((widget) => widget.name === name).value"
