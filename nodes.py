@@ -129,6 +129,7 @@ class FluxNF4CheckpointLoader(_Loader):
     )
     FUNCTION = "load_checkpoint"
     CATEGORY = "loaders/flux nf4"
+    SEARCH_ALIASES: ClassVar = ["nf4", "fp4", "bitsandbytes", "bnb", "low vram", "block swap", "offload"]
     DESCRIPTION = (
         "Loads a Flux checkpoint in NF4 or FP4 and runs it on a GPU that cannot hold it: some blocks stay in VRAM, the "
         "others are streamed from RAM while the one before them computes. 0 and 0 needs the least VRAM; more only "
@@ -165,6 +166,7 @@ class FluxNF4CheckpointLoaderStreamed(_Loader):
     OUTPUT_TOOLTIPS: ClassVar = FluxNF4CheckpointLoader.OUTPUT_TOOLTIPS
     FUNCTION = "load_checkpoint"
     CATEGORY = "loaders/flux nf4"
+    SEARCH_ALIASES: ClassVar = FluxNF4CheckpointLoader.SEARCH_ALIASES
     DESCRIPTION = (
         "Loads a Flux checkpoint in NF4 or FP4 and runs it in as much VRAM as there is, or as the budget says: what "
         "does not fit is streamed from RAM while the block before it computes. The picture is the same."
@@ -194,6 +196,7 @@ class FluxNF4UNETLoaderStreamed(_Loader):
     OUTPUT_TOOLTIPS: ClassVar = ("The Flux model, for a sampler.",)
     FUNCTION = "load_unet"
     CATEGORY = "loaders/flux nf4"
+    SEARCH_ALIASES: ClassVar = [*FluxNF4CheckpointLoader.SEARCH_ALIASES, "diffusion model"]
     DESCRIPTION = (
         "Loads a Flux transformer in NF4 or FP4 that comes without text encoders and VAE, in any layout: lllyasviel's, "
         "InvokeAI's, diffusers' (one file, or any of its shards). It runs in as much VRAM as there is, or as the "
@@ -228,6 +231,7 @@ class StreamModelBlocks:
     OUTPUT_TOOLTIPS: ClassVar = ("The same model, streamed.",)
     FUNCTION = "stream"
     CATEGORY = "loaders/flux nf4"
+    SEARCH_ALIASES: ClassVar = ["low vram", "block swap", "offload", "fp8", "gguf"]
     DESCRIPTION = (
         "Runs a model in as much VRAM as there is, or as the budget says: blocks that do not fit are streamed from RAM "
         "while the one before them computes. On a model that is streamed already it changes the settings."
@@ -259,6 +263,7 @@ class OldPartialLoad:
     OUTPUT_TOOLTIPS: ClassVar = StreamModelBlocks.OUTPUT_TOOLTIPS
     FUNCTION = "stream"
     CATEGORY = "loaders/flux nf4"
+    SEARCH_ALIASES: ClassVar = ["partial load", "fluxext", "mz"]
     DESCRIPTION = _OLD_DESCRIPTION
 
     def stream(
@@ -285,6 +290,7 @@ class OldCheckpointLoader:
     OUTPUT_TOOLTIPS: ClassVar = FluxNF4CheckpointLoader.OUTPUT_TOOLTIPS
     FUNCTION = "load_checkpoint"
     CATEGORY = "loaders/flux nf4"
+    SEARCH_ALIASES: ClassVar = ["fluxext", "mz", "low vram"]
     DESCRIPTION = _OLD_DESCRIPTION
 
     def load_checkpoint(
@@ -304,13 +310,17 @@ class OldUNETLoader:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        inputs = comfy_nodes.UNETLoader.INPUT_TYPES()
-        return {"required": {**inputs["required"], **_OLD_COUNTS}, "hidden": _HIDDEN}
+        tooltip = {"tooltip": "As in ComfyUI's Load Diffusion Model."}
+        inputs = {
+            name: (values, tooltip) for name, (values, *_) in comfy_nodes.UNETLoader.INPUT_TYPES()["required"].items()
+        }
+        return {"required": {**inputs, **_OLD_COUNTS}, "hidden": _HIDDEN}
 
     RETURN_TYPES = ("MODEL",)
     OUTPUT_TOOLTIPS: ClassVar = StreamModelBlocks.OUTPUT_TOOLTIPS
     FUNCTION = "load_unet"
     CATEGORY = "loaders/flux nf4"
+    SEARCH_ALIASES: ClassVar = ["fluxext", "mz", "low vram"]
     DESCRIPTION = _OLD_DESCRIPTION
 
     def load_unet(
@@ -369,6 +379,7 @@ class FluxNF4QuantiseSave:
     OUTPUT_NODE = True
     FUNCTION = "save"
     CATEGORY = "advanced/model_merging/flux nf4"
+    SEARCH_ALIASES: ClassVar = ["quantize", "nf4", "fp4", "bitsandbytes", "convert", "merge lora"]
     DESCRIPTION = (
         "Quantises a Flux model to NF4 or FP4, layer by layer, and saves it: the transformer alone, or with CLIP and "
         "VAE as an all-in-one file. What is loaded from a file in 4 bits and has no LoRA is saved as it is."
@@ -431,6 +442,7 @@ class FluxNF4DualCLIPLoader:
     OUTPUT_TOOLTIPS: ClassVar = ("CLIP-L and T5-XXL, for the prompt.",)
     FUNCTION = "load_clip"
     CATEGORY = "loaders/flux nf4"
+    SEARCH_ALIASES: ClassVar = ["t5", "nf4", "text encoder", "bitsandbytes"]
     DESCRIPTION = (
         "Loads the two text encoders of Flux. A T5 in 4 bits, as transformers and bitsandbytes save it, stays so: "
         "3 GB of memory in place of 10. One that is in shards is loaded by any one of them."

@@ -7,13 +7,14 @@ Nothing but headers is read. Run it with the Python that runs ComfyUI (it needs 
 """
 
 import argparse
-import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import package  # noqa: F401  makes flux_nf4 importable
+import torch
 
+from flux_nf4.file_plan import Wanted, block_sizes, make_plan, other_bytes
 from flux_nf4.nf4_loader.catalogue import (
     CLIP_L_PREFIX,
     T5_PREFIX,
@@ -24,10 +25,9 @@ from flux_nf4.nf4_loader.catalogue import (
     require_transformer,
 )
 from flux_nf4.nf4_loader.errors import CheckpointError
-from flux_nf4.offload.plan import BlockSize, plan_by_budget, plan_for
-from flux_nf4.offload.record import ALIGNMENT, SMALL_BYTES
 
 _MIB, _GIB = 2**20, 2**30
+_DTYPE = torch.bfloat16  # what tensors that are not packed are on a GPU
 _INPUT_CHANNELS = {64: "", 128: " (Canny or Depth)", 384: " (Fill)"}
 
 
@@ -42,14 +42,15 @@ def main() -> None:
         for line in describe(catalogue):
             print(line)
         if given.budget is not None:
-            print(plan(catalogue, given.budget))
+            for line in plan(catalogue, given.budget):
+                print(line)
     except (CheckpointError, ValueError) as error:
         raise SystemExit(str(error)) from None
 
 
 def describe(catalogue: Catalogue) -> Iterator[str]:
     """One line a fact."""
-    sizes = block_sizes(catalogue)
+    sizes = block_sizes(catalogue, _DTYPE)
     shapes = catalogue.logical_shapes
     counts = Counter(size.kind for size in sizes)
     files = {entry.path for entry in catalogue.header.tensors.values()}
@@ -92,50 +93,24 @@ def _kind(part: object) -> str:
     return f"weights in {part.state.quant_type.upper()}, blocksize {part.state.blocksize}, absmax {nested}"
 
 
-def block_sizes(catalogue: Catalogue) -> tuple[BlockSize, ...]:
-    """What each block weighs when it is loaded, in execution order: a tile for each layer, as `offload` lays it out."""
-    blocks: dict[tuple[str, int], dict[str, list[int]]] = {}
-    for name, tensor in catalogue.transformer.items():
-        found = re.match(r"(double|single)_blocks\.(\d+)\.(.+)\.\w+$", name)
-        if found:
-            layer = blocks.setdefault((found[1], int(found[2])), {}).setdefault(found[3], [])
-            layer += [nbytes for part in tensor.parts for nbytes in _tensor_bytes(part)]
-    return tuple(_block_size(kind, layers) for (kind, _), layers in sorted(blocks.items()))
-
-
-def _tensor_bytes(part: object) -> tuple[int, ...]:
-    if isinstance(part, Weight4bit):
-        return part.state.packed_bytes, 4 * part.state.absmax_count
-    return (part.nbytes,)  # type: ignore[attr-defined]
-
-
-def _block_size(kind: str, layers: dict[str, list[int]]) -> BlockSize:
-    large = [[nbytes for nbytes in layer if nbytes >= SMALL_BYTES] for layer in layers.values()]
-    small = [nbytes for layer in layers.values() for nbytes in layer if nbytes < SMALL_BYTES]
-    return BlockSize(kind, tuple(_aligned(layer) for layer in large if layer), _aligned(small))
-
-
-def _aligned(sizes: list[int]) -> int:
-    return sum(-(-nbytes // ALIGNMENT) * ALIGNMENT for nbytes in sizes)
-
-
-def plan(catalogue: Catalogue, budget_gib: float) -> str:
-    """What stays in VRAM and what is streamed for a budget, as the nodes' ``vram_budget_gb`` means it: for the whole
-    transformer.
+def plan(catalogue: Catalogue, budget_gib: float) -> Iterator[str]:
+    """What stays in VRAM and what is streamed for a budget: a bar for each kind of blocks, high ones stay.
 
     Raises:
         ValueError: the budget is too small; the message says what is needed.
     """
-    sizes = block_sizes(catalogue)
-    other = catalogue.transformer_ram - sum(size.nbytes for size in sizes)
-    made = plan_by_budget(sizes, budget_gib * _GIB - other)
-    stay = Counter(sizes[index].kind for index in made.resident)
-    used, whole = (other + p.device_bytes for p in (made, plan_for(sizes, range(len(sizes)))))
-    return (
-        f"with {budget_gib:g} GiB  {stay['double']} double and {stay['single']} single blocks stay, "
-        f"{len(made.streamed)} are streamed: {used / _GIB:.2f} GiB of VRAM (all of it: {whole / _GIB:.2f}), "
-        f"{made.bytes_per_forward / 1e9:.2f} GB over the bus a step"
-    )
+    sizes, others = block_sizes(catalogue, _DTYPE), other_bytes(catalogue, _DTYPE)
+    made = make_plan(sizes, others, Wanted((), int(budget_gib * _GIB)))
+    assert made is not None
+    stays = set(made.resident)
+    yield f"with {budget_gib:g} GiB"
+    for kind in dict.fromkeys(size.kind for size in sizes):
+        marks = [index in stays for index, size in enumerate(sizes) if size.kind == kind]
+        bar = "".join("█" if mark else "▄" for mark in marks)
+        yield f"  {kind:<12}{bar}  {sum(marks)} of {len(marks)} stay"
+    everything = others + sum(size.nbytes for size in sizes)
+    yield f"  VRAM        {(others + made.device_bytes) / _GIB:.2f} GiB, of {everything / _GIB:.2f} for all"
+    yield f"  bus         {made.bytes_per_forward / 1e9:.2f} GB a step, for {len(made.streamed)} streamed blocks"
 
 
 if __name__ == "__main__":

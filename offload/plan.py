@@ -130,10 +130,15 @@ def _plans_beside(
     if all(block.kind in counts for block in blocks):
         yield _all_if_no_more(plan_for(blocks, stay, staging_bytes), blocks)
         return
-    sets = {tuple(_residents_at(blocks, rate)): None for rate in range(_RATES + 1)}
-    for residents in sets:
+    for residents in _resident_sets(tuple(blocks)):
         others = [index for index in residents if blocks[index].kind not in counts]
         yield _all_if_no_more(plan_for(blocks, {*stay, *others}, staging_bytes), blocks)
+
+
+@functools.lru_cache(maxsize=8)
+def _resident_sets(blocks: tuple[BlockSize, ...]) -> tuple[tuple[int, ...], ...]:
+    """What stays at each rate of the bus, without repetitions; kept, for a budget is dragged through many values."""
+    return tuple(dict.fromkeys(tuple(_residents_at(blocks, rate)) for rate in range(_RATES + 1)))
 
 
 def _plans_of_fewer(

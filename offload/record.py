@@ -61,18 +61,24 @@ class RecordLayout:
 def layout_of(block: nn.Module) -> RecordLayout:
     """Lay out every parameter and buffer of ``block``.
 
-    A tile for each layer; one for the whole block where large tensors belong to a module that contains others with
-    large tensors.
-
     Raises:
         ValueError: the block has no tensors, or two names share one tensor.
     """
     owners = dict(_owned_fields(block))
     _refuse_shared(block)
+    return layout_from(owners)
+
+
+def layout_from(owners: Mapping[str, Sequence[Field]]) -> RecordLayout:
+    """Lay out a block from the fields of each of its modules, by path; their ``offset`` is not looked at.
+
+    A tile for each layer; one for the whole block where large tensors belong to a module that contains others with
+    large tensors.
+    """
     large = {path: [field for field in fields if field.nbytes >= SMALL_BYTES] for path, fields in owners.items()}
     large = {path: fields for path, fields in large.items() if fields}
     nested = any(inner != outer and _contains(outer, inner) for outer in large for inner in large)
-    groups: Iterable[tuple[str, list[Field]]] = large.items()
+    groups: Iterable[tuple[str, Sequence[Field]]] = large.items()
     if nested:
         groups = [("", [field for fields in large.values() for field in fields])]
     tiles: list[Tile] = []

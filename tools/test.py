@@ -35,7 +35,7 @@ def main() -> None:
     checks = {
         "lint": [*python, "ruff", "check", "."],
         "format": [*python, "ruff", "format", "--check", "."],
-        "types": [*python, "mypy", "-p", "flux_nf4.nf4_loader", "-p", "flux_nf4.offload", "-m", "flux_nf4.nodes"],
+        "types": [*python, "mypy", "-p", "flux_nf4.nf4_loader", "-p", "flux_nf4.offload", "-m", "flux_nf4.routes"],
         "types of tools": [*python, "mypy", *(str(path) for folder in _TOOLS for path in sorted(folder.glob("*.py")))],
     }
     if not given.static:

@@ -6,23 +6,14 @@ import describe
 import pytest
 from make_checkpoint import Recipe, make_checkpoint
 from safetensors.torch import save_file
+from sparse_checkpoint import make_sparse_checkpoint
 from torch import ones
-
-from flux_nf4.nf4_loader.catalogue import read_catalogue
 
 
 def lines(path, monkeypatch, capsys, *options):
     monkeypatch.setattr(sys, "argv", ["describe.py", str(path), *options])
     describe.main()
     return capsys.readouterr().out.splitlines()
-
-
-def test_tiles_are_those_that_are_streamed(load, tiny_file):
-    streamer = load().model.streaming.streamer
-    wanted = [(size.kind, size.tiles) for size in streamer.sizes(whole_blocks=False)]
-    got = [(size.kind, size.tiles) for size in describe.block_sizes(read_catalogue(tiny_file))]
-    assert [kind for kind, _ in got] == [kind for kind, _ in wanted]
-    assert [sorted(tiles) for _, tiles in got] == [sorted(tiles) for _, tiles in wanted]
 
 
 @pytest.mark.parametrize(
@@ -43,7 +34,20 @@ def test_the_facts_are_printed(recipe, model, weights, tmp_path, monkeypatch, ca
     assert "blocks        1 double, 1 single" in printed
     assert any(line.endswith(f"weights in {weights}") for line in printed)
     assert "T5-XXL        not in the file" in printed
-    assert printed[-1].startswith("with 1 GiB  1 double and 1 single blocks stay, 0 are streamed")
+    assert "  double      █  1 of 1 stay" in printed
+    assert "  single      █  1 of 1 stay" in printed
+    assert printed[-1] == "  bus         0.00 GB a step, for 0 streamed blocks"
+
+
+def test_the_bar_shows_what_a_budget_keeps(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "flux.safetensors"
+    make_sparse_checkpoint(path)
+    printed = lines(path, monkeypatch, capsys, "--budget", "3")
+    bars = [line.split()[1] for line in printed if line.endswith(" stay")]
+    assert [len(bar) for bar in bars] == [19, 38]
+    assert all(set(bar) == set("█▄") for bar in bars)
+    stay = [line.split()[2] for line in printed if line.endswith(" stay")]
+    assert [str(bar.count("█")) for bar in bars] == stay
 
 
 def test_a_budget_that_is_too_small_says_what_is_needed(tiny_file, monkeypatch, capsys):

@@ -1,0 +1,135 @@
+"""The plan from a file's header is the plan of the model that is loaded from it."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from make_checkpoint import Recipe, make_checkpoint
+from safetensors.torch import load_file, save_file
+from sparse_checkpoint import make_sparse_checkpoint
+
+from flux_nf4.file_plan import Advice, Measured, Wanted, advise, block_sizes, make_plan, other_bytes, predict_ms
+from flux_nf4.nf4_loader.catalogue import read_catalogue
+from flux_nf4.nf4_loader.flux import block_groups, build_flux
+from flux_nf4.offload.plan import plan_by_counts
+from flux_nf4.offload.record import layout_of
+from flux_nf4.offload.streamer import Streamer
+
+GIB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory):
+    path = tmp_path_factory.mktemp("full") / "flux1-dev-bnb-nf4-v2.safetensors"
+    make_sparse_checkpoint(path)
+    return read_catalogue(path)
+
+
+@pytest.fixture(scope="module")
+def blocks(full_size):
+    return block_sizes(full_size, torch.bfloat16)
+
+
+def in_no_order(sizes):
+    return [dataclasses.replace(size, tiles=tuple(sorted(size.tiles))) for size in sizes]
+
+
+def dense_layer(tensors):
+    """One Linear of the file not packed, another without bias, as some tools leave them."""
+    name = "model.diffusion_model.double_blocks.0.img_mod.lin.weight"
+    for key in [key for key in tensors if key.startswith(name)]:
+        del tensors[key]
+    tensors[name] = torch.zeros(6 * 256, 256, dtype=torch.bfloat16)
+    del tensors["model.diffusion_model.single_blocks.0.linear1.bias"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "change"),
+    [
+        ({}, None),
+        ({"nested": True}, None),
+        ({"quant_type": "fp4", "blocksize": 128}, None),
+        ({"prefix": ""}, None),
+        ({}, dense_layer),
+    ],
+    ids=["v2", "v1", "fp4", "no prefix", "partly dense"],
+)
+def test_sizes_are_those_of_the_loaded_model(recipe, change, tmp_path, tiny_config):
+    path = tmp_path / "flux.safetensors"
+    make_checkpoint(path, Recipe(double_blocks=8, single_blocks=10, hidden=256, unet_only=True, **recipe))
+    if change:
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path)
+    catalogue = read_catalogue(path)
+    model = build_flux(catalogue)
+    dtype = model.diffusion_model.dtype
+    assert in_no_order(block_sizes(catalogue, dtype)) == in_no_order(Streamer(block_groups(model)).sizes())
+
+
+def test_sizes_of_a_real_file_are_those_of_comfyuis_model(full_size):
+    model = build_flux(full_size)
+    dtype = model.diffusion_model.dtype
+    groups = block_groups(model)
+    layouts = [layout_of(block) for group in groups.values() for block in group]
+    sizes = block_sizes(full_size, dtype)
+    assert [size.kind for size in sizes] == ["double"] * 19 + ["single"] * 38
+    assert [size.nbytes for size in sizes] == [layout.nbytes for layout in layouts]
+    assert [size.small for size in sizes] == [layout.small.nbytes for layout in layouts]
+    everything = [*model.diffusion_model.parameters(), *model.diffusion_model.buffers()]
+    in_blocks = [t for group in groups.values() for block in group for t in [*block.parameters(), *block.buffers()]]
+    assert other_bytes(full_size, dtype) == sum(t.nbytes for t in everything) - sum(t.nbytes for t in in_blocks)
+
+
+def test_counts_and_budget_are_understood_as_the_patcher_does(blocks):
+    both = (("double", 7), ("single", 7))
+    assert make_plan(blocks, 1000, Wanted(both)) == plan_by_counts(blocks, dict(both))
+    assert make_plan(blocks, GIB, Wanted((), 3 * GIB)).device_bytes <= 2 * GIB
+    assert make_plan(blocks, GIB, Wanted(both, 2 * GIB)).device_bytes <= GIB
+    one = make_plan(blocks, GIB, Wanted((("double", 2),), 3 * GIB))
+    assert sum(blocks[index].kind == "double" for index in one.resident) == 2
+    with pytest.raises(ValueError, match="too small"):
+        make_plan(blocks, 1000, Wanted((), 1))
+
+
+def test_without_a_budget_the_free_memory_decides_what_is_not_counted(blocks):
+    assert make_plan(blocks, 1000, Wanted(())) is None
+    assert make_plan(blocks, 1000, Wanted((("double", 7),))) is None
+
+
+def test_the_prediction_is_what_was_measured(blocks):
+    """README: 7/7 at 512x512 took 86.7 ms where all resident took 62.5, over a bus of 55 GB/s."""
+    plan = plan_by_counts(blocks, {"double": 7, "single": 7})
+    compute, stall = predict_ms(plan, blocks, Measured(55.0, 62.5 / 57))
+    assert compute == pytest.approx(62.5)
+    assert compute + stall == pytest.approx(86.7, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("counts", "measured", "code"),
+    [
+        ((19, 38), None, "all_resident"),
+        ((7, 7), None, "not_measured"),
+        ((7, 7), Measured(55.0, 3.1), "keeps_up"),
+        ((7, 7), Measured(55.0, 1.1, is_pinned=False), "not_pinned"),
+        ((7, 7), Measured(6.0, 1.1), "slow_link"),
+        ((7, 7), Measured(25.0, 1.1), "bus_is_limit"),
+    ],
+)
+def test_the_advice_is_about_what_is_wrong(counts, measured, code, blocks):
+    plan = plan_by_counts(blocks, dict(zip(("double", "single"), counts, strict=True)))
+    assert advise(plan, blocks, measured).code == code
+
+
+def test_taking_the_advice_saves_what_it_says(blocks):
+    measured = Measured(12.0, 1.1)
+    plan = plan_by_counts(blocks, {})
+    advice = advise(plan, blocks, measured)
+    assert isinstance(advice, Advice)
+    figures = advice.figures
+    before = sum(predict_ms(plan, blocks, measured))
+    better = plan_by_counts(blocks, {kind: int(figures[kind]) for kind in ("double", "single")})
+    assert better.device_bytes <= plan.device_bytes + figures["gib"] * GIB
+    assert 1 - sum(predict_ms(better, blocks, measured)) / before == pytest.approx(figures["percent"] / 100, abs=0.05)
+    json.dumps(figures)

@@ -1,0 +1,116 @@
+// The extension: puts a plan bar on each of our nodes, and keeps it true.
+
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+import { NodePlan } from "./node_plan.js";
+import { words } from "./words.js";
+
+const SHOW_BAR = "FluxNF4.Bar.Show";
+const DEFAULT_BUDGET = "FluxNF4.Budget.Default";
+
+/** What the server says of our nodes: {class: {aliases, plan: {folder, file, double, single, budget} or null}}. */
+let nodes = {};
+/** The last report of each node, by its id in the prompt. */
+let reports = {};
+const plans = new Map();
+
+const setting = (id) => app.extensionManager?.setting?.get(id);
+const locale = () => setting("Comfy.Locale") ?? "en";
+
+async function getJson(path) {
+  return (await api.fetchApi(path)).json();
+}
+
+/** The node with this id in a prompt; "5:3" is node 3 of the subgraph that node 5 is. */
+function nodeOf(id) {
+  const path = String(id).split(":");
+  const last = path.pop();
+  let graph = app.rootGraph ?? app.graph;
+  for (const step of path) graph = graph?.getNodeById?.(step)?.subgraph;
+  return graph?.getNodeById?.(last);
+}
+
+function onReport(report) {
+  const before = reports[report.node_id];
+  reports[report.node_id] = report;
+  const plan = plans.get(nodeOf(report.node_id));
+  if (plan?.isLowered(report) && !plan.isLowered(before)) warnOfLowering(report);
+  for (const each of plans.values()) each.onReport();
+}
+
+function warnOfLowering(report) {
+  const { lowered, loweredTitle } = words(locale());
+  app.extensionManager?.toast?.add?.({
+    severity: "warn",
+    summary: loweredTitle,
+    detail: lowered(report.resident.length, report.wanted.length),
+    life: 10_000,
+  });
+}
+
+/** The report that the server has for ``node``, which may be in a subgraph. */
+function reportOf(node) {
+  return Object.values(reports).find((report) => nodeOf(report.node_id) === node);
+}
+
+function applyDefaultBudget(node, { budget }) {
+  const widget = budget && node.widgets?.find(({ name }) => name === budget);
+  const value = setting(DEFAULT_BUDGET);
+  if (widget && value > 0) widget.value = value; // a loaded graph puts its own in its place
+}
+
+app.registerExtension({
+  name: "FluxNF4.Plan",
+  settings: [
+    {
+      id: SHOW_BAR,
+      category: ["Flux NF4", "Plan", "Bar"],
+      name: "Show the memory plan on the nodes",
+      tooltip: "A bar of the blocks (in VRAM or streamed), the memory they take and what a step costs.",
+      type: "boolean",
+      defaultValue: true,
+      onChange: (isShown) => plans.forEach((plan) => plan.setShown(isShown)),
+    },
+    {
+      id: DEFAULT_BUDGET,
+      category: ["Flux NF4", "Plan", "Budget"],
+      name: "VRAM budget of new nodes (GiB)",
+      tooltip: "What vram_budget_gb of a new node begins with. 0 is automatic: as much as ComfyUI has free.",
+      type: "number",
+      defaultValue: 0,
+      attrs: { min: 0, max: 1024, step: 0.25, minFractionDigits: 0, maxFractionDigits: 2 },
+    },
+  ],
+
+  async init() {
+    api.addEventListener("flux_nf4.report", ({ detail }) => onReport(detail));
+    api.addEventListener("graphChanged", () => plans.forEach((plan) => plan.refresh()));
+  },
+
+  async addCustomNodeDefs(definitions) {
+    [nodes, reports] = await Promise.all([getJson("/flux_nf4/nodes"), getJson("/flux_nf4/reports")]);
+    for (const [name, { aliases }] of Object.entries(nodes)) {
+      // Older servers do not send them.
+      if (definitions[name]) definitions[name].search_aliases ??= aliases;
+    }
+  },
+
+  nodeCreated(node) {
+    const inputs = nodes[node.comfyClass]?.plan;
+    if (!inputs || !node.addDOMWidget) return;
+    applyDefaultBudget(node, inputs);
+    const plan = new NodePlan(node, inputs, { getJson, reportOf, locale });
+    plans.set(node, plan);
+    if (setting(SHOW_BAR) === false) plan.setShown(false);
+    const { onRemoved } = node;
+    node.onRemoved = function (...rest) {
+      plan.remove();
+      plans.delete(node);
+      return onRemoved?.apply(this, rest);
+    };
+  },
+
+  loadedGraphNode(node) {
+    plans.get(node)?.refresh();
+  },
+});

@@ -1,0 +1,131 @@
+// A node's plan: asks the server when one of the node's widgets changes, and shows the answer.
+
+import { PlanBar } from "./plan_bar.js";
+import { viewOf } from "./plan_view.js";
+
+const COUNTS = ["double", "single", "budget"];
+
+export class NodePlan {
+  /**
+   * @param node The LiteGraph node.
+   * @param inputs Names of the widgets that the plan depends on: {folder, file, double, single, budget}.
+   * @param page What this needs of the page: getJson(path), reportOf(node), locale().
+   */
+  constructor(node, inputs, page) {
+    Object.assign(this, { node, inputs, page });
+    this.bar = new PlanBar(page.locale());
+    this.isShown = true;
+    this.answer = null;
+    this.shownQuery = null;
+    this.isAsking = false;
+    this.height = 0;
+    this.resizes = new ResizeObserver(() => this.onResize());
+    this.resizes.observe(this.bar.content);
+    this.widget = node.addDOMWidget("flux_nf4_plan", "flux_nf4_plan", this.bar.element, {
+      serialize: false,
+      hideOnZoom: false,
+      getMinHeight: () => this.layoutHeight(),
+      getMaxHeight: () => this.layoutHeight(),
+    });
+    this.widget.serialize = false;
+    for (const name of ["file", ...COUNTS]) this.watch(this.widgetOf(name));
+    queueMicrotask(() => this.refresh()); // not before the node has its values
+  }
+
+  widgetOf(name) {
+    const widgetName = this.inputs[name];
+    return widgetName && this.node.widgets?.find((widget) => widget.name === widgetName);
+  }
+
+  watch(widget) {
+    if (!widget) return;
+    const { callback } = widget;
+    widget.callback = (...rest) => {
+      const result = callback?.apply(widget, rest);
+      this.refresh();
+      return result;
+    };
+  }
+
+  /** Not by the widget's own ``hidden``: some versions of the page never show a widget again that began with it. */
+  setShown(isShown) {
+    this.isShown = isShown;
+    this.bar.content.hidden = !isShown;
+    this.fit();
+    if (isShown) this.refresh();
+  }
+
+  /** Ask for the plan of what the widgets say now, if it is not the one on show. One question at a time. */
+  async refresh() {
+    if (this.isAsking || !this.isShown) return;
+    this.isAsking = true;
+    try {
+      for (let query; (query = this.query()) !== this.shownQuery; ) {
+        this.answer = query.startsWith("?") ? await this.page.getJson(`/flux_nf4/plan${query}`) : null;
+        this.shownQuery = query;
+        this.show();
+      }
+    } catch {
+      // The server is away. The page says so itself, and the next change asks again.
+    } finally {
+      this.isAsking = false;
+    }
+  }
+
+  /** The question to the server, or why there is none: "linked", "no file". */
+  query() {
+    if (!this.inputs.file) return "no file";
+    const values = { folder: this.inputs.folder };
+    for (const name of ["file", ...COUNTS]) {
+      if (!this.inputs[name]) continue;
+      if (this.isLinked(this.inputs[name])) return "linked";
+      values[name] = this.widgetOf(name)?.value ?? "";
+    }
+    return `?${new URLSearchParams(values)}`;
+  }
+
+  isLinked(name) {
+    const slot = this.node.inputs?.findIndex((input) => input.widget?.name === name) ?? -1;
+    return slot >= 0 && this.node.isInputConnected(slot);
+  }
+
+  onReport() {
+    this.shownQuery = null; // what runs on this machine show changes every prediction
+    this.show();
+    this.refresh();
+  }
+
+  /** Whether fewer blocks stay than the widgets ask for; where they ask for all that fits, never. */
+  isLowered(report) {
+    return Boolean(report?.is_lowered) && this.answer?.advice?.code !== "automatic";
+  }
+
+  show() {
+    const report = this.page.reportOf(this.node);
+    this.bar.show(viewOf(this.answer, report), this.isLowered(report), this.shownQuery);
+  }
+
+  onResize() {
+    const height = this.bar.content.offsetHeight;
+    if (!height || height === this.height) return; // 0: not on the page now
+    this.height = height;
+    this.fit();
+  }
+
+  /** Height that the canvas renderer is to keep for the bar; it asks at every frame, so nothing is measured here. */
+  layoutHeight() {
+    return this.isShown ? this.height + 2 * (this.widget?.margin ?? 10) : 0;
+  }
+
+  remove() {
+    this.resizes.disconnect();
+  }
+
+  /** Give the node the height that the bar needs now. */
+  fit() {
+    const [width, height] = this.node.size;
+    const least = this.node.computeSize(this.node.size)[1];
+    if (least > height || !this.isShown) this.node.setSize([width, least]);
+    this.node.setDirtyCanvas?.(true, false);
+  }
+}

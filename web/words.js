@@ -1,0 +1,103 @@
+// What the bar says, in the languages that we have.
+
+const GIB = 2 ** 30;
+
+const fixed = (value, digits) => value.toFixed(digits);
+const gib = (bytes) => `${fixed(bytes / GIB, 2)} GiB`;
+const gb = (bytes) => `${fixed(bytes / 1e9, 2)} GB`;
+const ms = (value) => `${fixed(value, value < 100 ? 1 : 0)} ms`;
+
+/** Rows of [term, value] for a view of `viewOf`, in the words of ``say``. */
+function figuresIn(say) {
+  return ({ device_bytes, least_device_bytes, most_device_bytes, host_bytes, bytes_per_forward, compute_ms, stall_ms, run }) => {
+    const rows = [];
+    if (device_bytes != null) rows.push(["VRAM", gib(device_bytes)]);
+    else rows.push(["VRAM", say.from(gib(least_device_bytes), gib(most_device_bytes))]);
+    rows.push([say.ram, run ? say.pinned(gib(host_bytes), run.pinned_bytes / host_bytes) : gib(host_bytes)]);
+    if (bytes_per_forward != null) rows.push([say.perStep, gb(bytes_per_forward)]);
+    if (run?.link_gbps) rows.push([say.bus, `${fixed(run.link_gbps, 1)} GB/s`]);
+    if (run?.cost?.total_ms) rows.push([say.measured, say.step(ms(run.cost.total_ms), ms(run.cost.stall_ms))]);
+    else if (compute_ms != null) rows.push([say.predicted, say.step(ms(compute_ms + stall_ms), ms(stall_ms))]);
+    return rows;
+  };
+}
+
+const en = {
+  title: "Memory plan",
+  blocks: (counts) =>
+    Object.entries(counts)
+      .map(([kind, [resident, all]]) =>
+        resident === null ? `${all} ${kind} blocks` : `${resident} of ${all} ${kind} blocks in VRAM, ${all - resident} streamed`,
+      )
+      .join("; "),
+  key: (isOpen) => (isOpen ? "blocks" : "in VRAM (low: streamed)"),
+  figures: figuresIn({
+    ram: "RAM",
+    perStep: "Bus, each step",
+    bus: "Bus",
+    measured: "Step",
+    predicted: "Step, predicted",
+    from: (least, most) => `${least} to ${most}`,
+    pinned: (size, share) => `${size}, ${share >= 1 ? "pinned" : `${fixed(100 * share, 0)} % pinned`}`,
+    step: (total, stall) => `${total}, of which ${stall} waiting`,
+  }),
+  advice: (code, f) =>
+    ({
+      all_resident: () => "All blocks stay in VRAM: nothing is streamed.",
+      automatic: () => "Automatic: ComfyUI's free VRAM decides when the model is loaded.",
+      not_measured: () => "Run it once: this machine's bus and GPU are measured, not guessed.",
+      keeps_up: () => `The bus keeps up (${fixed(f.gbps, 0)} GB/s): more blocks in VRAM would gain little.`,
+      not_pinned: () => "Not all RAM is pinned, which slows the bus down: unload other models, or see the log.",
+      slow_link: () => `The bus is slow: ${fixed(f.gbps, 1)} GB/s. Check that the card sits in a full-width slot.`,
+      bus_is_limit: () =>
+        `The bus is the limit (${fixed(f.gbps, 0)} GB/s): ${f.gib} GiB more, with ${f.double} double and ${f.single} ` +
+        `single blocks in VRAM, would save ${fixed(f.percent, 0)} %.`,
+      budget_too_small: () => `The budget is too small: with every block streamed it takes ${fixed(f.gib, 2)} GiB.`,
+    })[code]?.() ?? "",
+  notAsked: "A value comes from a link: the plan is known when it runs.",
+  noFileYet: "What stays in VRAM and what a step costs is shown here once it has run.",
+  loweredTitle: "Fewer blocks stay in VRAM",
+  lowered: (now, before) => `The GPU has room for ${now} of ${before} blocks; the others are streamed. The picture is the same.`,
+};
+
+const zh = {
+  title: "显存计划",
+  blocks: (counts) =>
+    Object.entries(counts)
+      .map(([kind, [resident, all]]) =>
+        resident === null ? `${all} 个 ${kind} 块` : `${all} 个 ${kind} 块：${resident} 个常驻显存，${all - resident} 个流式传输`,
+      )
+      .join("；"),
+  key: (isOpen) => (isOpen ? "块" : "常驻显存（矮的：流式传输）"),
+  figures: figuresIn({
+    ram: "内存",
+    perStep: "每步传输",
+    bus: "总线",
+    measured: "每步",
+    predicted: "每步（预测）",
+    from: (least, most) => `${least} 至 ${most}`,
+    pinned: (size, share) => `${size}，${share >= 1 ? "已锁页" : `${fixed(100 * share, 0)} % 已锁页`}`,
+    step: (total, stall) => `${total}，其中等待 ${stall}`,
+  }),
+  advice: (code, f) =>
+    ({
+      all_resident: () => "所有块都常驻显存，无需传输。",
+      automatic: () => "自动：加载模型时由 ComfyUI 的空闲显存决定。",
+      not_measured: () => "请先运行一次：总线和显卡的速度是测出来的，不是猜的。",
+      keeps_up: () => `总线跟得上（${fixed(f.gbps, 0)} GB/s）：再增加常驻块收益很小。`,
+      not_pinned: () => "内存未全部锁页，传输会变慢：请卸载其他模型，或查看日志。",
+      slow_link: () => `总线较慢：${fixed(f.gbps, 1)} GB/s。请检查显卡是否插在全宽插槽上。`,
+      bus_is_limit: () =>
+        `瓶颈是总线（${fixed(f.gbps, 0)} GB/s）：再多用 ${f.gib} GiB 显存（${f.double} 个 double 块、${f.single} 个 single 块常驻），` +
+        `可节省 ${fixed(f.percent, 0)} %。`,
+      budget_too_small: () => `预算太小：即使全部流式传输也需要 ${fixed(f.gib, 2)} GiB。`,
+    })[code]?.() ?? "",
+  notAsked: "有数值来自连线：运行后才知道计划。",
+  noFileYet: "运行一次后，这里会显示哪些块常驻显存以及每步的开销。",
+  loweredTitle: "常驻显存的块减少了",
+  lowered: (now, before) => `显存只放得下 ${before} 个块中的 ${now} 个，其余流式传输。图像不变。`,
+};
+
+export function words(locale) {
+  return String(locale).startsWith("zh") ? zh : en;
+}
