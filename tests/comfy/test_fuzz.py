@@ -16,8 +16,9 @@ import checkpoint_layout as layout
 import pytest
 import torch
 from make_checkpoint import Recipe, make_checkpoint
+from packed_tensors import packed_tensors
 from safetensors.torch import load_file, save_file
-from sparse_checkpoint import packed_tensors, write_sparse
+from sparse_file import write_sparse
 
 from flux_nf4.nf4_loader.catalogue import Weight4bit, read_catalogue, require_all_in_one, require_transformer
 from flux_nf4.nf4_loader.errors import CheckpointError

@@ -12,7 +12,8 @@ import pytest
 import torch
 from bitsandbytes import functional as bnb
 from make_checkpoint import Recipe, make_checkpoint, quantised
-from sparse_checkpoint import packed_tensors, write_sparse
+from packed_tensors import packed_tensors
+from sparse_file import write_sparse
 
 from flux_nf4.nf4_loader.catalogue import Weight4bit, read_catalogue
 from flux_nf4.nf4_loader.errors import CheckpointError
