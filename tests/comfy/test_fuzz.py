@@ -25,7 +25,7 @@ from flux_nf4.nf4_loader.errors import CheckpointError
 from flux_nf4.nf4_loader.flux import build_flux
 from flux_nf4.nf4_loader.parts import DenseMemory, PackedMemory, read_parts
 
-FILES = int(os.environ.get("FUZZ_FILES", "600"))
+FILES = int(os.environ.get("FUZZ_FILES", "400"))
 FIRST = int(os.environ.get("FUZZ_FIRST", "0"))
 SECONDS = 5
 EXTRA_BYTES = 2**30
