@@ -37,18 +37,15 @@ def sources_of_model(patcher: comfy.model_patcher.ModelPatcher) -> list[Source]:
 
 
 def sources_of_encoders(clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> list[Source]:
-    """The tensors of CLIP and VAE under the names that they have in an all-in-one file. Those of a file that this
-    package has loaded are taken from there."""
+    """The tensors of CLIP and VAE under the names that they have in an all-in-one file. Those without a patch that this
+    package has loaded from a file are taken from there."""
     entries: Mapping[str, TensorEntry] = getattr(clip.cond_stage_model, "nf4_entries", {})
-    if entries and not clip.patcher.patches:
-        sources = sources_of_entries(entries)
-    else:
-        weights = clip.patcher.get_key_patches().items()
-        sources = [
-            _source(f"text_encoders.{key}", key, original, patches)
-            for key, (original, *patches) in weights
-            if not _is_a_part(clip.cond_stage_model, key)
-        ]
+    encoders = {source.name: source for source in sources_of_entries(entries)}
+    for key, (original, *patches) in clip.patcher.get_key_patches().items():
+        name = f"text_encoders.{key}"
+        if patches or not (entries or _is_a_part(clip.cond_stage_model, key)):
+            encoders[name] = _source(name, key, original, patches)
+    sources = list(encoders.values())
     vae_entries: Mapping[str, TensorEntry] = getattr(vae.first_stage_model, "nf4_entries", {})
     if vae_entries:
         return sources + sources_of_entries(vae_entries)

@@ -69,12 +69,18 @@ class _Operations(comfy.ops.manual_cast):
 
 
 class _Linear4bit(Linear4bit):
-    """ComfyUI may leave a part of an encoder on the CPU: its bytes then go to the device when it computes."""
+    """ComfyUI may leave a part of an encoder on the CPU: its bytes then go to the device when it computes.
+
+    It takes no patches: ComfyUI's own patcher would write to the weight, so that it does not show it to LoRAs.
+    """
 
     def _multiply(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         packed, absmax = self.packed.to(input.device), self.absmax.to(input.device)
         bias = None if bias is None else bias.to(input.device)
         return kernels.linear(input, packed, absmax, self.shape, self.blocksize, self.quant_type, bias)
+
+    def _save_to_state_dict(self, destination: State, prefix: str, keep_vars: bool) -> None:
+        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
 
 
 def load_dual_clip(paths: Sequence[Path], embedding_directory: Sequence[str]) -> comfy.sd.CLIP:

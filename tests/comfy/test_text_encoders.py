@@ -6,7 +6,8 @@ import pytest
 import torch
 from bitsandbytes import functional as bnb
 from bitsandbytes.nn import Linear4bit as BnbLinear4bit
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from flux_nf4.nf4_loader import text_encoders
@@ -119,19 +120,32 @@ def test_it_encodes_a_prompt_and_knows_its_size(t5, clip_l, monkeypatch):
     assert clip.patcher.model_size() > packed
 
 
-def test_it_is_saved_as_it_was(t5, clip_l):
+class Vae:
+    first_stage_model = torch.nn.Module()
+
+    def get_sd(self):
+        return {}
+
+
+def test_it_is_saved_as_it_was_and_what_is_patched_is_merged(t5, clip_l):
+    """A LoRA reaches the dense CLIP-L; the T5 in 4 bits takes none, and is still encoded with and saved."""
     _, path = t5()
     clip = load_dual_clip([clip_l, path], [])
-
-    class Vae:
-        first_stage_model = torch.nn.Module()
-
-        def get_sd(self):
-            return {}
-
-    names = {source.name for source in sources_of_encoders(clip, Vae())}
-    query = "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.weight"
-    assert {query, f"{query}.absmax", f"{query}.quant_state.bitsandbytes__nf4"} <= names
+    query = "encoder.block.0.layer.0.SelfAttention.q.weight"
+    dense = "clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight"
+    patches = {
+        key: ("diff", (torch.ones(128, 64 if key == dense else 128),)) for key in (dense, f"t5xxl.transformer.{query}")
+    }
+    assert clip.patcher.add_patches(patches) == [dense]
+    sources = {source.name: source for source in sources_of_encoders(clip, Vae())}
+    prefix = "text_encoders.t5xxl.transformer."
+    with safe_open(path, "pt") as file:
+        for name in list(file.keys()):
+            assert sources[prefix + name].stored.parts[0].name == name
+    merged = sources[f"text_encoders.{dense}"].read()
+    assert torch.equal(merged, (load_file(clip_l)[dense.partition("transformer.")[2]].float() + 1).half())
+    tokens = {"l": [[(1, 1.0)] * 77], "t5xxl": [[(3, 1.0), (14, 1.0), (1, 1.0)]]}
+    assert clip.encode_from_tokens(tokens).isfinite().all()
 
 
 def test_two_files_of_one_kind_are_refused(t5, clip_l):
