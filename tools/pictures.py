@@ -19,6 +19,15 @@ _ROOT = environment.ROOT
 _IMAGES = _ROOT / "images"
 _EXAMPLES = _ROOT / "example_workflows"
 _CHECKPOINT = "flux1-dev-bnb-nf4-v2.safetensors"
+_LISTED = (
+    "diffusion_models/flux1-dev.safetensors",
+    "diffusion_models/flux1-dev-fp8.safetensors",
+    "text_encoders/clip_l.safetensors",
+    "text_encoders/t5xxl_fp8_e4m3fn.safetensors",
+    "vae/ae.safetensors",
+    "loras/my_flux_lora.safetensors",
+)
+"""What the examples name beside our checkpoints: empty here, since the page only wants to see them listed."""
 _NODE = "FluxNF4CheckpointLoaderStreamed"
 _READY = "() => window.app?.graph && app.extensions?.some(({ name }) => name === 'FluxNF4.Plan')"
 
@@ -37,6 +46,9 @@ def main() -> None:
         for name in (_CHECKPOINT, "flux1-kontext-dev-nf4.safetensors"):
             make_sparse_checkpoint(base / name)
             link_model(base / name, base, "checkpoints")
+        for file in _LISTED:
+            (base / "models" / file).parent.mkdir(parents=True, exist_ok=True)
+            (base / "models" / file).touch()
         (base / "input").mkdir()
         Image.new("RGB", (64, 48), "slategray").save(base / "input" / "example.png")
         with sync_playwright() as playwright:

@@ -10,8 +10,10 @@ const DEFAULT_BUDGET = "FluxNF4.Budget.Default";
 
 /** What the server says of our nodes: {class: {aliases, plan: {folder, file, double, single, budget} or null}}. */
 let nodes = {};
-/** The last report of each node, by its id in the prompt. */
+/** The last report of each node, by its id in the prompt: of any graph that had such a node. */
 let reports = {};
+/** The report of each node that has run while this page was open. */
+const seen = new WeakMap();
 const plans = new Map();
 
 const setting = (id) => app.extensionManager?.setting?.get(id);
@@ -31,10 +33,11 @@ function nodeOf(id) {
 }
 
 function onReport(report) {
-  const before = reports[report.node_id];
+  const node = nodeOf(report.node_id);
+  const plan = plans.get(node);
+  if (plan?.isLowered(report) && !plan.isLowered(reportOf(node))) warnOfLowering(report);
   reports[report.node_id] = report;
-  const plan = plans.get(nodeOf(report.node_id));
-  if (plan?.isLowered(report) && !plan.isLowered(before)) warnOfLowering(report);
+  if (node) seen.set(node, report);
   for (const each of plans.values()) each.onReport();
 }
 
@@ -48,8 +51,9 @@ function warnOfLowering(report) {
   });
 }
 
-/** The report that the server has for ``node``, which may be in a subgraph. */
+/** What is known of ``node``. Before it ran in this page, only where its file can tell whether a report is of it. */
 function reportOf(node) {
+  if (seen.has(node) || !nodes[node?.comfyClass]?.plan?.file) return seen.get(node);
   return Object.values(reports).find((report) => nodeOf(report.node_id) === node);
 }
 

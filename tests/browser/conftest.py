@@ -91,6 +91,7 @@ class Page:
         "Comfy.ColorPalette": "dark",
         "Comfy.Minimap.Visible": False,
         "FluxNF4.Bar.Show": True,
+        "FluxNF4.Budget.Default": 0,
     }
 
     def __init__(self, server, page):

@@ -101,6 +101,29 @@ def test_the_bar_can_be_switched_off_and_on(page):
     page.bar.wait_for(state="hidden")
 
 
+def test_a_new_node_begins_with_the_budget_of_the_settings(page):
+    page.set(**{"FluxNF4.Budget.Default": 4})
+    node = page.add_node("FluxNF4CheckpointLoaderStreamed", ckpt_name=FULL_SIZE)
+    assert page.widget("vram_budget_gb", node) == 4
+    said = page.wait_for_bar("/ 19 double")
+    assert 3.5 < float(said.split("VRAM ")[2].split()[0]) <= 4
+
+
+def test_an_automatic_budget_says_the_range_and_guesses_nothing(page):
+    page.add_node("FluxNF4CheckpointLoaderStreamed", ckpt_name=FULL_SIZE)
+    said = page.wait_for_bar("Automatic: ComfyUI's free VRAM decides")
+    assert "19 double 38 single blocks" in said
+    assert "GiB to 6.24 GiB" in said
+    assert "Bus, each step" not in said
+
+
+def test_a_node_without_a_file_shows_no_report_of_another_graph(page):
+    push(page, report(page.add_node(ckpt_name=FULL_SIZE)))
+    page.page.evaluate("() => app.graph.clear()")
+    page.add_node("StreamModelBlocks")
+    page.wait_for_bar("shown here once it has run")
+
+
 def test_undo_is_followed_too(page):
     node = page.add_node(ckpt_name=FULL_SIZE)
     page.wait_for_bar("7 / 19 double")
