@@ -1,7 +1,7 @@
 """A ComfyUI MODEL that was loaded by another node, made a streamed one.
 
 The streamed model has modules of its own, since hooks and records must not touch the MODEL that it came from: that one
-may be sampled too. Both have the same tensors in host memory.
+may be sampled too. The values of both are in host memory once.
 """
 
 import copy
@@ -42,10 +42,11 @@ def _adopt(patcher: comfy.model_patcher.ModelPatcher) -> StreamedModelPatcher:
     lists = _lists_of_blocks(clone.model)
     _refuse_what_is_no_plain_tensor(lists)
     _unload(clone)
-    clone.model = _with_own_modules(clone.model, lists)
-    attach_streaming(
-        clone.model, {_KINDS.get(name, name): list(of) for name, of in _lists_of_blocks(clone.model).items()}
-    )
+    original = clone.model
+    clone.model = _with_own_modules(original)
+    blocks = _lists_of_blocks(clone.model)
+    attach_streaming(clone.model, {_KINDS.get(name, name): list(of) for name, of in blocks.items()})
+    _share_host_memory(lists, blocks)
     # What another class's clone took over is right for this one, but for what it shares with patchers of that class.
     clone.__class__ = StreamedModelPatcher
     clone.backup, clone.object_patches_backup, clone.hook_backup = {}, {}, {}
@@ -88,17 +89,23 @@ def _unload(patcher: comfy.model_patcher.ModelPatcher) -> None:
         loaded.remove(entry)
 
 
-def _with_own_modules(model: nn.Module, lists: Mapping[str, nn.Module]) -> Any:
-    """A copy of ``model`` that shares its memory.
-
-    Tensors of blocks are the same objects: as their records are made, those turn to the records' memory in both.
-    """
-    in_blocks = {id(tensor) for blocks in lists.values() for tensor in (*blocks.parameters(), *blocks.buffers())}
+def _with_own_modules(model: nn.Module) -> Any:
+    """A copy of ``model`` that shares its memory."""
     memo: dict[int, Any] = {id(model.current_patcher): None}
     with torch.inference_mode(False), torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
-            memo[id(tensor)] = tensor if id(tensor) in in_blocks else _alias(tensor)
+            memo[id(tensor)] = _alias(tensor)
         return copy.deepcopy(model, memo)
+
+
+def _share_host_memory(original: Mapping[str, nn.Module], streamed: Mapping[str, nn.Module]) -> None:
+    """Have the original's blocks use the records of the streamed ones: their values take memory once."""
+    with torch.inference_mode(False), torch.no_grad():
+        for name, blocks in original.items():
+            for path, module in blocks.named_modules():
+                twin = streamed[name].get_submodule(path)
+                for mine, theirs in ((module._parameters, twin._parameters), (module._buffers, twin._buffers)):
+                    mine.update({key: _alias(tensor) for key, tensor in theirs.items() if tensor is not None})
 
 
 def _alias(tensor: torch.Tensor) -> torch.Tensor:

@@ -196,7 +196,6 @@ class BoundTile:
                 tensor = tensors[name]
                 if not tensor.is_meta and tensor.data_ptr() != view.data_ptr():
                     view.copy_(tensor)
-                    tensor.data = view.data  # whoever else has it keeps its values, and they take memory once
         self.bind(self.home)
 
     def bind(self, views: Views) -> None:

@@ -93,3 +93,16 @@ def test_tensors_of_another_package_are_refused_by_name(dense):
     layer.register_buffer("codes", torch.zeros(4).as_subclass(Packed))
     with pytest.raises(ValueError, match=r"double_blocks\.1\.img_attn\.proj\.codes is a Packed"):
         stream_model(dense, Residency(), None)
+
+
+def test_it_holds_where_comfyui_runs_nodes(dense, sample):
+    """In inference mode, on the CPU as load device; blocks then compute straight from host memory."""
+    with torch.inference_mode():
+        for _ in range(2):
+            expected = sample(dense)
+            streamed = stream_model(dense, Residency((("double", 7), ("single", 7))), None)
+            for patcher in (streamed, dense, streamed, dense):
+                assert torch.equal(sample(patcher), expected)
+        comfy.model_management.unload_all_models()
+        for patcher in (dense, streamed):
+            assert torch.equal(sample(patcher), expected)
