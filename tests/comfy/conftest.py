@@ -1,6 +1,7 @@
 """A tiny Flux in an NF4 file, loaded and sampled by ComfyUI in process."""
 
 import comfy.model_detection
+import comfy.model_management
 import comfy.sample
 import pytest
 import torch
@@ -30,6 +31,13 @@ class CountingCopies(InlineCopies):
     def copy(self, destination, source, **events):
         self.nbytes += source.nbytes
         super().copy(destination, source, **events)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_loaded():
+    """ComfyUI's list of loaded models is as empty as when it starts."""
+    yield
+    comfy.model_management.current_loaded_models.clear()
 
 
 @pytest.fixture(scope="session")

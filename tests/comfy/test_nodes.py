@@ -28,6 +28,8 @@ def test_a_name_that_another_package_has_is_said_in_the_log(monkeypatch, caplog)
     caplog.clear()
     importlib.reload(nodes)
     assert caplog.text == ""
+    monkeypatch.undo()
+    importlib.reload(nodes)
 
 
 def test_a_missing_file_is_an_error_that_names_the_folder():
