@@ -1,10 +1,8 @@
 """The loaders and the streaming node in the real server: one read for all, the old names, other nodes in between."""
 
 import copy
-import gc
 import json
 
-import psutil
 import pytest
 import torch
 from comfy_server import link_model
@@ -120,15 +118,3 @@ def test_merging_is_refused_with_advice(server, workflow, checkpoint, twin):
     history = server.run(made)
     (data,) = [data for kind, data in history["status"]["messages"] if kind == "execution_error"]
     assert "a streamed model cannot be merged with another" in data["exception_message"]
-
-
-def test_prompts_in_a_row_with_other_settings_take_no_more_memory(server, workflow, picture):
-    """The short form of ``benchmarks/soak.py``."""
-    process = psutil.Process(server.pid)
-    resident = []
-    for number in range(10):
-        counts = {"double_blocks_cuda_size": number % 3, "single_blocks_cuda_size": (2 * number) % 5}
-        picture(workflow(seed=number, steps=1, **counts))
-        resident.append(process.memory_info().rss)
-    gc.collect()
-    assert max(resident[5:]) - max(resident[:5]) < 100 * 2**20
