@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -99,7 +100,9 @@ class ComfyServer:
 
     def run(self, workflow: Workflow, on_message: Callable[[Message], None] = lambda _: None) -> dict[str, Any]:
         """Queue a workflow, follow it over the websocket to its end, and return its entry in the history."""
-        return asyncio.run(self._run(workflow, on_message))
+        # A thread of its own: Playwright's synchronous API leaves an event loop running in the caller's.
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(asyncio.run, self._run(workflow, on_message)).result()
 
     def images(self, history: Mapping[str, Any]) -> list[bytes]:
         """The PNG files that a run saved."""
