@@ -20,7 +20,8 @@ from .nf4_loader.catalogue import Catalogue
 from .nf4_loader.errors import CheckpointError
 from .nf4_loader.fill import fill
 from .nf4_loader.flux import block_groups, build_flux, load_clip_and_vae, materialise
-from .offload.patcher import Residency, StreamedModelPatcher, attach_streaming
+from .offload.comfyui.patcher import StreamedModelPatcher
+from .offload.comfyui.streaming import Residency, attach_streaming
 
 logger = logging.getLogger(__name__)
 

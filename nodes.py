@@ -20,8 +20,8 @@ from .nf4_loader.quant_state import QuantType
 from .nf4_loader.quantise import QuantSettings
 from .nf4_loader.save import save_quantised
 from .nf4_loader.text_encoders import load_dual_clip
-from .offload.adopt import stream_model
-from .offload.patcher import Residency
+from .offload.comfyui.adopt import stream_model
+from .offload.comfyui.streaming import Residency
 
 logger = logging.getLogger(__name__)
 

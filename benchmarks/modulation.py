@@ -48,7 +48,8 @@ def load_remembered(path: Path) -> tuple[Any, int]:
     from flux_nf4.nf4_loader.catalogue import read_catalogue
     from flux_nf4.nf4_loader.fill import fill
     from flux_nf4.nf4_loader.flux import block_groups, build_flux, materialise
-    from flux_nf4.offload.patcher import StreamedModelPatcher, attach_streaming
+    from flux_nf4.offload.comfyui.patcher import StreamedModelPatcher
+    from flux_nf4.offload.comfyui.streaming import attach_streaming
 
     catalogue = read_catalogue(path)
     model = build_flux(catalogue)

@@ -14,14 +14,14 @@ def load(path: Path) -> Any:
     """The transformer of ``path`` as the nodes load it."""
     from flux_nf4.loaded import load_transformer, streamed
     from flux_nf4.nf4_loader.catalogue import read_catalogue
-    from flux_nf4.offload.patcher import Residency
+    from flux_nf4.offload.comfyui.streaming import Residency
 
     return streamed(load_transformer(read_catalogue(path)), Residency(), node_id=None)
 
 
 def with_residency(patcher: Any, double: int | None = None, single: int | None = None) -> Any:
     """A clone that keeps so many blocks of each kind on the device; None: as many as there is room for."""
-    from flux_nf4.offload.patcher import Residency
+    from flux_nf4.offload.comfyui.streaming import Residency
 
     clone = patcher.clone()
     wanted = (("double", double), ("single", single))

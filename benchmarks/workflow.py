@@ -106,7 +106,7 @@ def main() -> None:
     import_package()
     from flux_nf4.loaded import load_all_in_one, streamed
     from flux_nf4.nf4_loader.catalogue import read_catalogue
-    from flux_nf4.offload.patcher import Residency
+    from flux_nf4.offload.comfyui.streaming import Residency
 
     with torch.inference_mode():
         path = given.checkpoint or checkpoint(given.folder, is_small=given.dry_run)

@@ -2,6 +2,7 @@
 
 Knows torch, not what the blocks compute. From the bottom: ``plan`` (who stays, integers only), ``record`` (a
 block's flat bytes), ``ring`` (places in the staging bytes, integers), ``arena`` (host memory, pinned), ``copies``
-(streams and events), ``bounce`` (copies of what is not pinned), ``streamer`` (fetch, wait, release), ``telemetry``
-(what it cost), ``patcher`` (ComfyUI's ModelPatcher, the one file that knows ComfyUI).
+(streams and events), ``bounce`` (copies of what is not pinned), ``block`` (the records of one), ``staging`` (tiles in
+the ring), ``streamer`` (fetch, wait, release), ``telemetry`` (what it cost). ``comfyui`` is for ComfyUI's memory
+manager; nothing else here knows ComfyUI.
 """

@@ -15,7 +15,6 @@ import logging
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,87 +25,12 @@ from .arena import THE_LIMIT, HostArena, Shortfall
 from .block import Block, Extras, HostRecord
 from .copies import Copies
 from .plan import BlockSize, ResidencyPlan, plan_for, spread
-from .record import BoundTile, RecordLayout, Views, extras_layouts, layout_of, views_of
+from .record import RecordLayout, extras_layouts, layout_of
 from .ring import Ring, lay_out
-from .telemetry import Link, Telemetry
+from .staging import RingMemory, Staged, ring_memory
+from .telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One record's share of a staged tile, and where that is in the ring."""
-
-    tile: BoundTile
-    source: torch.Tensor
-    place: torch.Tensor
-    views: Views
-    is_pinned: bool
-
-
-class _Staged:
-    """A streamed tile: its place in the ring, and whether its bytes are there, from its fetch to its use."""
-
-    def __init__(
-        self, name: str, parts: Sequence[tuple[BoundTile, HostRecord]], place: torch.Tensor, copies: Copies
-    ) -> None:
-        self.name = name
-        self.parts: tuple[_Part, ...] = ()
-        for tile, record in parts:
-            mine, place = place[: tile.tile.nbytes], place[tile.tile.nbytes :]
-            self.parts += (_Part(tile, tile.source, mine, views_of(tile.tile, mine), record.is_pinned),)
-        self.nbytes = sum(part.place.nbytes for part in self.parts)
-        self.pinned_bytes = sum(part.place.nbytes for part in self.parts if part.is_pinned)
-        self._swaps = tuple(swap for part in self.parts for swap in part.tile.swaps(part.views))
-        self.begun: Any = None
-        self.ready = copies.event()
-        self.present = False
-
-    def time_copies(self, copies: Copies) -> Link:
-        """Have each fetch tell how long its copy took."""
-        self.begun, self.ready = copies.event(timed=True), copies.event(timed=True)
-        return Link(self.nbytes, self.begun, self.ready)
-
-    def bind(self) -> None:
-        for tensors, name, _, view in self._swaps:
-            tensors[name] = view
-
-    def unbind(self) -> None:
-        for tensors, name, home, _ in self._swaps:
-            tensors[name] = home
-
-    @property
-    def is_home(self) -> bool:
-        """Whether nobody has put other tensors in the place of those in host memory."""
-        for tensors, name, home, _ in self._swaps:  # noqa: SIM110  a generator takes twice as long
-            if tensors.get(name) is not home:
-                return False
-        return True
-
-
-class _RingMemory:
-    """Staging bytes on a device. Streamers with rings of one size share them: the one that runs has them."""
-
-    def __init__(self, memory: torch.Tensor) -> None:
-        self.memory = memory
-        self._user: weakref.ref[Streamer] | None = None
-
-    def give_to(self, streamer: "Streamer") -> None:
-        before = self._user() if self._user is not None else None
-        if before is not None and before is not streamer:
-            before._lose_ring()
-        self._user = weakref.ref(streamer)
-
-
-_rings: weakref.WeakKeyDictionary[Copies, weakref.WeakValueDictionary[int, _RingMemory]] = weakref.WeakKeyDictionary()
-
-
-def _ring_memory(nbytes: int, copies: Copies) -> _RingMemory:
-    rings = _rings.setdefault(copies, weakref.WeakValueDictionary())
-    ring = rings.get(nbytes)
-    if ring is None:
-        ring = rings[nbytes] = _RingMemory(copies.empty(nbytes))
-    return ring
 
 
 class Streamer:
@@ -137,12 +61,12 @@ class Streamer:
         self._asked: ResidencyPlan | None = None
         self.telemetry: Telemetry | None = None
         self._copies: Copies | None = None
-        self._ring_memory: _RingMemory | None = None
+        self._ring_memory: RingMemory | None = None
         self._lost_ring = False
         self._ring = Ring((), (), (), ())
         self._free: Any = None
-        self._staged: list[_Staged] = []
-        self._active: _Staged | None = None
+        self._staged: list[Staged] = []
+        self._active: Staged | None = None
         self._hooks: list[RemovableHandle] = []
         self._positions: dict[tuple[int, int], int] = {}
         self._orders: dict[int, tuple[int, ...]] = {}
@@ -360,7 +284,7 @@ class Streamer:
         copies = self._require_copies()
         if self._ring_memory is None or self._ring_memory.memory.nbytes != plan.staging_bytes:
             self._ring_memory = None
-            self._ring_memory = _ring_memory(plan.staging_bytes, copies)
+            self._ring_memory = ring_memory(plan.staging_bytes, copies)
         self._ring_memory.give_to(self)
         self._lost_ring = False
         self._free = copies.event()
@@ -381,7 +305,7 @@ class Streamer:
         tiles = [sum(tile.tile.nbytes for tile, _ in together) for together in parts]
         self._ring = lay_out(tuple(tiles), plan.staging_bytes)
         self._staged = [
-            _Staged(f"{self.blocks[index].kind} {index} {together[0][0].tile.module}", together, memory[start:], copies)
+            Staged(f"{self.blocks[index].kind} {index} {together[0][0].tile.module}", together, memory[start:], copies)
             for (index, _), together, start in zip(order, parts, self._ring.offsets, strict=True)
         ]
         if self._staged:
@@ -414,7 +338,7 @@ class Streamer:
         self._staged = []
         self._seen = (-1, [])
 
-    def _lose_ring(self) -> None:
+    def lose_ring(self) -> None:
         """Another streamer takes the ring: what is in it is gone."""
         self._lost_ring = True
         self._release()
@@ -520,7 +444,7 @@ class Streamer:
         return self._copies
 
 
-def _label(verb: str, staged: _Staged) -> AbstractContextManager[Any]:
+def _label(verb: str, staged: Staged) -> AbstractContextManager[Any]:
     """A name in a profiler's trace; costs nothing where none runs."""
     if not torch.autograd.profiler._is_profiler_enabled:
         return _NO_LABEL

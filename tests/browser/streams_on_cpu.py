@@ -7,7 +7,7 @@ from server import PromptServer
 
 def stream_on_cpu(prompt):
     """Before the first prompt, when all packages are there, in whatever order they were found."""
-    (patcher,) = [module for name, module in sys.modules.items() if name.endswith("offload.patcher")]
+    (patcher,) = [module for name, module in sys.modules.items() if name.endswith("offload.comfyui.patcher")]
     patcher.StreamedModelPatcher._computes_from_host = False
     return prompt
 

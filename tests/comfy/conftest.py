@@ -12,10 +12,11 @@ from flux_nf4.loaded import load_transformer, streamed
 from flux_nf4.nf4_loader.catalogue import read_catalogue, require_transformer
 from flux_nf4.nf4_loader.fill import fill
 from flux_nf4.nf4_loader.flux import build_flux, materialise
-from flux_nf4.offload import patcher as patcher_module
 from flux_nf4.offload import record
+from flux_nf4.offload.comfyui import patcher as patcher_module
+from flux_nf4.offload.comfyui.patcher import StreamedModelPatcher
+from flux_nf4.offload.comfyui.streaming import Residency
 from flux_nf4.offload.copies import InlineCopies
-from flux_nf4.offload.patcher import Residency, StreamedModelPatcher
 
 DOUBLES, SINGLES = 8, 10
 CPU = torch.device("cpu")

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from flux_nf4.offload.adopt import stream_model
-from flux_nf4.offload.patcher import Residency, StreamedModelPatcher
+from flux_nf4.offload.comfyui.adopt import stream_model
+from flux_nf4.offload.comfyui.patcher import StreamedModelPatcher
+from flux_nf4.offload.comfyui.streaming import Residency
 
 CPU = torch.device("cpu")
 

@@ -19,7 +19,7 @@ from flux_nf4.nf4_loader import layouts
 from flux_nf4.nf4_loader.catalogue import read_catalogue
 from flux_nf4.nf4_loader.linear4bit import Linear4bit
 from flux_nf4.nf4_loader.linear_of_parts import LinearOfParts
-from flux_nf4.offload.patcher import Residency
+from flux_nf4.offload.comfyui.streaming import Residency
 
 HIDDEN, DEPTH = 256, 2
 

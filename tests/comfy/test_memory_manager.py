@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from torch import nn
 
-from flux_nf4.offload import patcher as patcher_module
 from flux_nf4.offload import record as record_module
+from flux_nf4.offload.comfyui import patcher as patcher_module
+from flux_nf4.offload.comfyui.patcher import StreamedModelPatcher
+from flux_nf4.offload.comfyui.streaming import Residency, attach_streaming
 from flux_nf4.offload.copies import InlineCopies
-from flux_nf4.offload.patcher import Residency, StreamedModelPatcher, attach_streaming
 
 DEVICE = torch.device("cpu", 1)
 WIDTH, DOUBLES, SINGLES = 48, 4, 6

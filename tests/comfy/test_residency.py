@@ -8,7 +8,7 @@ import pytest
 import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 
-from flux_nf4.offload.patcher import Residency
+from flux_nf4.offload.comfyui.streaming import Residency
 
 DOUBLES, SINGLES = 8, 10
 

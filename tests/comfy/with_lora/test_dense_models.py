@@ -7,7 +7,8 @@ import loras
 import pytest
 import torch
 
-from flux_nf4.offload.patcher import Residency, StreamedModelPatcher, attach_streaming
+from flux_nf4.offload.comfyui.patcher import StreamedModelPatcher
+from flux_nf4.offload.comfyui.streaming import Residency, attach_streaming
 
 
 @pytest.fixture

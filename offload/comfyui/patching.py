@@ -15,7 +15,7 @@ import comfy.lora
 import torch
 from torch import nn
 
-from . import record
+from .. import record
 from .dense_patches import DensePatches
 
 Patch = Sequence[Any]

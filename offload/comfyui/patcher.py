@@ -1,4 +1,4 @@
-"""The ModelPatcher of a streamed model: the one file of this package that knows ComfyUI.
+"""The ModelPatcher of a streamed model.
 
 ComfyUI calls the patcher; the `Streamer` on the model does the work. All state that clones share sits on the
 model (ComfyUI's own rule); a clone carries only its settings, so two of them may be sampled in turn.
@@ -6,114 +6,28 @@ model (ComfyUI's own rule); a clone carries only its settings, so two of them ma
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
-import psutil
 import torch
-from comfy.cli_args import args as comfy_args
 from torch import nn
 
-from .arena import Shortfall, pinned_by_all, watch_pins
-from .bounce import through_bounce_buffers
-from .copies import copies_to
+from ..bounce import through_bounce_buffers
+from ..copies import copies_to
+from ..plan import STAGING_BYTES, BlockSize, ResidencyPlan, least_device_bytes, plan_by_budget, plan_for, spread
+from ..streamer import Streamer
+from ..telemetry import summarise
 from .patch_check import accepted
-from .patching import Extras, Patch, Patching
-from .plan import STAGING_BYTES, BlockSize, ResidencyPlan, least_device_bytes, plan_by_budget, plan_for, spread
-from .streamer import Streamer
-from .telemetry import ForwardCost, summarise
+from .patching import Patch
+from .pins import pin_limit
+from .streaming import Residency, Streaming, StreamingReport, observers, refuse_to_save
 
 logger = logging.getLogger(__name__)
 
 _MIB, _GIB = 2**20, 2**30
-
-
-@dataclass(frozen=True)
-class Residency:
-    """How much of a model shall stay on the device; what ComfyUI has room for is the limit in any case.
-
-    ``counts``: how many blocks of which kind. Other kinds share what they leave of ``budget_bytes``, which is for the
-    whole model (residents, staging and what is no block); None is as much as there is room for.
-    """
-
-    counts: tuple[tuple[str, int], ...] = ()
-    budget_bytes: int | None = None
-
-
-@dataclass
-class Streaming:
-    """What the clones of a streamed model share; lives on the model as ``model.streaming``."""
-
-    streamer: Streamer
-    patching: Patching
-    other_bytes: int
-    said: set[str] = field(default_factory=set)
-    extras: Extras = field(default_factory=dict)
-
-    def give(self, extras: Extras) -> None:
-        """Have the blocks' layers get ``extras``; the streamer has to be started again if these are not the same."""
-        if _by_name(extras) != _by_name(self.extras):
-            self.streamer.set_extras(extras)
-        self.extras = extras
-
-    def say_once(self, text: str) -> None:
-        if text not in self.said:
-            self.said.add(text)
-            logger.warning("%s", text)
-
-
-@dataclass(frozen=True)
-class StreamingReport:
-    """What is where, and what it costs. ``node_id`` is of the node that made the patcher, if it said so.
-
-    ``wanted`` are the blocks that the settings ask for; ``resident`` and ``streamed`` those of the plan in effect, or
-    None while the model is not on the device.
-    """
-
-    node_id: str | None
-    kinds: tuple[str, ...]
-    wanted: tuple[int, ...]
-    resident: tuple[int, ...] | None
-    streamed: tuple[int, ...] | None
-    device_bytes: int
-    host_bytes: int
-    pinned_bytes: int
-    link_gbps: float | None
-    cost: ForwardCost | None
-
-    @property
-    def is_lowered(self) -> bool:
-        """Whether less is resident than asked for."""
-        return self.resident is not None and len(self.resident) < len(self.wanted)
-
-
-observers: list[Callable[["StreamedModelPatcher"], None]] = []
-"""Called when a streamed model was loaded, when a forward was timed, when residency was lowered, after a sampling."""
-
-
-def attach_streaming(model: nn.Module, groups: Mapping[str, Sequence[nn.Module]]) -> None:
-    """Move the blocks of ``model`` (by kind, in execution order) into a host arena, ready to be streamed.
-
-    Blocks on the meta device get uninitialised memory, others keep their values.
-    """
-    streamer = Streamer(groups)
-    total = sum(tensor.nbytes for tensor in _tensors(model))
-    in_blocks = sum(tensor.nbytes for group in groups.values() for block in group for tensor in _tensors(block))
-    patching = Patching(model, [block for group in groups.values() for block in group])
-    model.streaming = Streaming(streamer, patching, other_bytes=total - in_blocks)  # type: ignore[assignment]
-    model.state_dict_for_saving = _refuse_to_save  # type: ignore[assignment]
-
-
-def _by_name(extras: Extras) -> dict[tuple[nn.Module, str], int]:
-    return {(module, name): id(tensor) for module, tensors in extras.items() for name, tensor in tensors.items()}
-
-
-def _tensors(module: nn.Module) -> list[torch.Tensor]:
-    return [*module.parameters(), *module.buffers()]
 
 
 class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
@@ -282,7 +196,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         super().unpatch_model(device_to, unpatch_weights)
 
     def state_dict_for_saving(self, *_: Any, **__: Any) -> None:
-        _refuse_to_save()
+        refuse_to_save()
 
     def add_patches(
         self, patches: Mapping[Any, Any], strength_patch: float = 1.0, strength_model: float = 1.0
@@ -376,7 +290,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def _stream(self, device: torch.device, plan: ResidencyPlan) -> None:
         streamer = self._streaming.streamer
-        limit_bytes, limited_by = _pin_limit()
+        limit_bytes, limited_by = pin_limit()
         streamer.pin(limit_bytes, device, limited_by, first=plan.streamed)
         copies = copies_to(device)
         if not streamer.all_pinned:
@@ -455,39 +369,3 @@ def _is_out_of_memory(error: Exception) -> bool:
     if hasattr(management, "is_oom"):
         return bool(management.is_oom(error))
     return isinstance(error, torch.OutOfMemoryError)
-
-
-def _refuse_to_save(*_: Any, **__: Any) -> None:
-    raise ValueError(
-        "a streamed model cannot be saved by this node, which would write neither packed weights nor patches right. "
-        "Save a 4-bit model with the node Quantise Flux to NF4 and Save, a dense one from before it is streamed."
-    )
-
-
-_counted_bytes = 0
-
-
-def _count_pins() -> None:
-    """Have ComfyUI count what this package has pinned, for its own limit."""
-    global _counted_bytes
-    now = pinned_by_all()
-    if hasattr(comfy.model_management, "TOTAL_PINNED_MEMORY"):
-        comfy.model_management.TOTAL_PINNED_MEMORY += now - _counted_bytes
-    _counted_bytes = now
-
-
-watch_pins(_count_pins)
-
-
-def _pin_limit() -> tuple[int, Shortfall]:
-    """How much this package may pin: a share of the RAM, less what ComfyUI pinned, none if forbidden; and why."""
-    if getattr(comfy_args, "disable_pinned_memory", False):
-        return 0, Shortfall("--disable-pinned-memory forbids it", "Start ComfyUI without it for full speed.")
-    management = comfy.model_management
-    share = 0.45 if management.WINDOWS else 0.9
-    limit = psutil.virtual_memory().total * share
-    comfy_limit = getattr(management, "MAX_PINNED_MEMORY", limit)
-    pinned_by_comfy = getattr(management, "TOTAL_PINNED_MEMORY", _counted_bytes) - _counted_bytes
-    shared = max(0, min(limit, comfy_limit))
-    reason = f"ComfyUI and this package may pin {shared / _GIB:.1f} GiB of the RAM together"
-    return max(0, int(shared - pinned_by_comfy)), Shortfall(reason, "Unload other models, or add RAM.")

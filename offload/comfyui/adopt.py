@@ -13,7 +13,8 @@ import comfy.model_patcher
 import torch
 from torch import nn
 
-from .patcher import Residency, StreamedModelPatcher, attach_streaming
+from .patcher import StreamedModelPatcher
+from .streaming import Residency, attach_streaming
 
 _KINDS = {"double_blocks": "double", "single_blocks": "single"}
 """What a `Residency` calls the blocks in these lists of Flux and its relatives; elsewhere it is the list's own name."""

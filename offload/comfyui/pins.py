@@ -1,0 +1,37 @@
+"""How much host memory this package may pin, and ComfyUI's count of what is pinned, kept for both."""
+
+import comfy.model_management
+import psutil
+from comfy.cli_args import args as comfy_args
+
+from ..arena import Shortfall, pinned_by_all, watch_pins
+
+_GIB = 2**30
+
+_counted_bytes = 0
+
+
+def _count_pins() -> None:
+    """Have ComfyUI count what this package has pinned, for its own limit."""
+    global _counted_bytes
+    now = pinned_by_all()
+    if hasattr(comfy.model_management, "TOTAL_PINNED_MEMORY"):
+        comfy.model_management.TOTAL_PINNED_MEMORY += now - _counted_bytes
+    _counted_bytes = now
+
+
+watch_pins(_count_pins)
+
+
+def pin_limit() -> tuple[int, Shortfall]:
+    """How much this package may pin: a share of the RAM, less what ComfyUI pinned, none if forbidden; and why."""
+    if getattr(comfy_args, "disable_pinned_memory", False):
+        return 0, Shortfall("--disable-pinned-memory forbids it", "Start ComfyUI without it for full speed.")
+    management = comfy.model_management
+    share = 0.45 if management.WINDOWS else 0.9
+    limit = psutil.virtual_memory().total * share
+    comfy_limit = getattr(management, "MAX_PINNED_MEMORY", limit)
+    pinned_by_comfy = getattr(management, "TOTAL_PINNED_MEMORY", _counted_bytes) - _counted_bytes
+    shared = max(0, min(limit, comfy_limit))
+    reason = f"ComfyUI and this package may pin {shared / _GIB:.1f} GiB of the RAM together"
+    return max(0, int(shared - pinned_by_comfy)), Shortfall(reason, "Unload other models, or add RAM.")

@@ -1,0 +1,107 @@
+"""What makes a model a streamed one, which all its patchers share; the settings of each, and what it reports."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..streamer import Streamer
+from ..telemetry import ForwardCost
+from .patching import Extras, Patching
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Residency:
+    """How much of a model shall stay on the device; what ComfyUI has room for is the limit in any case.
+
+    ``counts``: how many blocks of which kind. Other kinds share what they leave of ``budget_bytes``, which is for the
+    whole model (residents, staging and what is no block); None is as much as there is room for.
+    """
+
+    counts: tuple[tuple[str, int], ...] = ()
+    budget_bytes: int | None = None
+
+
+@dataclass
+class Streaming:
+    """What the clones of a streamed model share; lives on the model as ``model.streaming``."""
+
+    streamer: Streamer
+    patching: Patching
+    other_bytes: int
+    said: set[str] = field(default_factory=set)
+    extras: Extras = field(default_factory=dict)
+
+    def give(self, extras: Extras) -> None:
+        """Have the blocks' layers get ``extras``; the streamer has to be started again if these are not the same."""
+        if _by_name(extras) != _by_name(self.extras):
+            self.streamer.set_extras(extras)
+        self.extras = extras
+
+    def say_once(self, text: str) -> None:
+        if text not in self.said:
+            self.said.add(text)
+            logger.warning("%s", text)
+
+
+@dataclass(frozen=True)
+class StreamingReport:
+    """What is where, and what it costs. ``node_id`` is of the node that made the patcher, if it said so.
+
+    ``wanted`` are the blocks that the settings ask for; ``resident`` and ``streamed`` those of the plan in effect, or
+    None while the model is not on the device.
+    """
+
+    node_id: str | None
+    kinds: tuple[str, ...]
+    wanted: tuple[int, ...]
+    resident: tuple[int, ...] | None
+    streamed: tuple[int, ...] | None
+    device_bytes: int
+    host_bytes: int
+    pinned_bytes: int
+    link_gbps: float | None
+    cost: ForwardCost | None
+
+    @property
+    def is_lowered(self) -> bool:
+        """Whether less is resident than asked for."""
+        return self.resident is not None and len(self.resident) < len(self.wanted)
+
+
+observers: list[Callable[[Any], None]] = []
+"""Called with the `StreamedModelPatcher` when a model was loaded, when a forward was timed, when residency was lowered,
+and after a sampling."""
+
+
+def attach_streaming(model: nn.Module, groups: Mapping[str, Sequence[nn.Module]]) -> None:
+    """Move the blocks of ``model`` (by kind, in execution order) into a host arena, ready to be streamed.
+
+    Blocks on the meta device get uninitialised memory, others keep their values.
+    """
+    streamer = Streamer(groups)
+    total = sum(tensor.nbytes for tensor in _tensors(model))
+    in_blocks = sum(tensor.nbytes for group in groups.values() for block in group for tensor in _tensors(block))
+    patching = Patching(model, [block for group in groups.values() for block in group])
+    model.streaming = Streaming(streamer, patching, other_bytes=total - in_blocks)  # type: ignore[assignment]
+    model.state_dict_for_saving = refuse_to_save  # type: ignore[assignment]
+
+
+def _by_name(extras: Extras) -> dict[tuple[nn.Module, str], int]:
+    return {(module, name): id(tensor) for module, tensors in extras.items() for name, tensor in tensors.items()}
+
+
+def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def refuse_to_save(*_: Any, **__: Any) -> None:
+    raise ValueError(
+        "a streamed model cannot be saved by this node, which would write neither packed weights nor patches right. "
+        "Save a 4-bit model with the node Quantise Flux to NF4 and Save, a dense one from before it is streamed."
+    )
