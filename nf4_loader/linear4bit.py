@@ -70,17 +70,21 @@ class Linear4bit(nn.Module):
         return kernels.dequantise(self.packed, self.absmax, self.shape, self.blocksize, self.quant_type, dtype)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        bias: torch.Tensor | None = self.bias
-        if bias is not None:
-            bias = bias.to(input.dtype, copy=bool(self.bias_function))
-            for function in self.bias_function:
-                bias = function(bias)
+        bias = self._bias_for(input)
         if self.weight_function:
             weight = self.dequantise(input.dtype)
             for function in self.weight_function:
                 weight = function(weight)
             return nn.functional.linear(input, weight, bias)
         return self._multiply(input, bias)
+
+    def _bias_for(self, input: torch.Tensor) -> torch.Tensor | None:
+        if self.bias is None:
+            return None
+        bias: torch.Tensor = self.bias.to(input.dtype, copy=bool(self.bias_function))
+        for function in self.bias_function:
+            bias = function(bias)
+        return bias
 
     def _multiply(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return kernels.linear(input, self.packed, self.absmax, self.shape, self.blocksize, self.quant_type, bias)

@@ -43,6 +43,15 @@ def factors_of(patch: Sequence[Any], shape: tuple[int, int]) -> Factors | None:
     return Factors(up, down, scale, start)
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """The patches of some rows: the name of their ``up``, and which of the joint ranks are theirs."""
+
+    name: str
+    rows: slice
+    ranks: slice
+
+
 class LowRank:
     """Any number of low-rank patches of one Linear; those of the same rows are concatenated.
 
@@ -54,15 +63,16 @@ class LowRank:
         groups: dict[tuple[int, int], list[Factors]] = {}
         for item in factors:
             groups.setdefault((item.start, item.up.shape[0]), []).append(item)
-        ordered = [item for group in groups.values() for item in group]
+        ordered_groups = sorted(groups.items())
+        ordered = [item for _, group in ordered_groups for item in group]
         self.tensors = {"lora_down": _concatenated([item.down.flatten(1) for item in ordered], 0, dtype)}
-        self._pieces: list[tuple[str, slice, slice]] = []
+        self._pieces: list[_Piece] = []
         column = 0
-        for (start, rows), group in groups.items():
+        for (start, rows), group in ordered_groups:
             name = f"lora_up_{len(self._pieces)}"
             self.tensors[name] = _concatenated([item.up.flatten(1) for item in group], 1, dtype)
             rank = self.tensors[name].shape[1]
-            self._pieces.append((name, slice(start, start + rows), slice(column, column + rank)))
+            self._pieces.append(_Piece(name, slice(start, start + rows), slice(column, column + rank)))
             column += rank
         self._dtype = dtype
         self._factors = factors
@@ -91,14 +101,39 @@ class LowRank:
         scales = [factors[index].scale for index in self._order for _ in range(factors[index].down.shape[0])]
         return torch.tensor(scales, dtype=torch.float32)
 
-    def add(self, output: torch.Tensor, input: torch.Tensor, tensors: Mapping[str, Any]) -> None:
-        """Add the branch of ``input`` (..., in) to ``output`` (..., out), with ``tensors`` where these are."""
-        dtype = input.dtype
-        rows = output.view(-1, output.shape[-1])
-        hidden = torch.nn.functional.linear(input.reshape(-1, input.shape[-1]), tensors["lora_down"].to(dtype))
-        hidden.mul_(tensors["lora_scale"])
-        for name, columns, ranks in self._pieces:
-            rows[:, columns].addmm_(hidden[:, ranks], tensors[name].to(dtype).t())
+    def covers(self, rows: int) -> bool:
+        """Whether every one of so many rows of the weight is patched, by one piece."""
+        ends = [0, *(piece.rows.stop for piece in self._pieces)]
+        return ends[-1] == rows and all(piece.rows.start == end for piece, end in zip(self._pieces, ends, strict=False))
+
+    def product(self, input: torch.Tensor, bias: torch.Tensor | None, tensors: Mapping[str, Any]) -> torch.Tensor:
+        """The branch of ``input`` (n, in), and ``bias`` (out,), if all rows are covered; ``tensors`` as in `add_to`."""
+        hidden = self._hidden(input, tensors)
+        if bias is None:
+            bias = input.new_zeros(self._pieces[-1].rows.stop)
+
+        def product_of(piece: _Piece, out: torch.Tensor | None = None) -> torch.Tensor:
+            up = tensors[piece.name].to(input.dtype).t()
+            return torch.addmm(bias[piece.rows], hidden[:, piece.ranks], up, out=out)
+
+        if len(self._pieces) == 1:
+            return product_of(self._pieces[0])
+        if torch.compiler.is_compiling():  # which refuses to write into columns, and joins them itself
+            return torch.cat([product_of(piece) for piece in self._pieces], 1)
+        output = input.new_empty(len(input), len(bias))
+        for piece in self._pieces:
+            product_of(piece, output[:, piece.rows])
+        return output
+
+    def add_to(self, output: torch.Tensor, input: torch.Tensor, tensors: Mapping[str, Any]) -> None:
+        """Add the branch of ``input`` (n, in) to ``output`` (n, out), with ``tensors`` where these are."""
+        hidden = self._hidden(input, tensors)
+        for piece in self._pieces:
+            output[:, piece.rows].addmm_(hidden[:, piece.ranks], tensors[piece.name].to(input.dtype).t())
+
+    def _hidden(self, input: torch.Tensor, tensors: Mapping[str, Any]) -> torch.Tensor:
+        hidden = torch.nn.functional.linear(input, tensors["lora_down"].to(input.dtype))
+        return hidden.mul_(tensors["lora_scale"])
 
 
 def _concatenated(tensors: Sequence[torch.Tensor], dim: int, dtype: torch.dtype) -> torch.Tensor:

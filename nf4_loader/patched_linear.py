@@ -9,6 +9,10 @@ from .linear4bit import DenseView, Linear4bit
 from .linear_of_parts import LinearOfParts
 from .low_rank import LowRank, factors_of
 
+_MANY_ROWS = 256
+"""From so many rows on the base matmul adds to the low-rank product, while it computes, in place of the product being
+added to its output, which would be read and written once more. Fewer have a kernel of their own (`kernels.linear`)."""
+
 
 class PatchedLinear4bit(Linear4bit):
     """A `Linear4bit` that takes low-rank patches of its weight; without any, its forward is the plain one.
@@ -51,10 +55,16 @@ class PatchedLinear4bit(Linear4bit):
         return self._low_rank.tensors if self._low_rank else {}
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        output = super().forward(input)
-        if self._low_rank is not None:
-            self._low_rank.add(output, input, self._buffers)
-        return output
+        if self._low_rank is None:
+            return super().forward(input)
+        rows = input.reshape(-1, self.in_features)
+        if len(rows) < _MANY_ROWS or not self._low_rank.covers(self.out_features) or self.weight_function:
+            output = super().forward(input)
+            self._low_rank.add_to(output.view(-1, self.out_features), rows, self._buffers)
+            return output
+        output = self._low_rank.product(rows, self._bias_for(input), self._buffers)
+        output.addmm_(rows, self.dequantise(input.dtype).t())
+        return output.view(*input.shape[:-1], self.out_features)
 
 
 class PatchedLinearOfParts(PatchedLinear4bit, LinearOfParts):

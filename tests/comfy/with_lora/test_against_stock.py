@@ -12,6 +12,7 @@ SHAPE = (1024, 256)
 KINDS = list(loras.adapters(LAYER, SHAPE))
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("layout", ["kohya", "generic", "diffusers", "onetrainer", "simpletuner", "xlabs"])
 def test_every_key_layout_is_as_in_stock_comfyui(layout, compare, with_lora, shapes, config):
     make = getattr(loras, layout)
@@ -97,6 +98,7 @@ def test_strength_of_the_model_is_that_of_stock_comfyui_to_the_bit(strengths, di
     assert difference(apply) == 0
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("rank", [1, 16, 128])
 @pytest.mark.parametrize("count", [1, 4, 16])
 def test_any_number_of_loras_of_any_rank_is_as_in_stock_comfyui(count, rank, difference, with_lora):

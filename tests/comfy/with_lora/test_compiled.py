@@ -13,6 +13,7 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("layout", ["kohya", "diffusers"])
 def test_layers_of_a_kind_are_compiled_once_and_whole(layout, load, shapes, config, with_lora):
     file = loras.kohya(shapes) if layout == "kohya" else loras.diffusers(config.unet_config, shapes)
