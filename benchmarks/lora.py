@@ -12,10 +12,11 @@ forward.
 import argparse
 import functools
 import json
+import re
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,16 +71,18 @@ def seconds_of_first(patcher: Any, files: Any, strength: float, forward: Forward
     return time.perf_counter() - started
 
 
-def measure(path: Path, rounds: int, repeats: int) -> list[dict[str, Any]]:
+def measure(
+    path: Path, loras: Mapping[str, Any], sizes: Sequence[int], rounds: int, repeats: int
+) -> list[dict[str, Any]]:
     import comfy.model_management
     from streamed import load, with_residency
 
     patcher = load(path)
     device = comfy.model_management.get_torch_device()
-    forwards = [Forward(pixels, device, patcher.model.get_dtype()) for pixels in (1024, 512)]
+    forwards = [Forward(pixels, device, patcher.model.get_dtype()) for pixels in sizes]
     rows: dict[tuple[int, str, str], dict[str, Any]] = {}
     times: dict[tuple[int, str, str], list[float]] = {}
-    for name, parts in LORAS.items():
+    for name, parts in loras.items():
         files = tuple(lora_file(layout, rank, index, patcher.model) for index, (layout, rank) in enumerate(parts))
         for plan, (double, single) in PLANS.items():
             clone = with_residency(patcher, double, single)
@@ -109,13 +112,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="an NF4 file; made if not given")
     parser.add_argument("--output", type=Path, default=Path(), help="folder for the JSON")
+    parser.add_argument("--only", default="", help="a regular expression: the LoRAs to run beside none, by name")
+    parser.add_argument("--pixels", type=int, nargs="+", default=[1024, 512], help="picture sizes")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=8)
     given = parser.parse_args()
+    chosen = {name: loras for name, loras in LORAS.items() if not loras or re.search(given.only, name)}
     import_package()
     sys.path.insert(0, str(ROOT / "tests" / "support"))
     with checkpoint_file(given.checkpoint) as path, torch.inference_mode():
-        rows = measure(path, given.rounds, given.repeats)
+        rows = measure(path, chosen, given.pixels, given.rounds, given.repeats)
     given.output.mkdir(parents=True, exist_ok=True)
     (given.output / "lora.json").write_text(json.dumps(rows, indent=1))
     print(torch.cuda.get_device_name())

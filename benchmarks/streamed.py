@@ -19,13 +19,16 @@ def load(path: Path) -> Any:
     return streamed(load_transformer(read_catalogue(path)), Residency(), node_id=None)
 
 
-def with_residency(patcher: Any, double: int | None = None, single: int | None = None) -> Any:
-    """A clone that keeps so many blocks of each kind on the device; None: as many as there is room for."""
+def with_residency(
+    patcher: Any, double: int | None = None, single: int | None = None, budget_gib: float | None = None
+) -> Any:
+    """A clone that keeps so many blocks of each kind on the device; None: as many as the budget, or the room, allows."""
     from flux_nf4.offload.comfyui.streaming import Residency
 
     clone = patcher.clone()
     wanted = (("double", double), ("single", single))
-    clone.residency = Residency(tuple((kind, count) for kind, count in wanted if count is not None))
+    counts = tuple((kind, count) for kind, count in wanted if count is not None)
+    clone.residency = Residency(counts, None if budget_gib is None else int(budget_gib * 2**30))
     return clone
 
 

@@ -11,14 +11,15 @@ median; compare ratios within one run. Outputs of all variants must be bit-ident
 import argparse
 import functools
 import json
+import re
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from inside_comfyui import import_package
@@ -27,18 +28,32 @@ from weights import Files
 
 GIB = 2**30
 RING = 208
-PLANS = {
-    "all resident": (19, 38, RING),
-    "0/0": (0, 0, RING),
-    "7/7": (7, 7, RING),
-    "12/24": (12, 24, RING),
-    "0/0, ring of 112 MiB": (0, 0, 112),
-    "0/0, ring of 160 MiB": (0, 0, 160),
-    "0/0, ring of 384 MiB": (0, 0, 384),
-    "0/0, whole blocks": (0, 0, -384),
-    "12/24, ring of 384 MiB": (12, 24, 384),
+
+
+class Setting(NamedTuple):
+    """Blocks of each kind that stay (None: as the budget in GiB allows), MiB of the ring, whole blocks or layers."""
+
+    double: int | None = None
+    single: int | None = None
+    budget: float | None = None
+    ring: int = RING
+    whole_blocks: bool = False
+
+
+SETTINGS = {
+    "all resident": Setting(19, 38),
+    "0/0": Setting(0, 0),
+    "7/7": Setting(7, 7),
+    "12/24": Setting(12, 24),
+    "budget of 1 GiB": Setting(budget=1),
+    "budget of 3 GiB": Setting(budget=3),
+    "budget of 3 GiB, 7 doubles": Setting(double=7, budget=3),
+    "0/0, ring of 112 MiB": Setting(0, 0, ring=112),
+    "0/0, ring of 160 MiB": Setting(0, 0, ring=160),
+    "0/0, ring of 384 MiB": Setting(0, 0, ring=384),
+    "0/0, whole blocks": Setting(0, 0, ring=384, whole_blocks=True),
+    "12/24, ring of 384 MiB": Setting(12, 24, ring=384),
 }
-"""Double and single blocks that stay, and MiB of the staging ring; negative: two slots of whole blocks, no tiles."""
 
 
 class Forward:
@@ -62,7 +77,7 @@ def allocations_and_syncs(forward: "Forward", model: Any) -> tuple[int, int]:
     """What one forward allocates on the device, and how often the host waits for it."""
 
     def allocated() -> int:
-        return int(torch.cuda.memory_stats()["allocation.all.allocated"])
+        return int(torch.cuda.memory_stats().get("allocation.all.allocated", 0))
 
     torch.cuda.set_sync_debug_mode("warn")
     with warnings.catch_warnings(record=True) as caught:
@@ -102,7 +117,9 @@ def checkpoint_file(given: Path | None) -> Iterator[Path]:
         yield path
 
 
-def measure(path: Path, rounds: int, repeats: int) -> dict[str, Any]:
+def measure(
+    path: Path, settings: Mapping[str, Setting], sizes: Sequence[int], rounds: int, repeats: int
+) -> dict[str, Any]:
     import comfy.model_management
     from streamed import load
 
@@ -122,24 +139,27 @@ def measure(path: Path, rounds: int, repeats: int) -> dict[str, Any]:
     }
     streamer = patcher.model.streaming.streamer
     results["copy_gbps"] = copy_gbps(streamer.arena.records[0], device)
-    for pixels in (1024, 512):
-        results["rows"] += measure_plans(patcher, Forward(pixels, device, patcher.model.get_dtype()), rounds, repeats)
+    for pixels in sizes:
+        forward = Forward(pixels, device, patcher.model.get_dtype())
+        results["rows"] += measure_settings(patcher, forward, settings, rounds, repeats)
     return results
 
 
-def measure_plans(patcher: Any, forward: "Forward", rounds: int, repeats: int) -> list[dict[str, Any]]:
+def measure_settings(
+    patcher: Any, forward: "Forward", settings: Mapping[str, Setting], rounds: int, repeats: int
+) -> list[dict[str, Any]]:
     import comfy.model_management
     from streamed import with_residency
 
     streamer = patcher.model.streaming.streamer
-    rows: dict[str, dict[str, Any]] = {name: {"pixels": forward.pixels, "plan": name} for name in PLANS}
-    times: dict[str, list[float]] = {name: [] for name in PLANS}
+    rows: dict[str, dict[str, Any]] = {name: {"pixels": forward.pixels, "plan": name} for name in settings}
+    times: dict[str, list[float]] = {name: [] for name in settings}
     reference = None
     for _ in range(rounds):
-        for name, (double, single, ring) in PLANS.items():
-            clone = with_residency(patcher, double, single)
-            clone.staging_bytes = abs(ring) << 20
-            clone.whole_blocks = ring < 0
+        for name, setting in settings.items():
+            clone = with_residency(patcher, setting.double, setting.single, setting.budget)
+            clone.staging_bytes = setting.ring << 20
+            clone.whole_blocks = setting.whole_blocks
             comfy.model_management.load_models_gpu([clone])
             output = forward(clone.model).clone()
             reference = output if reference is None else reference
@@ -152,18 +172,21 @@ def measure_plans(patcher: Any, forward: "Forward", rounds: int, repeats: int) -
             rows[name]["allocations"], rows[name]["syncs"] = allocations_and_syncs(forward, clone.model)
             times[name] += milliseconds(functools.partial(forward, clone.model), repeats)[1:]
             rows[name]["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+            rows[name]["reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
             rows[name]["bus_gb"] = streamer.plan.bytes_per_forward / 1e9
     for name, row in rows.items():
         row["ms"] = statistics.median(times[name])
-        row["ratio"] = row["ms"] / statistics.median(times["all resident"])
+        row["ratio"] = row["ms"] / statistics.median(next(iter(times.values())))
     return list(rows.values())
 
 
 def table(results: dict[str, Any]) -> str:
-    columns = "picture | plan | ms | against all resident | peak GiB | GB over the bus | allocations | syncs"
-    lines = [f"| {columns} |", "|---" * 8 + "|"]
+    columns = (
+        "picture | plan | ms | against the first | peak GiB | reserved GiB | GB over the bus | allocations | syncs"
+    )
+    lines = [f"| {columns} |", "|---" * 9 + "|"]
     for row in results["rows"]:
-        figures = f"{row['ms']:.1f} | {row['ratio']:.3f} | {row['peak_gib']:.2f} | {row['bus_gb']:.2f}"
+        figures = f"{row['ms']:.1f} | {row['ratio']:.3f} | {row['peak_gib']:.2f} | {row['reserved_gib']:.2f} | {row['bus_gb']:.2f}"
         counts = f"{row['allocations']} | {row['syncs']}"
         lines.append(f"| {row['pixels']} | {row['plan']} | {figures} | {counts} |")
     return "\n".join(lines)
@@ -173,12 +196,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="an NF4 file; made if not given")
     parser.add_argument("--output", type=Path, default=Path(), help="folder for the JSON")
+    parser.add_argument("--only", default="", help="a regular expression: the settings to run, by name")
+    parser.add_argument("--pixels", type=int, nargs="+", default=[1024, 512], help="picture sizes")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=8)
     given = parser.parse_args()
+    settings = {name: setting for name, setting in SETTINGS.items() if re.search(given.only, name)}
     import_package()
     with checkpoint_file(given.checkpoint) as path, torch.inference_mode():
-        results = measure(path, given.rounds, given.repeats)
+        results = measure(path, settings, given.pixels, given.rounds, given.repeats)
     given.output.mkdir(parents=True, exist_ok=True)
     (given.output / "streaming.json").write_text(json.dumps(results, indent=1))
     print(", ".join(f"{key} {value}" for key, value in results.items() if key != "rows"))
