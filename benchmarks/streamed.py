@@ -22,7 +22,7 @@ def load(path: Path) -> Any:
 def with_residency(
     patcher: Any, double: int | None = None, single: int | None = None, budget_gib: float | None = None
 ) -> Any:
-    """A clone that keeps so many blocks of each kind on the device; None: as many as the budget, or the room, allows."""
+    """A clone that keeps so many blocks of each kind on the device; None: as many as there is budget or room for."""
     from flux_nf4.offload.comfyui.streaming import Residency
 
     clone = patcher.clone()
