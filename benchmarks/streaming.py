@@ -188,7 +188,9 @@ def table(results: dict[str, Any]) -> str:
     for row in results["rows"]:
         memory = f"{row['peak_gib']:.2f} | {row['reserved_gib']:.2f} | {row['bus_gb']:.2f}"
         counts = f"{row['allocations']} | {row['syncs']}"
-        lines.append(f"| {row['pixels']} | {row['plan']} | {row['ms']:.1f} | {row['ratio']:.3f} | {memory} | {counts} |")
+        lines.append(
+            f"| {row['pixels']} | {row['plan']} | {row['ms']:.1f} | {row['ratio']:.3f} | {memory} | {counts} |"
+        )
     return "\n".join(lines)
 
 
