@@ -39,6 +39,14 @@ class HostRecord:
         self.small = BoundTile(block, layout.small, host)
         self.cut(whole=False)
 
+    def refill(self, host: torch.Tensor, extras: Extras) -> None:
+        """Take other ``extras``, of the same layout and all small, in other host memory. A copy on the device has the
+        old values until it is written."""
+        self.host = host
+        self.small.refill(host, [extras[field.module][field.name] for field in self.layout.small.fields])
+        if self.buffer is None:
+            self.small.bind(self.small.home)
+
     def cut(self, *, whole: bool) -> None:
         """Into a tile for each layer, or a single one, while none of it is on the device."""
         layout = self.layout.whole() if whole else self.layout

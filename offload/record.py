@@ -184,19 +184,22 @@ class BoundTile:
         """Bind ``tile`` of ``block`` to its bytes in ``record``, which take the values that the tensors have."""
         self.tile = tile
         self.module = block.get_submodule(tile.module)
-        self.source = record[tile.offset : tile.offset + tile.nbytes]
-        self.home = views_of(tile, self.source)
         modules = {field.module: block.get_submodule(field.module) for field in tile.fields}
         self._targets: tuple[tuple[dict[str, Any], str], ...] = tuple(
             (modules[field.module]._parameters if field.is_parameter else modules[field.module]._buffers, field.name)
             for field in tile.fields
         )
-        with torch.inference_mode(False), torch.no_grad():
-            for (tensors, name), view in zip(self._targets, self.home, strict=True):
-                tensor = tensors[name]
-                if not tensor.is_meta and tensor.data_ptr() != view.data_ptr():
-                    view.copy_(tensor)
+        self.refill(record, [tensors[name] for tensors, name in self._targets])
         self.bind(self.home)
+
+    def refill(self, record: torch.Tensor, values: Sequence[torch.Tensor]) -> None:
+        """Make ``record`` the host record, with these values of the tensors; those on the meta device have none."""
+        self.source = record[self.tile.offset : self.tile.offset + self.tile.nbytes]
+        self.home = views_of(self.tile, self.source)
+        with torch.inference_mode(False), torch.no_grad():
+            for value, view in zip(values, self.home, strict=True):
+                if not value.is_meta and value.data_ptr() != view.data_ptr():
+                    view.copy_(value)
 
     def bind(self, views: Views) -> None:
         """Make the modules use ``views``."""

@@ -55,6 +55,9 @@ class Streamer:
         self.whole_blocks = False
         self.arena = HostArena([layout.nbytes for layout in layouts])
         self.blocks = tuple(map(Block, modules, kinds, layouts, self.arena.records))
+        self._places = {
+            module: (index, path) for index, block in enumerate(modules) for path, module in block.named_modules()
+        }
         self.extras_arena: HostArena | None = None
         self._extras: dict[tuple[int, str, str], weakref.ref[torch.Tensor]] = {}
         self.plan: ResidencyPlan | None = None
@@ -128,28 +131,23 @@ class Streamer:
         by_block = self._by_block(extras)
         layouts = [extras_layouts(block.own.layout, given) for block, given in zip(self.blocks, by_block, strict=True)]
         travelling = [_of_layout(given, large) for given, (large, _) in zip(by_block, layouts, strict=True)]
-        for block in self.blocks:
-            if block.staying is not None:
+        for block, (_, small) in zip(self.blocks, layouts, strict=True):
+            if block.staying is not None and block.staying.layout != small:
                 block.staying.remove()
                 block.staying = None
+                self._asked = None
         self._travel([large for large, _ in layouts], travelling)
         for block, given, (_, small) in zip(self.blocks, by_block, layouts, strict=True):
-            self._stay(block, small, _of_layout(given, small))
-        self._asked = None
+            if small.nbytes:
+                self._stay(block, small, _of_layout(given, small))
 
     def _by_block(self, extras: Mapping[nn.Module, Mapping[str, torch.Tensor]]) -> list[Extras]:
         by_block: list[dict[str, Mapping[str, torch.Tensor]]] = [{} for _ in self.blocks]
-        if extras:
-            places = {
-                module: (index, path)
-                for index, block in enumerate(self.blocks)
-                for path, module in block.module.named_modules()
-            }
-            for module, tensors in extras.items():
-                if module not in places:
-                    raise ValueError(f"a {type(module).__name__} that gets extra tensors is not in a streamed block")
-                index, path = places[module]
-                by_block[index][path] = tensors
+        for module, tensors in extras.items():
+            if module not in self._places:
+                raise ValueError(f"a {type(module).__name__} that gets extra tensors is not in a streamed block")
+            index, path = self._places[module]
+            by_block[index][path] = tensors
         return list(by_block)
 
     def _travel(self, layouts: Sequence[RecordLayout], extras: Sequence[Extras]) -> None:
@@ -163,7 +161,7 @@ class Streamer:
         if tensors.keys() == known.keys() and all(known[key]() is tensor for key, tensor in tensors.items()):
             return
         self._end_staging()
-        self.plan = None
+        self.plan = self._asked = None
         self._extras = {key: weakref.ref(tensor) for key, tensor in tensors.items()}
         for block in self.blocks:
             if block.travelling is not None:
@@ -177,12 +175,17 @@ class Streamer:
                     block.travelling.cut(whole=self.whole_blocks)
 
     def _stay(self, block: Block, layout: RecordLayout, extras: Extras) -> None:
-        if layout.nbytes:
-            with torch.inference_mode(False):
-                host = torch.empty(layout.nbytes, dtype=torch.uint8)
-            block.staying = HostRecord(block.module, layout, host, extras)
-            if self.plan is not None:
-                self._put(block.staying, block.is_resident)
+        with torch.inference_mode(False):
+            host = torch.empty(layout.nbytes, dtype=torch.uint8)
+        if block.staying is not None:
+            block.staying.refill(host, extras)
+            if block.staying.buffer is not None:
+                self._write(block.staying.buffer, host)
+            return
+        self._asked = None
+        block.staying = HostRecord(block.module, layout, host, extras)
+        if self.plan is not None:
+            self._put(block.staying, block.is_resident)
 
     def start(self, plan: ResidencyPlan, copies: Copies, *, whole_blocks: bool = False) -> None:
         """Put ``plan`` into effect; of a plan in effect, what both have in common stays where it is.
@@ -268,17 +271,19 @@ class Streamer:
 
     def _put(self, record: HostRecord, resident: bool) -> None:
         """Copy what is to be always on the device there, before any compute that comes after this."""
-        copies = self._require_copies()
         source = record.bytes_for(resident)
-        if not source.nbytes:
-            return
-        buffer = copies.empty(source.nbytes)
-        # The allocator may have handed out bytes that earlier compute still reads.
+        if source.nbytes:
+            buffer = self._require_copies().empty(source.nbytes)
+            self._write(buffer, source)
+            record.take(buffer, resident)
+
+    def _write(self, buffer: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy ``source`` between the compute that was launched so far, which may read ``buffer``, and what follows."""
+        copies = self._require_copies()
         free, ready = copies.event(), copies.event()
         copies.record(free)
         copies.copy(buffer, source, after=free, done=ready)
         copies.compute_waits(ready)
-        record.take(buffer, resident)
 
     def _begin_staging(self, plan: ResidencyPlan) -> None:
         copies = self._require_copies()

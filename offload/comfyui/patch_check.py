@@ -7,6 +7,7 @@ from typing import Any
 
 import comfy.lora
 import torch
+from comfy.weight_adapter import LoRAAdapter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -85,7 +86,27 @@ def refusal(patches: Sequence[Patch], weight: torch.Tensor, key: str) -> str | N
                 return f"an empty tensor of shape {tuple(tensor.shape)}"
             if not _is_finite(tensor):
                 return "values that are not finite"
+    if all(_fits(patch, weight.shape) for patch in patches):
+        return None
     return _complaint(patches, weight, key)
+
+
+def _fits(patch: Patch, shape: Sequence[int]) -> bool:
+    """Whether this is a plain LoRA of the right shapes; to try it as `_complaint` does takes milliseconds."""
+    _, adapter, _, offset, _ = patch
+    if not isinstance(adapter, LoRAAdapter) or len(shape) != 2:
+        return False
+    up, down, _, mid, _, reshape = adapter.weights
+    axis, start, rows = offset or (0, 0, shape[0])
+    return (
+        mid is None
+        and reshape is None
+        and axis == 0
+        and start + rows <= shape[0]
+        and up.dim() == down.dim() == 2
+        and tuple(up.shape) == (rows, down.shape[0])
+        and down.shape[1] == shape[1]
+    )
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
