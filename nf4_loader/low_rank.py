@@ -76,6 +76,7 @@ class LowRank:
             column += rank
         self._dtype = dtype
         self._factors = factors
+        self._only_scale: float | None = None
         self._order = [factors.index(item) for item in ordered]
         self.tensors["lora_scale"] = self._scales(factors)
 
@@ -99,6 +100,7 @@ class LowRank:
 
     def _scales(self, factors: Sequence[Factors]) -> torch.Tensor:
         scales = [factors[index].scale for index in self._order for _ in range(factors[index].down.shape[0])]
+        self._only_scale = scales[0] if len(set(scales)) == 1 else None
         return torch.tensor(scales, dtype=torch.float32)
 
     def covers(self, rows: int) -> bool:
@@ -108,13 +110,13 @@ class LowRank:
 
     def product(self, input: torch.Tensor, bias: torch.Tensor | None, tensors: Mapping[str, Any]) -> torch.Tensor:
         """The branch of ``input`` (n, in), and ``bias`` (out,), if all rows are covered; ``tensors`` as in `add_to`."""
-        hidden = self._hidden(input, tensors)
+        hidden, scale = self._hidden(input, tensors)
         if bias is None:
             bias = input.new_zeros(self._pieces[-1].rows.stop)
 
         def product_of(piece: _Piece, out: torch.Tensor | None = None) -> torch.Tensor:
             up = tensors[piece.name].to(input.dtype).t()
-            return torch.addmm(bias[piece.rows], hidden[:, piece.ranks], up, out=out)
+            return torch.addmm(bias[piece.rows], hidden[:, piece.ranks], up, alpha=scale, out=out)
 
         if len(self._pieces) == 1:
             return product_of(self._pieces[0])
@@ -127,13 +129,18 @@ class LowRank:
 
     def add_to(self, output: torch.Tensor, input: torch.Tensor, tensors: Mapping[str, Any]) -> None:
         """Add the branch of ``input`` (n, in) to ``output`` (n, out), with ``tensors`` where these are."""
-        hidden = self._hidden(input, tensors)
+        hidden, scale = self._hidden(input, tensors)
         for piece in self._pieces:
-            output[:, piece.rows].addmm_(hidden[:, piece.ranks], tensors[piece.name].to(input.dtype).t())
+            up = tensors[piece.name].to(input.dtype).t()
+            output[:, piece.rows].addmm_(hidden[:, piece.ranks], up, alpha=scale)
 
-    def _hidden(self, input: torch.Tensor, tensors: Mapping[str, Any]) -> torch.Tensor:
+    def _hidden(self, input: torch.Tensor, tensors: Mapping[str, Any]) -> tuple[torch.Tensor, float]:
+        """``input @ down.T``, and what is left to multiply it with."""
         hidden = torch.nn.functional.linear(input, tensors["lora_down"].to(input.dtype))
-        return hidden.mul_(tensors["lora_scale"])
+        # A number costs no launch of its own; but compiled code is made for one value of it.
+        if torch.compiler.is_compiling() or self._only_scale is None:
+            return hidden.mul_(tensors["lora_scale"]), 1.0
+        return hidden, self._only_scale
 
 
 def _concatenated(tensors: Sequence[torch.Tensor], dim: int, dtype: torch.dtype) -> torch.Tensor:
