@@ -20,6 +20,7 @@ from .nf4_loader.catalogue import Catalogue
 from .nf4_loader.errors import CheckpointError
 from .nf4_loader.fill import fill
 from .nf4_loader.flux import block_groups, build_flux, load_clip_and_vae, materialise
+from .nf4_loader.mapped import Mapped, map_packed
 from .offload.comfyui.patcher import StreamedModelPatcher
 from .offload.comfyui.streaming import Residency, attach_streaming
 
@@ -55,9 +56,9 @@ def load_all_in_one(catalogue: Catalogue) -> AllInOne:
     if clip is None or vae is None:
         gc.collect()  # an earlier model that only cycles keep alive must not count against this one
         new = build_flux(catalogue) if model is None else None
-        _require_ram(catalogue, with_transformer=model is None, with_others=True)
+        mapped = _mapped_where_ram_is_short(new, catalogue, with_others=True)
         clip, vae = load_clip_and_vae(catalogue, folder_paths.get_folder_paths("embeddings"))
-        model = _read(new, catalogue) if new is not None else model
+        model = _read(new, catalogue, mapped) if new is not None else model
     assert clip is not None
     assert vae is not None
     model = load_transformer(catalogue) if model is None else model
@@ -76,8 +77,8 @@ def load_transformer(catalogue: Catalogue) -> comfy.model_base.BaseModel:
     if model is None:
         gc.collect()
         new = build_flux(catalogue)
-        _require_ram(catalogue, with_transformer=True, with_others=False)
-        model = _models[key] = _read(new, catalogue)
+        mapped = _mapped_where_ram_is_short(new, catalogue, with_others=False)
+        model = _models[key] = _read(new, catalogue, mapped)
     return model
 
 
@@ -102,23 +103,52 @@ def _key(catalogue: Catalogue) -> _Key:
     return frozenset((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths)
 
 
-def _read(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> comfy.model_base.BaseModel:
-    attach_streaming(model, block_groups(model))
+def _read(model: comfy.model_base.BaseModel, catalogue: Catalogue, mapped: Mapped) -> comfy.model_base.BaseModel:
+    attach_streaming(model, block_groups(model), mapped)
     materialise(model.diffusion_model)
-    progress = comfy.utils.ProgressBar(catalogue.transformer_bytes)
-    logger.info("NF4: reading the transformer of %s, %.2f GiB", catalogue.path.name, catalogue.transformer_ram / _GIB)
-    fill(model, catalogue, progress.update)
+    left = _bytes_of(mapped)
+    progress = comfy.utils.ProgressBar(catalogue.transformer_bytes - left)
+    in_ram = (catalogue.transformer_ram - left) / _GIB
+    logger.info("NF4: reading the transformer of %s, %.2f GiB", catalogue.path.name, in_ram)
+    fill(model, catalogue, progress.update, mapped)
     return model
 
 
-def _require_ram(catalogue: Catalogue, *, with_transformer: bool, with_others: bool) -> None:
+def _mapped_where_ram_is_short(
+    model: comfy.model_base.BaseModel | None, catalogue: Catalogue, *, with_others: bool
+) -> Mapped:
+    """What of ``model`` (None: it is in RAM) stays in the file: nothing where the free RAM holds it and the others.
+
+    Raises:
+        CheckpointError: the RAM holds not even the rest.
+    """
     others = [entry for part in (catalogue.text_encoders, catalogue.vae) for entry in part.values()]
-    needed = catalogue.transformer_ram if with_transformer else 0
+    needed = catalogue.transformer_ram if model is not None else 0
     needed += sum(entry.nbytes for entry in others) if with_others else 0
-    free = comfy.model_management.get_free_memory(torch.device("cpu")) + psutil.swap_memory().free
-    if needed > free:
+    free = comfy.model_management.get_free_memory(torch.device("cpu"))
+    if needed <= free:
+        return {}
+    mapped = map_packed(model, catalogue) if model is not None else {}
+    rest = needed - _bytes_of(mapped)
+    if rest > free + psutil.swap_memory().free:
         raise CheckpointError(
             catalogue.path,
-            f"loading it takes {needed / _GIB:.2f} GiB of RAM; {free / _GIB:.2f} GiB are free, swap included. Close "
-            "other programs, free ComfyUI's models (Manager: Unload Models), or enlarge the swap or page file.",
+            f"loading it takes {rest / _GIB:.2f} GiB of RAM; {free / _GIB:.2f} GiB are free, and swap does not make up "
+            "for it. Close other programs, free ComfyUI's models (Manager: Unload Models), or enlarge the swap or page "
+            "file.",
         )
+    if mapped:
+        logger.warning(
+            "NF4: %s takes %.2f GiB of RAM and %.2f GiB are free, so %.2f GiB of packed weights stay in the file and "
+            "are read from there in every step. That is as slow as the disk where the system has no RAM left to keep "
+            "them. Close other programs, or keep more blocks in VRAM.",
+            catalogue.path.name,
+            needed / _GIB,
+            free / _GIB,
+            _bytes_of(mapped) / _GIB,
+        )
+    return mapped
+
+
+def _bytes_of(mapped: Mapped) -> int:
+    return sum(tensor.nbytes for named in mapped.values() for tensor in named.values())

@@ -1,6 +1,6 @@
 """The transformer's bytes, from its files into the host memory that a model is bound to."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import comfy.model_base
 import torch
@@ -13,22 +13,30 @@ from .linear_of_parts import LinearOfParts
 from .parts import DenseMemory, PackedMemory, memory_of_fused, read_parts, swap_halves
 
 
-def fill(model: comfy.model_base.BaseModel, catalogue: Catalogue, progress: Callable[[int], None]) -> None:
+def fill(
+    model: comfy.model_base.BaseModel,
+    catalogue: Catalogue,
+    progress: Callable[[int], None],
+    mapped: Collection[torch.nn.Module] = (),
+) -> None:
     """Read the transformer's tensors from the files into the host memory that ``model`` is bound to.
 
-    ``progress`` gets byte counts that add up to ``catalogue.transformer_bytes``, less what the file has and the model
-    does not. The model remembers the catalogue, as ``model.nf4_catalogue``.
+    Of the ``mapped`` layers (`map_packed`) only absmax is read. ``progress`` gets byte counts that add up to
+    ``catalogue.transformer_bytes``, less these and what the file has and the model does not. The model remembers the
+    catalogue, as ``model.nf4_catalogue``.
 
     Raises:
         CheckpointError: a file ended early, could not be read, or has another code table than its type says.
     """
     with torch.inference_mode(False), torch.no_grad():
-        read_parts(list(_destinations(model, catalogue)), progress)
+        read_parts(list(_destinations(model, catalogue, mapped)), progress)
         _swap_halves(model, catalogue)
     model.nf4_catalogue = catalogue
 
 
-def _destinations(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> Iterator[PackedMemory | DenseMemory]:
+def _destinations(
+    model: comfy.model_base.BaseModel, catalogue: Catalogue, mapped: Collection[torch.nn.Module]
+) -> Iterator[PackedMemory | DenseMemory]:
     """Every part of every tensor that the model has, with the memory that it goes to."""
     parameters = dict(model.diffusion_model.named_parameters())
     modules = dict(model.diffusion_model.named_modules())
@@ -36,12 +44,17 @@ def _destinations(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> It
         tensor = catalogue.transformer[source]
         linear = modules.get(name.removesuffix(".weight"))
         if isinstance(linear, Linear4bit) and name.endswith(".weight"):
-            yield from _of_linear(linear, tensor)
+            yield from _of_linear(linear, tensor, is_mapped=linear in mapped)
         elif name in parameters:  # else not of this model: `build_flux` has logged it
             yield from _of_parameter(parameters[name], tensor)
 
 
-def _of_linear(linear: Linear4bit, tensor: TransformerTensor) -> Iterator[PackedMemory | DenseMemory]:
+def _of_linear(
+    linear: Linear4bit, tensor: TransformerTensor, *, is_mapped: bool
+) -> Iterator[PackedMemory | DenseMemory]:
+    if is_mapped:
+        yield PackedMemory(tensor.weights4bit[0], None, linear.absmax)
+        return
     if not isinstance(linear, LinearOfParts):
         yield from memory_of_fused(tensor, linear.packed, linear.absmax)
         return

@@ -28,10 +28,10 @@ TORCH_DTYPES = {
 
 @dataclass(frozen=True)
 class PackedMemory:
-    """A 4-bit weight, and the memory for its bytes (uint8) and its absmax (fp32)."""
+    """A 4-bit weight, and the memory for its bytes (uint8; None: they are not wanted) and its absmax (fp32)."""
 
     weight: Weight4bit
-    packed: torch.Tensor
+    packed: torch.Tensor | None
     absmax: torch.Tensor
 
 
@@ -120,11 +120,11 @@ def swap_halves(tensor: torch.Tensor) -> None:
 
 def _slices(item: PackedMemory, tables: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Sequence[FileSlice]:
     weight, absmax = item.weight, item.absmax
-    packed = FileSlice(weight.packed.path, weight.packed.offset, item.packed)
+    packed = () if item.packed is None else (FileSlice(weight.packed.path, weight.packed.offset, item.packed),)
     if weight.state.nested is None:
-        return packed, FileSlice(weight.absmax.path, weight.absmax.offset, absmax)
+        return *packed, FileSlice(weight.absmax.path, weight.absmax.offset, absmax)
     expand = functools.partial(_expand, weight.state.nested, absmax, *tables[weight.name])
-    return packed, FileSlice(weight.absmax.path, weight.absmax.offset, _codes_of(absmax), expand)
+    return *packed, FileSlice(weight.absmax.path, weight.absmax.offset, _codes_of(absmax), expand)
 
 
 def _codes_of(absmax: torch.Tensor) -> torch.Tensor:

@@ -4,16 +4,20 @@ A block has a record of its own tensors. Extras - tensors that its layers were g
 instance - have records beside it: what is large travels with the layer's tile, what is small stays on the device.
 """
 
+import itertools
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from .plan import BlockSize
-from .record import BoundTile, RecordLayout, keep_in_place, views_of
+from .record import BoundTile, RecordLayout, keep_in_place, tile_of, views_of
 
 Extras = Mapping[str, Mapping[str, torch.Tensor]]
 """Host tensors by the path of the module in its block ("" is the block), then by the name of the buffer."""
+
+Sources = tuple[tuple[int, torch.Tensor], ...]
+"""Host bytes that go to one place on the device: how much of it each has, and what it is."""
 
 
 class HostRecord:
@@ -52,12 +56,13 @@ class HostRecord:
         layout = self.layout.whole() if whole else self.layout
         self.tiles = tuple(BoundTile(self._block, tile, self.host) for tile in layout.tiles)
 
-    def bytes_for(self, resident: bool) -> torch.Tensor:
+    def sources_for(self, resident: bool) -> Sources:
         """What is always on the device: all of it, or the small part."""
-        return self.host if resident else self.host[self.small.tile.offset :]
+        source = self.host if resident else self.host[self.small.tile.offset :]
+        return ((source.nbytes, source),) if source.nbytes else ()
 
     def take(self, buffer: torch.Tensor, resident: bool) -> None:
-        """Bind to ``buffer``, a copy of `bytes_for`."""
+        """Bind to ``buffer``, a copy of `sources_for`."""
         self.buffer = buffer
         start = 0 if resident else self.small.tile.offset
         for part in (*self.tiles, self.small) if resident else (self.small,):
@@ -76,21 +81,71 @@ class HostRecord:
             module._non_persistent_buffers_set.discard(name)
 
 
-class Block:
-    """A block of a streamed model: ``own`` are its tensors, ``travelling`` and ``staying`` its extras."""
+class MappedRecord:
+    """Tensors of a block that are streamed from where they are in host memory: mapped bytes of a file.
 
-    def __init__(self, module: nn.Module, kind: str, layout: RecordLayout, host: torch.Tensor) -> None:
+    ``pieces`` are those of each tile of ``layout``, each a field with a source of its own; ``tensors`` are these
+    sources (uint8, flat) by module and name.
+    """
+
+    is_pinned = False
+
+    def __init__(self, block: nn.Module, layout: RecordLayout, tensors: Mapping[tuple[str, str], torch.Tensor]) -> None:
+        self.layout = layout
+        self.buffer: torch.Tensor | None = None
+        self._of_layers = tuple(
+            tuple(
+                BoundTile(block, tile_of(field.module, 0, (field,)), tensors[field.module, field.name])
+                for field in tile.fields
+            )
+            for tile in layout.tiles
+        )
+        self._every = tuple(itertools.chain.from_iterable(self._of_layers))
+        self.pieces = self._of_layers
+
+    def cut(self, *, whole: bool) -> None:
+        self.pieces = (self._every,) if whole else self._of_layers
+
+    def sources_for(self, resident: bool) -> Sources:
+        return tuple((piece.tile.nbytes, piece.source) for piece in self._every) if resident else ()
+
+    def take(self, buffer: torch.Tensor, resident: bool) -> None:
+        self.buffer = buffer
+        for piece in self._every:
+            piece.bind(views_of(piece.tile, buffer))
+            buffer = buffer[piece.tile.nbytes :]
+
+    def drop(self) -> None:
+        self.buffer = None
+        for piece in self._every:
+            piece.bind(piece.home)
+
+
+class Block:
+    """A block of a streamed model: ``own`` are its tensors, without those that are ``mapped``, ``travelling`` and
+    ``staying`` its extras."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        kind: str,
+        layout: RecordLayout,
+        host: torch.Tensor,
+        mapped: MappedRecord | None = None,
+    ) -> None:
         self.module = module
         self.kind = kind
         self.own = HostRecord(module, layout, host)
+        self.mapped = mapped
         self.travelling: HostRecord | None = None
         self.staying: HostRecord | None = None
         self.is_resident = False
         keep_in_place(module)
 
     @property
-    def records(self) -> tuple[HostRecord, ...]:
-        return tuple(record for record in (self.own, self.travelling, self.staying) if record is not None)
+    def records(self) -> tuple[HostRecord | MappedRecord, ...]:
+        every = (self.own, self.mapped, self.travelling, self.staying)
+        return tuple(record for record in every if record is not None)
 
     @property
     def tiles(self) -> tuple[BoundTile, ...]:
@@ -101,10 +156,12 @@ class Block:
     def device_bytes(self) -> int:
         return sum(record.buffer.nbytes for record in self.records if record.buffer is not None)
 
-    def parts(self, local: int) -> tuple[tuple[BoundTile, HostRecord], ...]:
+    def parts(self, local: int) -> tuple[tuple[BoundTile, HostRecord | MappedRecord], ...]:
         """What travels as tile ``local``: tensors of the layer's own, and its extras; each with its record."""
         travelling = [record for record in (self.own, self.travelling) if record is not None]
-        return tuple((record.tiles[local], record) for record in travelling if record.tiles[local].tile.nbytes)
+        parts = [(record.tiles[local], record) for record in travelling if record.tiles[local].tile.nbytes]
+        mapped = [(piece, self.mapped) for piece in self.mapped.pieces[local]] if self.mapped is not None else []
+        return (*parts, *mapped)
 
     def size(self, *, whole: bool) -> BlockSize:
         layouts = [record.layout.whole() if whole else record.layout for record in self.records]

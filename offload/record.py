@@ -6,7 +6,7 @@ biases and norms; it is a thousandth of a Flux block, stays on the device, and s
 """
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,17 +78,19 @@ def layout_from(owners: Mapping[str, Sequence[Field]]) -> RecordLayout:
     large = {path: [field for field in fields if field.nbytes >= SMALL_BYTES] for path, fields in owners.items()}
     large = {path: fields for path, fields in large.items() if fields}
     nested = any(inner != outer and _contains(outer, inner) for outer in large for inner in large)
-    groups: Iterable[tuple[str, Sequence[Field]]] = large.items()
     if nested:
-        groups = [("", [field for fields in large.values() for field in fields])]
-    tiles: list[Tile] = []
-    offset = 0
-    for path, fields in groups:
-        tile = _tile(path, offset, fields)
-        tiles.append(tile)
-        offset += tile.nbytes
-    small = _tile("", offset, [f for fields in owners.values() for f in fields if f.nbytes < SMALL_BYTES])
-    return RecordLayout(tuple(tiles), small, offset + small.nbytes)
+        large = {"": [field for fields in large.values() for field in fields]}
+    return _in_a_row(large.items(), [f for fields in owners.values() for f in fields if f.nbytes < SMALL_BYTES])
+
+
+def set_apart(layout: RecordLayout, names: Collection[tuple[str, str]]) -> tuple[RecordLayout, RecordLayout]:
+    """``layout`` without the fields ``names`` (module, name) of its tiles, and these alone; both have all tiles."""
+
+    def of_tiles(are_apart: bool) -> Iterable[tuple[str, list[Field]]]:
+        for tile in layout.tiles:
+            yield tile.module, [f for f in tile.fields if ((f.module, f.name) in names) == are_apart]
+
+    return _in_a_row(of_tiles(False), layout.small.fields), _in_a_row(of_tiles(True), ())
 
 
 def extras_layouts(
@@ -107,15 +109,7 @@ def extras_layouts(
             field = Field(path, name, False, tensor.dtype, tuple(tensor.shape), 0, nbytes)
             travels = tiles.get(path if path in tiles else "") if nbytes >= SMALL_BYTES else None
             (staying if travels is None else travels).append(field)
-    placed: list[Tile] = []
-    for path, fields in tiles.items():
-        placed.append(_tile(path, sum(tile.nbytes for tile in placed), fields))
-    nbytes = sum(tile.nbytes for tile in placed)
-    small = _tile("", 0, staying)
-    return (
-        RecordLayout(tuple(placed), Tile("", nbytes, 0, ()), nbytes),
-        RecordLayout((), small, small.nbytes),
-    )
+    return _in_a_row(tiles.items(), ()), _in_a_row((), staying)
 
 
 def _owned_fields(block: nn.Module) -> Iterable[tuple[str, list[Field]]]:
@@ -151,7 +145,18 @@ def _contains(outer: str, inner: str) -> bool:
     return not outer or inner.startswith(outer + ".")
 
 
-def _tile(module: str, offset: int, fields: Sequence[Field]) -> Tile:
+def _in_a_row(tiles: Iterable[tuple[str, Sequence[Field]]], small: Sequence[Field]) -> RecordLayout:
+    placed: list[Tile] = []
+    offset = 0
+    for path, fields in tiles:
+        placed.append(tile_of(path, offset, fields))
+        offset += placed[-1].nbytes
+    last = tile_of("", offset, small)
+    return RecordLayout(tuple(placed), last, offset + last.nbytes)
+
+
+def tile_of(module: str, offset: int, fields: Sequence[Field]) -> Tile:
+    """Lay out the fields one after the other; ``offset`` is where the tile begins in its record."""
     placed, end = [], 0
     for field in fields:
         placed.append(replace(field, offset=end))
@@ -172,6 +177,17 @@ def views_of(tile: Tile, memory: torch.Tensor) -> Views:
 def _view(field: Field, memory: torch.Tensor) -> torch.Tensor:
     view = memory[field.offset : field.offset + field.nbytes].view(field.dtype).view(field.shape)
     return nn.Parameter(view, requires_grad=False) if field.is_parameter else view
+
+
+def give(block: nn.Module, layout: RecordLayout, tensors: Mapping[tuple[str, str], torch.Tensor]) -> None:
+    """Make modules of ``block`` use these bytes (uint8, flat; by module and name) for their tensors."""
+    for field in (field for tile in (*layout.tiles, layout.small) for field in tile.fields):
+        if (field.module, field.name) in tensors:
+            piece = tile_of(field.module, 0, (field,))
+            (view,) = views_of(piece, tensors[field.module, field.name])
+            module = block.get_submodule(field.module)
+            tensors_of: dict[str, Any] = module._parameters if field.is_parameter else module._buffers
+            tensors_of[field.name] = view
 
 
 class BoundTile:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .block import HostRecord
+from .block import HostRecord, MappedRecord
 from .copies import Copies
 from .record import BoundTile, Views, views_of
 from .telemetry import Link
@@ -28,12 +28,16 @@ class Staged:
     """A streamed tile: its place in the ring, and whether its bytes are there, from its fetch to its use."""
 
     def __init__(
-        self, name: str, parts: Sequence[tuple[BoundTile, HostRecord]], place: torch.Tensor, copies: Copies
+        self,
+        name: str,
+        parts: Sequence[tuple[BoundTile, HostRecord | MappedRecord]],
+        place: torch.Tensor,
+        copies: Copies,
     ) -> None:
         self.name = name
         self.parts: tuple[Part, ...] = ()
         for tile, record in parts:
-            mine, place = place[: tile.tile.nbytes], place[tile.tile.nbytes :]
+            mine, place = place[: tile.source.nbytes], place[tile.tile.nbytes :]
             self.parts += (Part(tile, tile.source, mine, views_of(tile.tile, mine), record.is_pinned),)
         self.nbytes = sum(part.place.nbytes for part in self.parts)
         self.pinned_bytes = sum(part.place.nbytes for part in self.parts if part.is_pinned)

@@ -22,10 +22,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .arena import THE_LIMIT, HostArena, Shortfall
-from .block import Block, Extras, HostRecord
+from .block import Block, Extras, HostRecord, MappedRecord
 from .copies import Copies
 from .plan import BlockSize, ResidencyPlan, plan_for, spread
-from .record import RecordLayout, extras_layouts, layout_of
+from .record import RecordLayout, extras_layouts, give, layout_of, set_apart
 from .ring import Ring, lay_out
 from .staging import RingMemory, Staged, ring_memory
 from .telemetry import Telemetry
@@ -45,7 +45,11 @@ class Streamer:
         ValueError: a block has no tensors, or shares one with itself or another.
     """
 
-    def __init__(self, groups: Mapping[str, Sequence[nn.Module]]) -> None:
+    def __init__(
+        self,
+        groups: Mapping[str, Sequence[nn.Module]],
+        mapped: Mapping[nn.Module, Mapping[str, torch.Tensor]] | None = None,
+    ) -> None:
         modules = [block for group in groups.values() for block in group]
         kinds = [kind for kind, group in groups.items() for _ in group]
         _refuse_shared(modules)
@@ -53,11 +57,23 @@ class Streamer:
         numbers: dict[RecordLayout, int] = {}
         self._structures = [numbers.setdefault(layout, len(numbers)) for layout in layouts]
         self.whole_blocks = False
-        self.arena = HostArena([layout.nbytes for layout in layouts])
-        self.blocks = tuple(map(Block, modules, kinds, layouts, self.arena.records))
         self._places = {
             module: (index, path) for index, block in enumerate(modules) for path, module in block.named_modules()
         }
+        apart = [
+            {(path, name): tensor for path, named in tensors.items() for name, tensor in named.items()}
+            for tensors in self._by_block(mapped or {}, len(modules))
+        ]
+        for module, layout, tensors in zip(modules, layouts, apart, strict=True):
+            give(module, layout, tensors)  # small ones are copied from there
+        split = [set_apart(layout, tensors) for layout, tensors in zip(layouts, apart, strict=True)]
+        self.arena = HostArena([own.nbytes for own, _ in split])
+        self.blocks = tuple(
+            Block(module, kind, own, host, MappedRecord(module, of_file, tensors) if tensors else None)
+            for module, kind, (own, of_file), host, tensors in zip(
+                modules, kinds, split, self.arena.records, apart, strict=True
+            )
+        )
         self.extras_arena: HostArena | None = None
         self._extras: dict[tuple[int, str, str], weakref.ref[torch.Tensor]] = {}
         self.plan: ResidencyPlan | None = None
@@ -92,7 +108,8 @@ class Streamer:
 
     @property
     def all_pinned(self) -> bool:
-        return all(arena.all_pinned for arena in self._arenas)
+        mapped = any(block.mapped is not None for block in self.blocks)
+        return not mapped and all(arena.all_pinned for arena in self._arenas)
 
     def sizes(self, *, whole_blocks: bool = False) -> tuple[BlockSize, ...]:
         """What a plan is made for."""
@@ -128,7 +145,7 @@ class Streamer:
         Raises:
             ValueError: a module is not in a block.
         """
-        by_block = self._by_block(extras)
+        by_block = self._by_block(extras, len(self.blocks))
         layouts = [extras_layouts(block.own.layout, given) for block, given in zip(self.blocks, by_block, strict=True)]
         travelling = [_of_layout(given, large) for given, (large, _) in zip(by_block, layouts, strict=True)]
         for block, (_, small) in zip(self.blocks, layouts, strict=True):
@@ -141,11 +158,11 @@ class Streamer:
             if small.nbytes:
                 self._stay(block, small, _of_layout(given, small))
 
-    def _by_block(self, extras: Mapping[nn.Module, Mapping[str, torch.Tensor]]) -> list[Extras]:
-        by_block: list[dict[str, Mapping[str, torch.Tensor]]] = [{} for _ in self.blocks]
-        for module, tensors in extras.items():
+    def _by_block(self, given: Mapping[nn.Module, Mapping[str, torch.Tensor]], count: int) -> list[Extras]:
+        by_block: list[dict[str, Mapping[str, torch.Tensor]]] = [{} for _ in range(count)]
+        for module, tensors in given.items():
             if module not in self._places:
-                raise ValueError(f"a {type(module).__name__} that gets extra tensors is not in a streamed block")
+                raise ValueError(f"a {type(module).__name__} that gets tensors is not in a streamed block")
             index, path = self._places[module]
             by_block[index][path] = tensors
         return list(by_block)
@@ -269,13 +286,17 @@ class Streamer:
             if record.buffer is None:
                 self._put(record, resident)
 
-    def _put(self, record: HostRecord, resident: bool) -> None:
+    def _put(self, record: HostRecord | MappedRecord, resident: bool) -> None:
         """Copy what is to be always on the device there, before any compute that comes after this."""
-        source = record.bytes_for(resident)
-        if source.nbytes:
-            buffer = self._require_copies().empty(source.nbytes)
-            self._write(buffer, source)
-            record.take(buffer, resident)
+        sources = record.sources_for(resident)
+        if not sources:
+            return
+        buffer = self._require_copies().empty(sum(nbytes for nbytes, _ in sources))
+        start = 0
+        for nbytes, source in sources:
+            self._write(buffer[start : start + source.nbytes], source)
+            start += nbytes
+        record.take(buffer, resident)
 
     def _write(self, buffer: torch.Tensor, source: torch.Tensor) -> None:
         """Copy ``source`` between the compute that was launched so far, which may read ``buffer``, and what follows."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from flux_nf4.offload import record as record_module
 from flux_nf4.offload.copies import InlineCopies
-from flux_nf4.offload.plan import plan_by_counts
+from flux_nf4.offload.plan import plan_by_counts, plan_for
 from flux_nf4.offload.streamer import Streamer
 
 CPU = torch.device("cpu")
@@ -311,3 +311,37 @@ def test_every_copy_and_bind_has_a_name_in_a_profile():
         for layer in ("first", "second"):
             assert f"fetch {kind} {index} {layer}" in names
             assert f"bind {kind} {index} {layer}" in names
+
+
+def in_place(blocks):
+    """Weights and (small) biases of the first layers as flat bytes, as a mapped file has them; the layers lose them."""
+    mapped = {}
+    for block in blocks:
+        tensors = dict(block.first.named_parameters())
+        mapped[block.first] = {name: tensor.detach().flatten().view(torch.uint8) for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
+            setattr(block.first, name, nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False))
+    return mapped
+
+
+@pytest.mark.parametrize("whole_blocks", [False, True])
+@pytest.mark.parametrize("resident", [(), (0, 2), range(5)])
+def test_what_is_mapped_is_streamed_from_where_it_is(resident, whole_blocks):
+    blocks = [Block(64) for _ in range(5)]
+    x = torch.randn(3, 8)
+    expected = functools.reduce(lambda value, block: block.compute(value), blocks, x)
+    mapped, copies = in_place(blocks), CountingCopies()
+    addresses = {tensor["weight"].data_ptr() for tensor in mapped.values()}
+    everything = sum(tensor.nbytes for block in blocks for tensor in block.parameters())
+    streamer = Streamer({"double": blocks}, mapped)
+    assert sum(record.nbytes for record in streamer.arena.records) < 0.7 * everything
+    assert not streamer.all_pinned
+    plan = plan_for(streamer.sizes(whole_blocks=whole_blocks), tuple(resident), 3 * STAGING)
+    streamer.start(plan, copies, whole_blocks=whole_blocks)
+    assert streamer.device_bytes == plan.device_bytes
+    for _ in range(2):
+        assert torch.equal(functools.reduce(lambda value, block: block(value), blocks, x), expected)
+    assert addresses <= set(copies.sources)
+    streamer.stop()
+    assert {block.first.weight.data_ptr() for block in blocks} == addresses
+    assert torch.equal(functools.reduce(lambda value, block: block(value), blocks, x), expected)

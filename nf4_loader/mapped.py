@@ -1,0 +1,45 @@
+"""Packed weights that stay in their file: the system reads them when they are used, and lets go of them as it must."""
+
+import mmap
+from pathlib import Path
+
+import comfy.model_base
+import torch
+
+from .catalogue import Catalogue
+from .flux import block_groups, model_names
+from .linear4bit import Linear4bit
+from .linear_of_parts import LinearOfParts
+
+Mapped = dict[torch.nn.Module, dict[str, torch.Tensor]]
+"""Tensors by their module, then by the name of its buffer."""
+
+
+def map_packed(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> Mapped:
+    """The packed bytes of the blocks' layers as views (uint8, flat) of the files, which have to stay as they are.
+
+    Those that a file has not in one piece, as diffusers' q, k and v, are not among them.
+    """
+    files: dict[Path, torch.Tensor] = {}
+    mapped: Mapped = {}
+    in_blocks = {module for group in block_groups(model).values() for block in group for module in block.modules()}
+    modules = dict(model.diffusion_model.named_modules())
+    for name, source in model_names(model, catalogue).items():
+        linear, tensor = modules.get(name.removesuffix(".weight")), catalogue.transformer[source]
+        if not name.endswith(".weight") or linear not in in_blocks or not isinstance(linear, Linear4bit):
+            continue
+        if isinstance(linear, LinearOfParts) or len(tensor.parts) > 1 or tensor.halves_swapped:
+            continue
+        packed = tensor.weights4bit[0].packed
+        if packed.path not in files:
+            files[packed.path] = _map(packed.path)
+        mapped[linear] = {"packed": files[packed.path][packed.offset : packed.offset + packed.nbytes]}
+    return mapped
+
+
+def _map(path: Path) -> torch.Tensor:
+    with path.open("rb") as file:
+        # Private, so that torch takes it for memory that may be written.
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    with torch.inference_mode(False):
+        return torch.frombuffer(memory, dtype=torch.uint8)
