@@ -92,7 +92,8 @@ def _unload(patcher: comfy.model_patcher.ModelPatcher) -> None:
 
 def _with_own_modules(model: nn.Module) -> Any:
     """A copy of ``model`` that shares its memory."""
-    memo: dict[int, Any] = {id(model.current_patcher): None}
+    # The configuration is nobody's own: it answers to any name, so that it cannot be copied.
+    memo: dict[int, Any] = {id(model.current_patcher): None, id(model.model_config): model.model_config}
     with torch.inference_mode(False), torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             memo[id(tensor)] = _alias(tensor)

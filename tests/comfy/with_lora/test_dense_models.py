@@ -14,7 +14,8 @@ from flux_nf4.offload.comfyui.streaming import Residency, attach_streaming
 @pytest.fixture
 def streamed(twin_model, copies):
     """A streamed patcher of a dense model."""
-    model = copy.deepcopy(twin_model)
+    config = twin_model.model_config  # which some versions cannot copy
+    model = copy.deepcopy(twin_model, {id(config): config})
     blocks = {"double": list(model.diffusion_model.double_blocks), "single": list(model.diffusion_model.single_blocks)}
     attach_streaming(model, blocks)
     cpu = torch.device("cpu")
