@@ -21,6 +21,7 @@ from .nf4_loader.errors import CheckpointError
 from .nf4_loader.fill import fill
 from .nf4_loader.flux import block_groups, build_flux, load_clip_and_vae, materialise
 from .nf4_loader.mapped import Mapped, map_packed
+from .offload.comfyui.contract import require_comfyui
 from .offload.comfyui.patcher import StreamedModelPatcher
 from .offload.comfyui.streaming import Residency, attach_streaming
 
@@ -87,7 +88,9 @@ def streamed(model: comfy.model_base.BaseModel, residency: Residency, node_id: s
 
     Raises:
         ValueError: the budget is too small.
+        UnknownComfyUIError: this ComfyUI lacks what streaming needs.
     """
+    require_comfyui()
     patcher = StreamedModelPatcher(
         model,
         load_device=comfy.model_management.get_torch_device(),

@@ -5,6 +5,7 @@ may be sampled too. The values of both are in host memory once.
 """
 
 import copy
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +14,11 @@ import comfy.model_patcher
 import torch
 from torch import nn
 
+from .contract import UnknownComfyUIError, require_comfyui
 from .patcher import StreamedModelPatcher
 from .streaming import Residency, attach_streaming
+
+logger = logging.getLogger(__name__)
 
 _KINDS = {"double_blocks": "double", "single_blocks": "single"}
 """What a `Residency` calls the blocks in these lists of Flux and its relatives; elsewhere it is the list's own name."""
@@ -22,15 +26,21 @@ _KINDS = {"double_blocks": "double", "single_blocks": "single"}
 
 def stream_model(
     patcher: comfy.model_patcher.ModelPatcher, residency: Residency, node_id: str | None
-) -> StreamedModelPatcher:
+) -> comfy.model_patcher.ModelPatcher:
     """A clone of ``patcher``, with its patches and options, that is streamed as ``residency`` says.
 
-    Of a model that is streamed already only the settings change.
+    Of a model that is streamed already only the settings change. In a ComfyUI that this cannot be done with it is
+    ``patcher`` itself, and the log says why.
 
     Raises:
         ValueError: the model is not built of blocks, its tensors are of a kind that cannot be streamed, or the budget
             is too small.
     """
+    try:
+        require_comfyui()
+    except UnknownComfyUIError as error:
+        logger.error("Streaming: %s The model is not streamed: ComfyUI moves it as it moves others.", error)
+        return patcher
     clone = patcher.clone() if isinstance(patcher, StreamedModelPatcher) else _adopt(patcher)
     clone.residency, clone.node_id = residency, node_id
     clone.require_budget()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from flux_nf4.offload.comfyui.adopt import stream_model
+from flux_nf4.offload.comfyui.contract import UnknownComfyUIError, require_comfyui
 from flux_nf4.offload.comfyui.patcher import StreamedModelPatcher
 from flux_nf4.offload.comfyui.streaming import Residency
 
@@ -107,3 +108,20 @@ def test_it_holds_where_comfyui_runs_nodes(dense, sample):
         comfy.model_management.unload_all_models()
         for patcher in (dense, streamed):
             assert torch.equal(sample(patcher), expected)
+
+
+def test_a_comfyui_that_has_changed_is_named_and_the_model_stays_as_it_is(dense, monkeypatch, caplog):
+    monkeypatch.delattr(comfy.model_patcher.ModelPatcher, "partially_unload")
+    assert stream_model(dense, Residency(), None) is dense
+    assert "has no comfy.model_patcher.ModelPatcher.partially_unload, which streaming needs" in caplog.text
+    assert "The model is not streamed" in caplog.text
+
+
+def test_a_4_bit_model_is_refused_there(load, monkeypatch):
+    monkeypatch.delattr(comfy.model_patcher.ModelPatcher, "partially_unload")
+    with pytest.raises(UnknownComfyUIError, match=r"ComfyUI [\d.]+ has no .*partially_unload"):
+        load()
+
+
+def test_nothing_is_missing_from_this_comfyui():
+    require_comfyui()
