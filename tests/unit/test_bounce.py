@@ -6,10 +6,12 @@ import random
 import threading
 import weakref
 
+import bounced_device
 import pytest
 import streaming_model
 import torch
 from bounced_device import BouncedDevice, SimulatedLane
+from mutants import mutant, mutants, over
 from own_python import run_script
 
 from flux_nf4.offload import bounce
@@ -65,6 +67,25 @@ def test_a_streamed_model_computes_the_same_bits(pins_every, monkeypatch):
     monkeypatch.setattr(streaming_model, "SimulatedDevice", functools.partial(BouncedDevice, pins_every=pins_every))
     for seed in range(45):
         streaming_model.exercise(Streamer, seed)
+
+
+SYNCHRONISATIONS = {"calls": ("host_waits", "result", "compute_waits", "record"), "never": "self._lane.event()"}
+MUTANTS = mutants(bounce, **SYNCHRONISATIONS)
+
+
+@pytest.mark.parametrize("number", range(len(MUTANTS)), ids=lambda n: MUTANTS[n].split(":")[0].replace(" ", "-"))
+def test_without_any_one_synchronisation_bytes_are_wrong(number, monkeypatch):
+    monkeypatch.setattr(record_module, "SMALL_BYTES", 128)
+    broken = over(mutant(bounce, number, **SYNCHRONISATIONS), bounced_device, bounce.__name__).BouncedDevice
+    for seed in range(300):
+        # Nothing pinned, so that all goes through the buffers, then some: either way may hide what the other shows.
+        device = functools.partial(broken, pins_every=3 * (seed % 2))
+        monkeypatch.setattr(streaming_model, "SimulatedDevice", device)
+        try:
+            streaming_model.exercise(Streamer, seed)
+        except AssertionError:
+            return
+    pytest.fail(f"not needed, or not tested: {MUTANTS[number]}")
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 255, 256, 257, 512, 1000])

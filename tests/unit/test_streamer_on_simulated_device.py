@@ -3,17 +3,14 @@
 A short profile runs by default; ``HYPOTHESIS_PROFILE=long`` runs over 100,000 steps.
 """
 
-import ast
-import importlib.util
-import inspect
 import os
-import sys
 
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
+from mutants import mutant, mutants
 from simulated_device import SimulatedDevice
 from streaming_model import StreamedModel, exercise
 
@@ -123,44 +120,8 @@ def test_two_models_share_a_ring():
     assert device.held_bytes == 0
 
 
-class _RemoveOne(ast.NodeTransformer):
-    """Removes the n-th synchronisation of the streamer: a wait, a recording, or the condition of a copy."""
-
-    def __init__(self, number):
-        self.number = number
-        self.found = []
-
-    def _hit(self, node):
-        self.found.append(f"line {node.lineno}: {ast.unparse(node)}")
-        return len(self.found) - 1 == self.number
-
-    def visit_Expr(self, node):
-        call = node.value
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute):
-            if call.func.attr in ("compute_waits", "record", "_released") and self._hit(node):
-                return ast.Pass()
-            for keyword in call.keywords:
-                if keyword.arg == "after" and self._hit(node):
-                    keyword.value = ast.parse("copies.event()", mode="eval").body
-        return node
-
-
-def mutants():
-    tree = ast.parse(inspect.getsource(streamer_module))
-    counter = _RemoveOne(-1)
-    counter.visit(tree)
-    return counter.found
-
-
-def mutated_streamer(number):
-    tree = ast.parse(inspect.getsource(streamer_module))
-    tree = ast.fix_missing_locations(_RemoveOne(number).visit(tree))
-    name = f"flux_nf4.offload.streamer_mutant_{number}"
-    spec = importlib.util.spec_from_loader(name, loader=None)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    exec(compile(tree, name, "exec"), module.__dict__)
-    return module.Streamer
+SYNCHRONISATIONS = {"calls": ("compute_waits", "record", "_released"), "never": "copies.event()"}
+MUTANTS = mutants(streamer_module, **SYNCHRONISATIONS)
 
 
 def test_the_driver_finds_nothing_wrong_with_the_streamer():
@@ -172,12 +133,12 @@ SEEDS_THAT_FOUND_SOMETHING = (0, 4, 8, 13, 241, 367)
 """Tried first: some synchronisations matter in few of all possible orders."""
 
 
-@pytest.mark.parametrize("number", range(len(mutants())), ids=lambda n: mutants()[n].split(":")[0].replace(" ", "-"))
+@pytest.mark.parametrize("number", range(len(MUTANTS)), ids=lambda n: MUTANTS[n].split(":")[0].replace(" ", "-"))
 def test_without_any_one_synchronisation_bytes_are_wrong(number):
-    broken = mutated_streamer(number)
+    broken = mutant(streamer_module, number, **SYNCHRONISATIONS).Streamer
     for seed in (*SEEDS_THAT_FOUND_SOMETHING, *range(600)):
         try:
             exercise(broken, seed)
         except AssertionError:
             return
-    pytest.fail(f"not needed, or not tested: {mutants()[number]}")
+    pytest.fail(f"not needed, or not tested: {MUTANTS[number]}")

@@ -1,0 +1,59 @@
+"""Modules with one of their synchronisations taken out: tests of the others must notice each."""
+
+import ast
+import importlib.util
+import inspect
+import sys
+
+
+class _RemoveOne(ast.NodeTransformer):
+    """Removes the n-th call of one of ``calls``, or condition ``after`` of a copy, whose place ``never`` takes."""
+
+    def __init__(self, number, calls, never):
+        self.number, self.calls, self.never = number, calls, never
+        self.found = []
+
+    def _hit(self, node):
+        self.found.append(f"line {node.lineno}: {ast.unparse(node)}")
+        return len(self.found) - 1 == self.number
+
+    def visit_Expr(self, node):
+        call = node.value
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute):
+            if call.func.attr in self.calls and self._hit(node):
+                return ast.Pass()
+            for keyword in call.keywords:
+                if keyword.arg == "after" and self._hit(node):
+                    keyword.value = ast.parse(self.never, mode="eval").body
+        return node
+
+
+def mutants(module, calls, never):
+    """Line and code of each synchronisation in ``module``."""
+    counter = _RemoveOne(-1, calls, never)
+    counter.visit(ast.parse(inspect.getsource(module)))
+    return counter.found
+
+
+def mutant(module, number, calls, never):
+    """``module`` without the ``number``-th of its `mutants`."""
+    tree = ast.parse(inspect.getsource(module))
+    tree = ast.fix_missing_locations(_RemoveOne(number, calls, never).visit(tree))
+    return _executed(tree, f"{module.__name__}_mutant_{number}")
+
+
+def over(module, source_of, name):
+    """A copy of the module ``source_of`` that imports ``module`` under ``name``."""
+    before = sys.modules[name]
+    sys.modules[name] = module
+    try:
+        return _executed(ast.parse(inspect.getsource(source_of)), f"{source_of.__name__}_over_{module.__name__}")
+    finally:
+        sys.modules[name] = before
+
+
+def _executed(tree, name):
+    made = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader=None))
+    sys.modules[name] = made
+    exec(compile(tree, name, "exec"), made.__dict__)
+    return made
