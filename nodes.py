@@ -248,10 +248,15 @@ class StreamModelBlocks:
         return (stream_model(model, _residency(vram_budget_gb, double_blocks, single_blocks), unique_id),)
 
 
-_OLD_DESCRIPTION = "For graphs that were made with the package FluxExt-MZ. In new ones use Stream Model Blocks."
+class _OldNode:
+    """A node of the package FluxExt-MZ that streams dense models."""
+
+    CATEGORY = "loaders/flux nf4"
+    SEARCH_ALIASES: ClassVar = ["fluxext", "mz", "partial load", "low vram"]
+    DESCRIPTION = "For graphs that were made with the package FluxExt-MZ. In new ones use Stream Model Blocks."
 
 
-class OldPartialLoad:
+class OldPartialLoad(_OldNode):
     """The node that old graphs know as ``MZ_Flux1PartialLoad_Patch``."""
 
     @classmethod
@@ -262,9 +267,6 @@ class OldPartialLoad:
     RETURN_TYPES = ("MODEL",)
     OUTPUT_TOOLTIPS: ClassVar = StreamModelBlocks.OUTPUT_TOOLTIPS
     FUNCTION = "stream"
-    CATEGORY = "loaders/flux nf4"
-    SEARCH_ALIASES: ClassVar = ["partial load", "fluxext", "mz"]
-    DESCRIPTION = _OLD_DESCRIPTION
 
     def stream(
         self,
@@ -277,7 +279,7 @@ class OldPartialLoad:
         return (stream_model(model, residency, unique_id),)
 
 
-class OldCheckpointLoader:
+class OldCheckpointLoader(_OldNode):
     """The node that old graphs know as ``MZ_Flux1CheckpointLoader_cpuDynOffload``."""
 
     @classmethod
@@ -289,9 +291,6 @@ class OldCheckpointLoader:
     RETURN_TYPES = FluxNF4CheckpointLoader.RETURN_TYPES
     OUTPUT_TOOLTIPS: ClassVar = FluxNF4CheckpointLoader.OUTPUT_TOOLTIPS
     FUNCTION = "load_checkpoint"
-    CATEGORY = "loaders/flux nf4"
-    SEARCH_ALIASES: ClassVar = ["fluxext", "mz", "low vram"]
-    DESCRIPTION = _OLD_DESCRIPTION
 
     def load_checkpoint(
         self,
@@ -305,7 +304,7 @@ class OldCheckpointLoader:
         return stream_model(model, residency, unique_id), clip, vae
 
 
-class OldUNETLoader:
+class OldUNETLoader(_OldNode):
     """The node that old graphs know as ``MZ_Flux1UnetLoader_cpuDynOffload``."""
 
     @classmethod
@@ -319,9 +318,6 @@ class OldUNETLoader:
     RETURN_TYPES = ("MODEL",)
     OUTPUT_TOOLTIPS: ClassVar = StreamModelBlocks.OUTPUT_TOOLTIPS
     FUNCTION = "load_unet"
-    CATEGORY = "loaders/flux nf4"
-    SEARCH_ALIASES: ClassVar = ["fluxext", "mz", "low vram"]
-    DESCRIPTION = _OLD_DESCRIPTION
 
     def load_unet(
         self,
