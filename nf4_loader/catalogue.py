@@ -24,6 +24,9 @@ CLIP_L_PREFIX = TEXT_ENCODERS_PREFIX + "clip_l."
 T5_PREFIX = TEXT_ENCODERS_PREFIX + "t5xxl."
 VAE_PREFIX = "vae."
 
+SCALES = (".scale_weight", ".weight_scale")
+"""Beside the fp8 weight of a layer: what its values are to be multiplied by (ComfyUI's scaled fp8)."""
+
 _QUANT_STATE = re.compile(r"(?P<weight>.+\.weight)\.quant_state\.bitsandbytes__(?P<type>\w+)$")
 _QUANT_FIELDS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _DAMAGED = "The file is damaged or was made by a tool that this node does not know."
@@ -185,6 +188,12 @@ def require_transformer(catalogue: Catalogue) -> None:
                 catalogue.path,
                 f"{weight}: it is packed, but '{weight}.quant_state.bitsandbytes__nf4', which gives its shape, is not "
                 f"in the file. {_DAMAGED}",
+            )
+        if part.name.endswith(SCALES):
+            raise CheckpointError(
+                catalogue.path,
+                f"{part.name}: beside its 4-bit layers it has scaled fp8 ones, which this node does not compute with. "
+                "Make a 4-bit file of it with commands/quantise.py, and load that.",
             )
 
 

@@ -50,11 +50,16 @@ _LLM_INT8 = (
     "its weights are 8-bit LLM.int8 of bitsandbytes ('.SCB' tensors), not NF4 or FP4. ComfyUI has no loader for it: "
     "pick an NF4 file, or an fp8 one with 'Load Checkpoint'."
 )
+_OF_COMFYUI = (
+    "its weights are in a format of ComfyUI's own ('.comfy_quant' tensors: fp8, NVFP4 or others), not NF4 or FP4 of "
+    "bitsandbytes. Load it with 'Load Diffusion Model', of a ComfyUI that is new enough."
+)
 _LORA = "it is a LoRA, not a checkpoint. Put it into models/loras and load it with 'LoraLoaderModelOnly' on the MODEL."
 
 _QUANTISED_OTHERWISE: tuple[tuple[Callable[[str], bool], str], ...] = (
     (lambda name: name.endswith((".qweight", ".wscales", ".wtscale")), _NUNCHAKU),
     (lambda name: name.endswith((".SCB", ".weight_format")), _LLM_INT8),
+    (lambda name: name.endswith(".comfy_quant"), _OF_COMFYUI),
     (lambda name: bool(re.search(r"(^lora_|\.lora_|\.lokr_|\.hada_|\.diff(_b)?$)", name)), _LORA),
 )
 

@@ -28,7 +28,7 @@ def sources_of_model(patcher: comfy.model_patcher.ModelPatcher) -> list[Source]:
     catalogue: Catalogue | None = getattr(patcher.model, "nf4_catalogue", None)
     in_file = {source.name: source for source in sources_of_catalogue(catalogue)} if catalogue else {}
     sources: dict[str, Source] = dict(in_file)
-    for key, (original, *patches) in patcher.get_key_patches(_TRANSFORMER).items():
+    for key, (original, *patches) in _key_patches(patcher, _TRANSFORMER).items():
         name = layouts.place("Black Forest Labs", key.removeprefix(_TRANSFORMER)).name
         if name.endswith(_SCALES) or _is_a_part(patcher.model, key) or (name in in_file and not patches):
             continue
@@ -65,8 +65,31 @@ def _source(name: str, key: str, original: _Original, patches: Sequence[Any]) ->
     return Source(name, _shape(weight), read, is_layer=not name.startswith("text_encoders."))
 
 
-def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+def _as_it_is(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return tensor.to(device)
+
+
+def _key_patches(patcher: comfy.model_patcher.ModelPatcher, prefix: str) -> dict[str, list[Any]]:
+    """Each tensor of the model as it is without patches, with what ComfyUI converts it with, and its patches.
+
+    Of those only that exist: ComfyUI-GGUF lists, for ComfyUI's count, room to dequantise its largest layer in.
+    """
+    every = patcher.model_state_dict
+    listed = {name: tensor for name, tensor in every(prefix).items() if _is_there(patcher.model, name)}
+    patcher.model_state_dict = lambda *_: listed
+    try:
+        found: dict[str, list[Any]] = patcher.get_key_patches(prefix)
+        return found
+    finally:
+        del patcher.model_state_dict
+
+
+def _is_there(model: torch.nn.Module, key: str) -> bool:
+    try:
+        comfy.utils.get_attr(model, key)
+    except AttributeError:
+        return False
+    return True
 
 
 def _is_a_part(model: torch.nn.Module, key: str) -> bool:
@@ -80,9 +103,9 @@ def _shape(weight: torch.Tensor) -> tuple[int, ...]:
 
 
 def _merged(
-    key: str, weight: torch.Tensor, convert: Callable[..., torch.Tensor], patches: Sequence[Any]
+    key: str, weight: torch.Tensor, convert: Callable[..., torch.Tensor], patches: Sequence[Any], device: torch.device
 ) -> torch.Tensor:
-    values = _dense(weight)
+    values = _dense(weight, device)
     if values.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
         values = convert(values.float(), inplace=True).bfloat16()
     if not patches:
@@ -91,11 +114,12 @@ def _merged(
     return merged.to(values.dtype)
 
 
-def _dense(weight: torch.Tensor) -> torch.Tensor:
+def _dense(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The values of what ComfyUI, this package or ComfyUI-GGUF keep in another form."""
     kind = getattr(weight, "tensor_type", None)
-    if kind is not None and kind.name not in ("F32", "F16", "BF16"):
-        return dequantised_gguf(weight.detach().cpu().as_subclass(torch.Tensor).numpy(), kind, _shape(weight))
+    if kind is not None:
+        raw = weight.detach().cpu().as_subclass(torch.Tensor)
+        return dequantised_gguf(raw.numpy(), kind, _shape(weight)).to(device)
     if type(weight).__name__ == "QuantizedTensor":
-        return weight.dequantize()
-    return weight.detach()
+        weight = weight.dequantize()
+    return weight.detach().to(device).as_subclass(torch.Tensor)

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -12,6 +13,8 @@ from .errors import CheckpointError
 from .header import TensorEntry
 from .quant_state import CODES, NestedAbsmax, expand_nested_absmax
 from .read import FileSlice, read_slices
+
+CPU = torch.device("cpu")
 
 _CONVERTED_BYTES = 256 << 20
 """Dense tensors that are not in the model's dtype are read and converted in batches of this size."""
@@ -91,24 +94,43 @@ def memory_of_fused(tensor: TransformerTensor, packed: torch.Tensor, absmax: tor
         packed_at, absmax_at = packed_end, absmax_end
 
 
-def read_dense(tensor: TransformerTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The values of a tensor, dequantised where they are packed, in ``dtype`` or the file's own."""
+def read_dense(
+    tensor: TransformerTensor,
+    dtype: torch.dtype | None = None,
+    device: torch.device = CPU,
+    scales: Mapping[str, TensorEntry] = MappingProxyType({}),
+) -> torch.Tensor:
+    """The values of a tensor, dequantised where they are packed.
+
+    They go to the device as they are stored, which is the smallest that they ever are, and are converted there.
+
+    Args:
+        tensor: Of a file.
+        dtype: Of the result; None for the file's own, which for packed weights is bf16.
+        device: Where the result is to be.
+        scales: By the names of parts, numbers that they are to be multiplied by: one, or one a row.
+    """
     if tensor.weights4bit and dtype is None:
         dtype = torch.bfloat16
-    parts = [_read_part(part, dtype) for part in tensor.parts]
+    parts = [_read_part(part, dtype, device, scales.get(part.name)) for part in tensor.parts]
     values = torch.cat(parts) if len(parts) > 1 else parts[0]
     if tensor.halves_swapped:
         swap_halves(values)
     return values
 
 
-def _read_part(part: Weight4bit | TensorEntry, dtype: torch.dtype | None) -> torch.Tensor:
+def _read_part(
+    part: Weight4bit | TensorEntry, dtype: torch.dtype | None, device: torch.device, scale: TensorEntry | None
+) -> torch.Tensor:
+    if scale is not None:
+        values = _read_part(part, torch.float32, device, None)
+        return values.mul_(_read_part(scale, torch.float32, device, None).view(-1, 1)).to(dtype)
     if isinstance(part, TensorEntry):
-        values = torch.empty(part.shape, dtype=dtype or torch_dtype(part))
+        values = torch.empty(part.shape, dtype=torch_dtype(part))
         read_parts([DenseMemory(part, values)], lambda _: None)
-        return values
+        return values.to(device).to(dtype)
     state = part.state
-    packed, absmax = read_fused(TransformerTensor((part,)))
+    packed, absmax = (memory.to(device) for memory in read_fused(TransformerTensor((part,))))
     return kernels.dequantise(packed, absmax, state.shape, state.blocksize, state.quant_type, dtype or torch.bfloat16)
 
 

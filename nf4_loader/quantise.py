@@ -9,8 +9,8 @@ import torch
 from .quant_state import QuantType
 
 _CHUNK = 1 << 20
-"""Elements that are quantised at once: whole blocks of any blocksize, each of which stands for itself. Small, so that
-what bitsandbytes makes on the way (some 16 bytes an element) stays in a CPU's cache: a third faster than at once."""
+"""Elements that a CPU quantises at once: whole blocks of any blocksize, each of which stands for itself. Small, so that
+what bitsandbytes makes on the way (some 16 bytes an element) stays in its cache: a third faster than at once."""
 
 _NESTED_BLOCKSIZE = 256
 
@@ -32,16 +32,17 @@ def quantise(weight: torch.Tensor, settings: QuantSettings) -> dict[str, torch.T
         settings: How.
 
     Returns:
-        What `described` gives; bit-equal to ``bitsandbytes.functional.quantize_4bit`` on that device.
+        What `described` gives, in host memory; bit-equal to ``bitsandbytes.functional.quantize_4bit`` on that device.
     """
     from bitsandbytes import functional as bnb
 
     flat = weight.reshape(-1)
-    packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8)
-    absmax = torch.empty(math.ceil(flat.numel() / settings.blocksize), dtype=torch.float32)
-    for start in range(0, flat.numel(), _CHUNK):
+    packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(math.ceil(flat.numel() / settings.blocksize), dtype=torch.float32, device=weight.device)
+    chunk = _CHUNK if weight.is_cpu else max(flat.numel(), 1)
+    for start in range(0, flat.numel(), chunk):
         codes, state = bnb.quantize_4bit(
-            flat[start : start + _CHUNK], blocksize=settings.blocksize, quant_type=settings.quant_type
+            flat[start : start + chunk], blocksize=settings.blocksize, quant_type=settings.quant_type
         )
         packed[start // 2 : start // 2 + codes.numel()] = codes.view(-1)
         first = start // settings.blocksize
@@ -66,7 +67,7 @@ def described(
     fields: dict[str, Any] = {
         "blocksize": settings.blocksize,
         "quant_type": settings.quant_type,
-        "code": bnb.get_4bit_type(settings.quant_type, device="cpu"),
+        "code": bnb.get_4bit_type(settings.quant_type, device=packed.device),
         "dtype": dtype,
         "shape": torch.Size(shape),
     }
@@ -77,4 +78,5 @@ def described(
         state = bnb.QuantState(absmax=codes, offset=offset, state2=second, **fields)
     else:
         state = bnb.QuantState(absmax=absmax, **fields)
-    return {"": packed.view(-1, 1)} | {f".{key}": value for key, value in state.as_dict(packed=True).items()}
+    tensors = {"": packed.view(-1, 1)} | {f".{key}": value for key, value in state.as_dict(packed=True).items()}
+    return {end: tensor.cpu() for end, tensor in tensors.items()}

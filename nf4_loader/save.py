@@ -3,9 +3,10 @@
 import fnmatch
 import json
 import math
-import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -16,12 +17,17 @@ import torch
 from .catalogue import TransformerTensor, Weight4bit
 from .errors import CheckpointError
 from .header import TensorEntry, read_header
-from .parts import TORCH_DTYPES, read_fused
+from .parts import CPU, TORCH_DTYPES, read_fused
 from .quantise import QuantSettings, described, quantise
+from .whole_file import remove_abandoned, whole_file
 
 VERSION = "0.1.0"
 
 _COPY_BYTES = 16 << 20
+
+_TENSORS_AHEAD = 8
+"""How many tensors may wait to be written while the next ones are quantised: 200 MB at most."""
+
 _HEADER_ENTRY_BYTES = 140
 """Of one tensor in the header, beside its name, at most."""
 
@@ -36,14 +42,14 @@ class Source:
     Attributes:
         name: In Black Forest Labs' names, without prefix.
         shape: The logical shape.
-        read: Gives its dense values, patches applied, in any float dtype, on any device.
+        read: Gives its dense values, patches applied, in any float dtype, on a device.
         stored: The same values in a file, where there are such: what need not change is copied from there as it is.
         is_layer: Of the transformer, so that its weight may be quantised.
     """
 
     name: str
     shape: tuple[int, ...]
-    read: Callable[[], torch.Tensor]
+    read: Callable[[torch.device], torch.Tensor]
     stored: TransformerTensor | None = None
     is_layer: bool = True
 
@@ -60,13 +66,14 @@ def save_quantised(
     prefix: str = "",
     keep_dense: Sequence[str] = (),
     metadata: Mapping[str, str] = MappingProxyType({}),
-    device: torch.device | None = None,
+    device: torch.device = CPU,
     progress: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Write ``sources`` to ``path``: weights of layers in 4 bits, everything else as it is.
 
-    One tensor at a time is in memory. What is stored in 4 bits of the same type already is not quantised again: the
-    bytes are copied, nested absmax is expanded or fp32 absmax nested where ``settings`` say so.
+    A few tensors at a time are in memory: what is quantised is written while the next ones are read. What is stored in
+    4 bits of the same type already is not quantised again: the bytes are copied, nested absmax is expanded or fp32
+    absmax nested where ``settings`` say so.
 
     Args:
         path: The new file. It is written beside itself first and replaced in one step, after all bytes are on disk.
@@ -75,28 +82,22 @@ def save_quantised(
         prefix: Put before the names of layers.
         keep_dense: Shell patterns of layers whose weights stay dense, such as ``img_in`` or ``final_layer.*``.
         metadata: Put into the header, beside the version and the settings.
-        device: Where to quantise; None for where the values are.
+        device: Where to quantise.
         progress: Called with the number of elements after each tensor. What it raises ends the saving.
 
     Raises:
         CheckpointError: no room on the disk, it cannot be written, bitsandbytes is missing, a source has changed.
     """
     _require_bitsandbytes(path)
-    _require_room(path, sources, settings, keep_dense)
     metadata = _metadata(settings, keep_dense) | dict(metadata)
     tensors = _tensors(sources, settings, prefix, keep_dense, device, progress)
-    partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
+        remove_abandoned(path.parent)
+        _require_room(path, sources, settings, keep_dense)
+        with whole_file(path) as file:
             _write(file, tensors, _room(sources, prefix, metadata), metadata)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
     except OSError as error:
         raise CheckpointError(path, f"writing it failed ({error}). Nothing was changed there.") from error
-    finally:
-        partial.unlink(missing_ok=True)
-    _sync_folder(path.parent)
 
 
 def _require_bitsandbytes(path: Path) -> None:
@@ -137,7 +138,7 @@ def _tensors(
     settings: QuantSettings,
     prefix: str,
     keep_dense: Sequence[str],
-    device: torch.device | None,
+    device: torch.device,
     progress: Callable[[int], None],
 ) -> Iterator[_Tensor]:
     _require_unchanged(sources)
@@ -149,16 +150,15 @@ def _tensors(
         elif stored is not None and isinstance(stored.parts[0], TensorEntry) and _is_as_it_is(stored):
             yield name, stored.parts[0]
         else:
-            yield name, source.read()
+            yield name, source.read(CPU)
         progress(math.prod(source.shape))
 
 
-def _in_4_bits(source: Source, name: str, settings: QuantSettings, device: torch.device | None) -> Iterator[_Tensor]:
+def _in_4_bits(source: Source, name: str, settings: QuantSettings, device: torch.device) -> Iterator[_Tensor]:
     stored = source.stored
     state = stored.fused if stored is not None else None
     if stored is None or state is None or state.quant_type != settings.quant_type:
-        weight = source.read()
-        for end, tensor in quantise(weight if device is None else weight.to(device), settings).items():
+        for end, tensor in quantise(source.read(device), settings).items():
             yield name + end, tensor
         return
     first = stored.weights4bit[0]
@@ -206,11 +206,18 @@ def _write(file: BinaryIO, tensors: Iterator[_Tensor], room: int, metadata: Mapp
     file.write(bytes(8 + room))
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     position = 0
-    for name, tensor in _aligned(tensors):
-        dtype = tensor.dtype if isinstance(tensor, TensorEntry) else _DTYPE_NAMES[tensor.dtype]
-        nbytes = _copy(tensor, file) if isinstance(tensor, TensorEntry) else file.write(_bytes_of(tensor))
-        entries[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [position, position + nbytes]}
-        position += nbytes
+    with ThreadPoolExecutor(1, thread_name_prefix="nf4-write") as writer:
+        under_way: deque[Future[None]] = deque()
+        for name, tensor in _aligned(tensors):
+            dtype = tensor.dtype if isinstance(tensor, TensorEntry) else _DTYPE_NAMES[tensor.dtype]
+            offsets = [position, position + tensor.nbytes]
+            entries[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+            position += tensor.nbytes
+            under_way.append(writer.submit(_append, tensor, file))
+            if len(under_way) > _TENSORS_AHEAD:
+                under_way.popleft().result()
+        for written in under_way:
+            written.result()
     raw = json.dumps(entries, separators=(",", ":")).encode()
     file.seek(0)
     file.write(room.to_bytes(8, "little") + raw.ljust(room))
@@ -227,11 +234,14 @@ def _aligned(tensors: Iterator[_Tensor]) -> Iterator[_Tensor]:
     yield from odd
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+def _append(tensor: torch.Tensor | TensorEntry, file: BinaryIO) -> None:
+    if isinstance(tensor, TensorEntry):
+        _copy(tensor, file)
+    else:
+        file.write(memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
 
 
-def _copy(entry: TensorEntry, file: BinaryIO) -> int:
+def _copy(entry: TensorEntry, file: BinaryIO) -> None:
     with entry.path.open("rb") as source:
         source.seek(entry.offset)
         left = entry.nbytes
@@ -240,14 +250,3 @@ def _copy(entry: TensorEntry, file: BinaryIO) -> int:
             left -= len(read)
     if left:
         raise CheckpointError(entry.path, f"{entry.name}: the file ended while it was copied. Load it again.")
-    return entry.nbytes
-
-
-def _sync_folder(folder: Path) -> None:
-    """Have the new name on disk, too; Windows does that by itself and cannot open a folder."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -8,17 +8,14 @@ from typing import Any
 import torch
 
 from . import layouts
-from .catalogue import Catalogue, TransformerTensor, read_catalogue
+from .catalogue import SCALES, Catalogue, TransformerTensor, read_catalogue
 from .errors import CheckpointError
 from .header import TensorEntry
 from .identify import what_else_it_is
-from .parts import read_dense
+from .parts import TORCH_DTYPES, read_dense
 from .save import Source
 
-_SCALES = (".scale_weight", ".weight_scale")
-"""Of fp8 weights: one fp32 number, by which the values are multiplied (ComfyUI's scaled fp8)."""
-
-_NOT_SAVED = (*_SCALES, ".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
+_NOT_SAVED = (*SCALES, ".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
 
 
 def sources_of_file(path: Path, *, all_in_one: bool) -> list[Source]:
@@ -42,18 +39,21 @@ def sources_of_file(path: Path, *, all_in_one: bool) -> list[Source]:
 
 
 def sources_of_catalogue(catalogue: Catalogue) -> list[Source]:
-    """The tensors of the transformer."""
-    if catalogue.layout is None or any(name.endswith(".comfy_quant") for name in catalogue.transformer):
+    """The tensors of the transformer.
+
+    Raises:
+        CheckpointError: there is none, or it has weights that are neither float numbers nor in 4 bits.
+    """
+    if catalogue.layout is None:
         raise CheckpointError(catalogue.path, what_else_it_is(catalogue.header, is_flux=False))
     sources = []
     for name, tensor in catalogue.transformer.items():
         if name.endswith(_NOT_SAVED):
             continue
-        scale = next(
-            (catalogue.transformer[other] for other in _scales_of(name) if other in catalogue.transformer), None
-        )
-        read = functools.partial(_read, tensor, scale)
-        sources.append(Source(name, tensor.shape, read, stored=tensor if scale is None else None))
+        _require_values(catalogue, tensor)
+        scales = _scales_of(catalogue, tensor)
+        read = functools.partial(_read, tensor, scales)
+        sources.append(Source(name, tensor.shape, read, stored=None if scales else tensor))
     return sources
 
 
@@ -61,21 +61,39 @@ def sources_of_entries(entries: Mapping[str, TensorEntry]) -> list[Source]:
     """Tensors that are copied as they are, by their names in the new file."""
     tensors = {name: TransformerTensor((entry,)) for name, entry in entries.items()}
     return [
-        Source(name, tensor.shape, functools.partial(read_dense, tensor), stored=tensor, is_layer=False)
+        Source(name, tensor.shape, functools.partial(_read, tensor, {}), stored=tensor, is_layer=False)
         for name, tensor in tensors.items()
     ]
 
 
-def _scales_of(name: str) -> list[str]:
-    return [name.removesuffix(".weight") + scale for scale in _SCALES] if name.endswith(".weight") else []
+def _require_values(catalogue: Catalogue, tensor: TransformerTensor) -> None:
+    if any(isinstance(part, TensorEntry) and part.dtype not in TORCH_DTYPES for part in tensor.parts):
+        raise CheckpointError(catalogue.path, what_else_it_is(catalogue.header, is_flux=True))
 
 
-def _read(tensor: TransformerTensor, scale: TransformerTensor | None) -> torch.Tensor:
+def _scales_of(catalogue: Catalogue, tensor: TransformerTensor) -> dict[str, TensorEntry]:
+    """By the names of the tensor's parts, under whatever names the layout has for them."""
+    scales: dict[str, TensorEntry] = {}
+    for part in tensor.parts:
+        if not part.name.endswith(".weight"):
+            continue
+        layer = part.name.removesuffix(".weight")
+        found = [entry for end in SCALES if (entry := catalogue.header.tensors.get(layer + end))]
+        if found:
+            scales[part.name] = found[0]
+            if [size for size in found[0].shape if size != 1] not in ([], [part.shape[0]]):
+                raise CheckpointError(
+                    catalogue.path,
+                    f"{found[0].name}: of shape {found[0].shape}; what can be read is fp8 with one number for each "
+                    f"weight or row ({part.shape[0]} of them). Make the file of the model in bf16.",
+                )
+    return scales
+
+
+def _read(tensor: TransformerTensor, scales: Mapping[str, TensorEntry], device: torch.device) -> torch.Tensor:
     is_fp8 = any(isinstance(part, TensorEntry) and part.dtype.startswith("F8") for part in tensor.parts)
-    if scale is not None:
-        return read_dense(tensor, torch.float32).mul_(read_dense(scale, torch.float32)).bfloat16()
-    is_weight = len(tensor.shape) == 2 and (is_fp8 or tensor.weights4bit)
-    return read_dense(tensor, torch.bfloat16 if is_weight else None)
+    is_weight = len(tensor.shape) == 2 and (is_fp8 or tensor.weights4bit or scales)
+    return read_dense(tensor, torch.bfloat16 if is_weight else None, device, scales)
 
 
 def _sources_of_gguf(path: Path) -> list[Source]:
@@ -94,12 +112,14 @@ def _sources_of_gguf(path: Path) -> list[Source]:
         Source(
             layouts.place(layout, name.removeprefix(prefix)).name,
             tuple(reversed(tensor.shape.tolist())),
-            functools.partial(
-                dequantised_gguf, tensor.data, tensor.tensor_type, tuple(reversed(tensor.shape.tolist()))
-            ),
+            functools.partial(_read_gguf, tensor),
         )
         for name, tensor in tensors.items()
     ]
+
+
+def _read_gguf(tensor: Any, device: torch.device) -> torch.Tensor:
+    return dequantised_gguf(tensor.data, tensor.tensor_type, tuple(reversed(tensor.shape.tolist()))).to(device)
 
 
 def dequantised_gguf(data: Any, kind: Any, shape: Sequence[int]) -> torch.Tensor:

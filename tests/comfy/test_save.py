@@ -10,8 +10,9 @@ import sys
 import time
 from dataclasses import replace
 
-import checkpoint_layout as layout
+import comfy.model_detection
 import comfy.model_patcher
+import comfy.sd
 import environment
 import gguf
 import pytest
@@ -21,9 +22,11 @@ from bitsandbytes import functional as bnb
 from bitsandbytes.nn import Params4bit
 from diffusers import BitsAndBytesConfig, FluxTransformer2DModel
 from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer
+from gguf_model import load_gguf
 from make_checkpoint import Recipe, make_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from saved_files import HIDDEN, SHAPES, WEIGHTS, check, dequantised, requantised, values, write_gguf
 
 from flux_nf4.nf4_loader import layouts
 from flux_nf4.nf4_loader.errors import CheckpointError
@@ -33,14 +36,6 @@ from flux_nf4.nf4_loader.save import save_quantised
 from flux_nf4.nf4_loader.sources import sources_of_file
 
 V2 = QuantSettings()
-HIDDEN = 256
-SHAPES = layout.flux(1, 1, guidance=True, hidden=HIDDEN)
-WEIGHTS = {name for name, shape in SHAPES.items() if len(shape) == 2}
-
-
-def values(dtype=torch.bfloat16):
-    generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=generator).mul_(0.05).to(dtype) for name, shape in SHAPES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -55,35 +50,17 @@ def dense(folder):
     return path
 
 
+@pytest.fixture(scope="module")
+def diffusers_model():
+    torch.manual_seed(0)
+    return FluxTransformer2DModel(
+        num_layers=1, num_single_layers=1, attention_head_dim=128, num_attention_heads=2, guidance_embeds=True
+    ).bfloat16()
+
+
 def save(source, path, settings=V2, **options):
     save_quantised(path, sources_of_file(source, all_in_one=False), settings, **options)
     return load_file(path)
-
-
-def dequantised(tensors, name):
-    """The weight as bitsandbytes' own loader and kernel give it."""
-    state = {key: value for key, value in tensors.items() if key.startswith(f"{name}.")}
-    read = Params4bit.from_prequantized(tensors[name], state, device="cpu")
-    return bnb.dequantize_4bit(read.data, read.quant_state)
-
-
-def requantised(weight, settings=V2):
-    packed, state = bnb.quantize_4bit(
-        weight, blocksize=64, quant_type=settings.quant_type, compress_statistics=settings.nested
-    )
-    return bnb.dequantize_4bit(packed, state)
-
-
-def check(tensors, expected, settings=V2):
-    """The file holds ``expected``, its weights as bitsandbytes quantises them, and nothing else."""
-    assert {name.split(".weight.")[0].removesuffix(".weight") for name in tensors if ".weight" in name} == {
-        name.removesuffix(".weight") for name in WEIGHTS
-    }
-    for name, value in expected.items():
-        if name in WEIGHTS:
-            assert torch.equal(dequantised(tensors, name), requantised(value, settings)), name
-        else:
-            assert torch.equal(tensors[name], value), name
 
 
 # What is made of each kind of file
@@ -109,47 +86,86 @@ def test_fp8_is_quantised_from_its_values(folder, tmp_path):
     check(save(folder / "fp8.safetensors", tmp_path / "made.safetensors"), {n: v.bfloat16() for n, v in fp8.items()})
 
 
-def test_scaled_fp8_is_quantised_from_its_scaled_values(folder, tmp_path):
-    fp8 = {n: v.to(torch.float8_e4m3fn) if n in WEIGHTS else v for n, v in values().items()}
-    scaled = dict(fp8, scaled_fp8=torch.zeros(0, dtype=torch.float8_e4m3fn))
-    scaled |= {n.removesuffix("weight") + "scale_weight": torch.tensor(3.5) for n in WEIGHTS}
-    save_file(scaled, folder / "scaled.safetensors")
-    expected = {n: (v.float() * 3.5).bfloat16() if n in WEIGHTS else v for n, v in fp8.items()}
+def scaled(tensors, scales, of=lambda name: name):
+    """``tensors`` as scaled fp8: each of ``scales`` beside its weight, and what they read as."""
+    stored = dict(tensors, scaled_fp8=torch.zeros(0, dtype=torch.float8_e4m3fn))
+    read = {}
+    for name, scale in scales.items():
+        stored[name] = tensors[name].to(torch.float8_e4m3fn)
+        stored[name.removesuffix("weight") + of("scale_weight")] = scale
+        read[name] = (stored[name].float() * scale.view(-1, 1)).bfloat16()
+    return stored, tensors | read
+
+
+@pytest.mark.parametrize("of", ["scale_weight", "weight_scale"])
+@pytest.mark.parametrize("rows", [False, True], ids=["one a weight", "one a row"])
+def test_scaled_fp8_is_quantised_from_its_scaled_values(folder, tmp_path, of, rows):
+    scales = {name: torch.linspace(2, 5, SHAPES[name][0] if rows else 1) for name in sorted(WEIGHTS)}
+    stored, expected = scaled(values(), scales, lambda _: of)
+    save_file(stored, folder / "scaled.safetensors")
     check(save(folder / "scaled.safetensors", tmp_path / "made.safetensors"), expected)
 
 
-def test_gguf_is_quantised_from_what_gguf_dequantises(folder, tmp_path):
-    kind = gguf.GGMLQuantizationType.Q8_0
-    writer = gguf.GGUFWriter(folder / "flux.gguf", "flux")
-    expected = {}
-    for name, value in values(torch.float32).items():
-        if name not in WEIGHTS:
-            writer.add_tensor(name, value.numpy())
-            expected[name] = value
-            continue
-        raw = gguf.quants.quantize(value.numpy(), kind)
-        writer.add_tensor(name, raw, raw_dtype=kind)
-        expected[name] = torch.from_numpy(gguf.quants.dequantize(raw, kind)).bfloat16()
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def test_scaled_fp8_of_diffusers_is_quantised_with_the_scale_of_each_part(diffusers_model, tmp_path):
+    """q, k and v, which become one weight, have a scale each."""
+    state = diffusers_model.state_dict()
+    names = [name for name, tensor in state.items() if tensor.dim() == 2]
+    scales = {name: torch.tensor(1 + number / 8) for number, name in enumerate(names)}
+    stored, read = scaled({name: tensor.clone() for name, tensor in state.items()}, scales)
+    save_file(stored, tmp_path / "diffusers.safetensors")
+    tensors = save(tmp_path / "diffusers.safetensors", tmp_path / "made.safetensors")
+    check(tensors, joined(read))
+
+
+def joined(state):
+    """Tensors of diffusers, in Black Forest Labs' names and order."""
+    parts = {}
+    for name, tensor in state.items():
+        place = layouts.place("diffusers", name)
+        parts.setdefault((place.name, place.halves_swapped), {})[place.part] = tensor
+    stacked = {key: torch.cat([of[part] for part in sorted(of)]) for key, of in parts.items()}
+    return {
+        name: torch.cat(tensor.chunk(2)[::-1]) if swapped else tensor for (name, swapped), tensor in stacked.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("tensors", "problem"),
+    [
+        (
+            {"img_in.weight_scale": torch.ones(4, 64)},
+            r"img_in\.weight_scale: of shape \(4, 64\); what can be read is fp8",
+        ),
+        (
+            {"img_in.weight": torch.ones(HIDDEN, 32).char(), "img_in.comfy_quant": torch.ones(9).byte()},
+            r"its weights are in a format of ComfyUI's own .* Load it with 'Load Diffusion Model'",
+        ),
+    ],
+    ids=["blocks", "int8"],
+)
+def test_what_has_other_scales_is_refused_and_nothing_is_written(tensors, problem, folder, tmp_path):
+    save_file(values() | tensors, folder / "other.safetensors")
+    with pytest.raises(CheckpointError, match=rf"^other\.safetensors: {problem}"):
+        save(folder / "other.safetensors", tmp_path / "made.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "BF16", "F16"])
+def test_gguf_is_quantised_from_what_gguf_dequantises(kind, folder, tmp_path):
+    expected = write_gguf(folder / "flux.gguf", gguf.GGMLQuantizationType[kind])
     check(save(folder / "flux.gguf", tmp_path / "made.safetensors"), expected)
 
 
-def test_a_folder_of_diffusers_becomes_a_file_in_the_names_of_comfyui(tmp_path, monkeypatch):
-    model = FluxTransformer2DModel(
-        num_layers=1, num_single_layers=1, attention_head_dim=128, num_attention_heads=2, guidance_embeds=True
-    ).bfloat16()
-    model.save_pretrained(tmp_path / "diffusers", max_shard_size="4MB")
+def test_a_folder_of_diffusers_becomes_a_file_in_the_names_of_comfyui(diffusers_model, tmp_path):
+    diffusers_model.save_pretrained(tmp_path / "diffusers", max_shard_size="4MB")
     tensors = save(tmp_path / "diffusers", tmp_path / "made.safetensors")
-    state = model.state_dict()
+    state = diffusers_model.state_dict()
     qkv = torch.cat([state[f"transformer_blocks.0.attn.to_{part}.weight"] for part in "qkv"])
     assert torch.equal(dequantised(tensors, "double_blocks.0.img_attn.qkv.weight"), requantised(qkv))
     scale_and_shift = state["norm_out.linear.weight"]
     swapped = torch.cat((scale_and_shift[HIDDEN:], scale_and_shift[:HIDDEN]))
     assert torch.equal(dequantised(tensors, "final_layer.adaLN_modulation.1.weight"), requantised(swapped))
-    assert {name for name in tensors if ".weight." not in name} == SHAPES.keys()
+    check(tensors, joined(state))
 
 
 def test_layers_that_are_to_stay_dense_do(dense, tmp_path):
@@ -207,6 +223,48 @@ def test_a_file_that_changed_meanwhile_is_refused(tmp_path, dense):
     with pytest.raises(CheckpointError, match=r"changing\.safetensors: the file has changed since it was loaded"):
         save_quantised(tmp_path / "made.safetensors", sources, QuantSettings())
     assert not (tmp_path / "made.safetensors").exists()
+
+
+# What ComfyUI has loaded
+
+
+@pytest.fixture
+def one_block_of_each(tiny_config, monkeypatch):
+    """ComfyUI "detects" such a model, whose configuration this is."""
+    config = comfy.model_detection.model_config_from_unet()
+    config.unet_config |= {"depth": 1, "depth_single_blocks": 1}
+    monkeypatch.setattr(comfy.model_detection, "model_config_from_unet", lambda *_, **__: config)
+    return config
+
+
+def with_lora(patcher, expected):
+    """What ``expected`` is with a difference to one weight, which ``patcher`` gets."""
+    qkv = "double_blocks.0.img_attn.qkv.weight"
+    difference = torch.randn(SHAPES[qkv], generator=torch.Generator().manual_seed(5)) * 0.02
+    assert patcher.add_patches({f"diffusion_model.{qkv}": ("diff", (difference,))}, 0.5)
+    return expected | {qkv: (expected[qkv].float() + 0.5 * difference).to(expected[qkv].dtype)}
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "BF16", "F16"])
+def test_a_model_of_comfyui_gguf_is_quantised_with_its_lora(kind, tmp_path, one_block_of_each):
+    expected = write_gguf(tmp_path / "flux.gguf", gguf.GGMLQuantizationType[kind])
+    patcher = load_gguf(tmp_path / "flux.gguf")
+    expected = with_lora(patcher, expected)
+    save_quantised(tmp_path / "made.safetensors", sources_of_model(patcher), V2)
+    check(load_file(tmp_path / "made.safetensors"), expected)
+
+
+def test_a_model_in_scaled_fp8_is_quantised_with_its_lora(tmp_path, one_block_of_each):
+    scales = {name: torch.tensor(1 + number / 8) for number, name in enumerate(sorted(WEIGHTS))}
+    stored, expected = scaled(values(), scales)
+    del stored["scaled_fp8"]
+    one_block_of_each.scaled_fp8 = torch.float8_e4m3fn
+    patcher = comfy.sd.load_diffusion_model_state_dict(stored)
+    for name in (name for name in expected if name.endswith(".bias")):  # ComfyUI has these in fp8, too, without a scale
+        expected[name] = expected[name].to(torch.float8_e4m3fn).bfloat16()
+    expected = with_lora(patcher, expected)
+    save_quantised(tmp_path / "made.safetensors", sources_of_model(patcher), V2)
+    check(load_file(tmp_path / "made.safetensors"), expected)
 
 
 # Patches
@@ -303,7 +361,7 @@ def test_whoever_is_killed_leaves_the_target_absent_or_whole(dense, tmp_path):
     target = tmp_path / "made.safetensors"
     sources = sources_of_file(dense, all_in_one=False)
     started = time.monotonic()
-    save_quantised(target, sources, QuantSettings())
+    os.waitpid(in_child(lambda: save_quantised(target, sources, QuantSettings())), 0)
     took = time.monotonic() - started
     whole = target.read_bytes()
     target.unlink()
@@ -318,7 +376,8 @@ def test_whoever_is_killed_leaves_the_target_absent_or_whole(dense, tmp_path):
             target.unlink()
         else:
             absent += 1
-    assert absent > 5
+        assert len(list(tmp_path.iterdir())) <= 1  # each removes what the one before it has left
+    assert 5 < absent < 50  # some are killed before the end and some after it
     save_quantised(target, sources, QuantSettings())
     assert [path.name for path in tmp_path.iterdir()] == [target.name]
 

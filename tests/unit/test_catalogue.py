@@ -299,6 +299,10 @@ OTHERS = {
         of_other_models("double_blocks.0.img_attn.qkv._weight_qdata"),
         ("quantised by torchao", "pick an NF4 file"),
     ),
+    "fp8 or NVFP4 of ComfyUI": (
+        of_other_models("double_blocks.0.img_attn.qkv.weight", "double_blocks.0.img_attn.qkv.comfy_quant"),
+        ("in a format of ComfyUI's own", "'Load Diffusion Model'"),
+    ),
     "a language model": (of_other_models("model.layers.0.mlp.up_proj.weight"), ("it is a language model",)),
 }
 
@@ -308,6 +312,13 @@ def test_another_file_is_refused_with_what_it_is_and_its_loader(refusal, tensors
     message = refusal(tensors)
     for fragment in fragments:
         assert fragment in message
+
+
+@pytest.mark.parametrize("scale", ["scale_weight", "weight_scale"])
+def test_scaled_fp8_beside_4bit_is_refused_and_not_taken_for_plain_fp8(make_tensors, refusal, scale):
+    message = refusal(make_tensors() | {f"{PREFIX}img_in.{scale}": torch.ones(())})
+    assert f"img_in.{scale}: beside its 4-bit layers it has scaled fp8 ones" in message
+    assert "commands/quantise.py" in message
 
 
 @pytest.mark.parametrize(

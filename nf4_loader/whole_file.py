@@ -1,0 +1,81 @@
+"""Files that appear whole, or not at all: written beside their place, and moved there when every byte is on disk."""
+
+import contextlib
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+if sys.platform != "win32":
+    import fcntl
+
+logger = logging.getLogger(__name__)
+
+PARTIAL_SUFFIX = ".nf4-partial"
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to. Where the block ends it takes the place of ``path`` in one step; where it raises it is gone.
+
+    Raises:
+        OSError: it cannot be written; ``path`` is as it was.
+    """
+    partial, file = _create(path)
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            if sys.platform != "win32":
+                partial.replace(path)  # before the lock ends
+        if sys.platform == "win32":
+            partial.replace(path)  # which here an open file does not allow
+    finally:
+        partial.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what writers that were killed have left in ``folder``; what another one is writing stays."""
+    for partial in folder.glob(f"*{PARTIAL_SUFFIX}"):
+        with contextlib.suppress(OSError):  # it is in use, or another process removes it
+            nbytes = partial.stat().st_size
+            _remove_unless_in_use(partial)
+            logger.warning(
+                "NF4: removed %s (%.2f GiB), which a saving that was broken off had left", partial, nbytes / 2**30
+            )
+
+
+def _create(path: Path) -> tuple[Path, BinaryIO]:
+    while True:
+        partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
+        file = partial.open("xb")
+        if sys.platform != "win32":
+            with contextlib.suppress(OSError):  # without locks nobody removes what others have left
+                fcntl.flock(file, fcntl.LOCK_EX)
+        if partial.exists():  # else taken for abandoned before it was locked
+            return partial, file
+        file.close()
+
+
+def _remove_unless_in_use(partial: Path) -> None:
+    if sys.platform == "win32":
+        partial.unlink()  # refused while it is open
+    else:
+        with partial.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            partial.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the new name on disk, too; Windows does that by itself and cannot open a folder."""
+    if sys.platform != "win32":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
