@@ -1,7 +1,7 @@
 """A MODEL as ComfyUI-GGUF makes it, with the same interface.
 
-Its tensors know their GGUF type and logical shape. A layer's state dict has sizes only, and that of the largest also has
-room to dequantise it in, as a tensor that does not exist.
+Its tensors know their GGUF type and logical shape. The state dict of a layer has sizes only; that of the largest has in
+addition room to dequantise it in, as a tensor that does not exist.
 """
 
 import comfy.ops
