@@ -11,8 +11,8 @@ from . import kernels
 from .catalogue import TransformerTensor, Weight4bit
 from .errors import CheckpointError
 from .header import TensorEntry
-from .quant_state import CODES, NestedAbsmax, expand_nested_absmax
-from .read import FileSlice, read_slices
+from .quant_state import CODES, codes_of, expand_nested_absmax
+from .read import FileSlice, read_slices, read_small
 
 CPU = torch.device("cpu")
 
@@ -145,18 +145,8 @@ def _slices(item: PackedMemory, tables: Mapping[str, tuple[torch.Tensor, torch.T
     packed = () if item.packed is None else (FileSlice(weight.packed.path, weight.packed.offset, item.packed),)
     if weight.state.nested is None:
         return *packed, FileSlice(weight.absmax.path, weight.absmax.offset, absmax)
-    expand = functools.partial(_expand, weight.state.nested, absmax, *tables[weight.name])
-    return *packed, FileSlice(weight.absmax.path, weight.absmax.offset, _codes_of(absmax), expand)
-
-
-def _codes_of(absmax: torch.Tensor) -> torch.Tensor:
-    """Where the uint8 codes of ``absmax`` are read to: its own first quarter, so that they take no other memory."""
-    return absmax.view(torch.uint8)[: absmax.numel()]
-
-
-def _expand(nested: NestedAbsmax, absmax: torch.Tensor, scales: torch.Tensor, table: torch.Tensor) -> None:
-    """Turn the codes in ``absmax`` into its fp32 values."""
-    absmax.numpy()[:] = expand_nested_absmax(nested, _codes_of(absmax), scales, table).numpy()
+    expand = functools.partial(expand_nested_absmax, weight.state.nested, absmax, *tables[weight.name])
+    return *packed, FileSlice(weight.absmax.path, weight.absmax.offset, codes_of(absmax), expand)
 
 
 def _batches(items: Sequence[DenseMemory]) -> Iterator[list[DenseMemory]]:
@@ -193,15 +183,14 @@ def torch_dtype(entry: TensorEntry) -> torch.dtype:
     return TORCH_DTYPES[entry.dtype]
 
 
-def _read_small(entries: Sequence[TensorEntry]) -> list[torch.Tensor]:
+def _read_fp32(entries: Sequence[TensorEntry]) -> list[torch.Tensor]:
     tensors = [torch.empty(entry.shape, dtype=torch.float32) for entry in entries]
-    slices = [FileSlice(entry.path, entry.offset, tensor) for entry, tensor in zip(entries, tensors, strict=True)]
-    read_slices(slices, lambda _: None)
+    read_small([FileSlice(entry.path, entry.offset, tensor) for entry, tensor in zip(entries, tensors, strict=True)])
     return [tensor.view(-1) for tensor in tensors]
 
 
 def _check_code_tables(weights: Sequence[Weight4bit]) -> None:
-    tables = _read_small([weight.quant_map for weight in weights])
+    tables = _read_fp32([weight.quant_map for weight in weights])
     for weight, table in zip(weights, tables, strict=True):
         if not torch.allclose(table, torch.tensor(CODES[weight.state.quant_type]), rtol=0, atol=1e-6):
             raise CheckpointError(
@@ -214,5 +203,5 @@ def _check_code_tables(weights: Sequence[Weight4bit]) -> None:
 def _read_nested_tables(weights: Sequence[Weight4bit]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """nested_absmax and nested_quant_map of each weight that has them."""
     nested = [weight for weight in weights if weight.state.nested is not None]
-    small = _read_small([entry for weight in nested for entry in (weight.nested_absmax, weight.nested_map) if entry])
+    small = _read_fp32([entry for weight in nested for entry in (weight.nested_absmax, weight.nested_map) if entry])
     return {weight.name: tables for weight, *tables in zip(nested, small[::2], small[1::2], strict=True)}  # type: ignore[misc]

@@ -53,6 +53,9 @@ BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 MAX_QUANT_STATE_BYTES = 1 << 16
 """Real ones have less than 200."""
 
+_EXPANDED_AT_ONCE = 1 << 16
+"""Values of absmax: whole blocks of any blocksize, and few enough to stay in a core's cache."""
+
 _FP32_MAX = torch.finfo(torch.float32).max
 
 
@@ -123,28 +126,33 @@ def _nested(fields: dict[str, Any]) -> NestedAbsmax | None:
     return NestedAbsmax(blocksize, float(offset))
 
 
+def codes_of(absmax: torch.Tensor) -> torch.Tensor:
+    """The memory for the uint8 codes of nested ``absmax`` (fp32, (b,)): its own first quarter."""
+    return absmax.view(torch.uint8)[: absmax.numel()]
+
+
 def expand_nested_absmax(
     nested: NestedAbsmax, absmax: torch.Tensor, nested_absmax: torch.Tensor, nested_map: torch.Tensor
-) -> torch.Tensor:
-    """Undo the second quantisation.
+) -> None:
+    """Undo the second quantisation, in place.
 
     Args:
         nested: Its block size and offset.
-        absmax: uint8, (b,).
+        absmax: fp32, (b,), with the codes in its `codes_of`. Becomes bit-equal to what
+            ``bitsandbytes.functional.dequantize_4bit`` computes first.
         nested_absmax: fp32, (ceil(b / nested.blocksize),).
         nested_map: fp32, (256,).
-
-    Returns:
-        fp32, (b,): bit-equal to what ``bitsandbytes.functional.dequantize_4bit`` computes first.
     """
     # numpy, for the threads that read the file: it computes without Python's lock, and without threads of its own
-    # that would wait for each other.
-    scales, size = nested_absmax.numpy(), nested.blocksize
-    values = np.take(nested_map.numpy(), absmax.numpy())
-    whole = values.size // size
-    blocks = values[: whole * size].reshape(whole, size)
-    np.multiply(blocks, scales[:whole, None], out=blocks)
-    if values.size > whole * size:
-        values[whole * size :] *= scales[whole]
-    values += np.float32(nested.offset)
-    return torch.from_numpy(values)
+    # that would wait for each other. From the end, so that no code is overwritten before it has been read.
+    values, codes = absmax.numpy(), codes_of(absmax).numpy()
+    scales, table, offset = nested_absmax.numpy(), nested_map.numpy(), np.float32(nested.offset)
+    for start in reversed(range(0, values.size, _EXPANDED_AT_ONCE)):
+        chunk = values[start : start + _EXPANDED_AT_ONCE]
+        np.take(
+            table, codes[start : start + chunk.size].copy(), out=chunk, mode="clip"
+        )  # with a mode it goes unbuffered
+        first = start // nested.blocksize
+        last = -(-(start + chunk.size) // nested.blocksize)
+        chunk *= np.repeat(scales[first:last], nested.blocksize)[: chunk.size]
+        chunk += offset

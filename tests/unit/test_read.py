@@ -10,7 +10,7 @@ import torch
 
 from flux_nf4.nf4_loader import read
 from flux_nf4.nf4_loader.errors import CheckpointError
-from flux_nf4.nf4_loader.read import FileSlice, read_slices
+from flux_nf4.nf4_loader.read import FileSlice, read_slices, read_small
 
 CHUNK = 64
 
@@ -235,3 +235,17 @@ def test_what_is_to_be_done_after_a_slice_finds_all_its_bytes(tmp_path, monkeypa
         )
     read.read_slices(slices, lambda _: None)
     assert found == {start: list(range(start, start + 50)) for start in range(0, 200, 50)}
+
+
+def test_small_slices_are_read_from_each_of_their_files(path, content, tmp_path):
+    (tmp_path / "other.safetensors").write_bytes(content[::-1])
+    wanted = [(path, 3, 5), (path, 0, 1), (tmp_path / "other.safetensors", 19_990, 10), (path, 7, 0)]
+    memory = [torch.zeros(nbytes, dtype=torch.uint8) for _, _, nbytes in wanted]
+    read_small([FileSlice(file, offset, into) for (file, offset, _), into in zip(wanted, memory, strict=True)])
+    for (file, offset, nbytes), into in zip(wanted, memory, strict=True):
+        assert bytes_of(into) == file.read_bytes()[offset : offset + nbytes]
+
+
+def test_a_small_slice_beyond_the_end_is_refused(path):
+    with pytest.raises(CheckpointError, match=r"ended at byte 20,000"):
+        read_small([FileSlice(path, 19_999, torch.zeros(2, dtype=torch.uint8))])
