@@ -203,7 +203,7 @@ def load_clip_and_vae(catalogue: Catalogue, embedding_directory: Sequence[str]) 
     as many layers as the file has. Both remember where their tensors are in the file, as ``nf4_entries``.
 
     Raises:
-        CheckpointError: ComfyUI does not recognise them.
+        CheckpointError: ComfyUI does not recognise them, or they have other shapes.
     """
     shapes = catalogue.logical_shapes
     state = {_CHECKPOINT_PREFIX + name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
@@ -212,12 +212,17 @@ def load_clip_and_vae(catalogue: Catalogue, embedding_directory: Sequence[str]) 
     state |= encoders
     with safe_open(catalogue.path, framework="pt") as file:
         state.update({name: file.get_tensor(name) for name in catalogue.vae})
-    parts = comfy.sd.load_state_dict_guess_config(
-        state,
-        embedding_directory=list(embedding_directory),
-        output_model=False,
-        te_model_options=options_for(weights, catalogue.t5_layers),
-    )
+    try:
+        parts = comfy.sd.load_state_dict_guess_config(
+            state,
+            embedding_directory=list(embedding_directory),
+            output_model=False,
+            te_model_options=options_for(weights, catalogue.t5_layers),
+        )
+    except RuntimeError as error:  # of torch, for shapes that are not the model's
+        raise CheckpointError(
+            catalogue.path, f"ComfyUI does not take its text encoders or VAE: {error}. The file is damaged."
+        ) from error
     clip, vae = (parts[1], parts[2]) if parts else (None, None)
     if clip is None or vae is None:
         raise CheckpointError(

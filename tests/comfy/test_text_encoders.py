@@ -2,15 +2,19 @@
 
 import functools
 
+import checkpoint_layout as layout
 import pytest
 import torch
 from bitsandbytes import functional as bnb
 from bitsandbytes.nn import Linear4bit as BnbLinear4bit
+from packed_tensors import packed_tensors
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from sparse_file import write_sparse
 from transformers import BitsAndBytesConfig, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from flux_nf4.nf4_loader import text_encoders
+from flux_nf4.nf4_loader import flux, text_encoders
+from flux_nf4.nf4_loader.catalogue import read_catalogue, require_all_in_one
 from flux_nf4.nf4_loader.errors import CheckpointError
 from flux_nf4.nf4_loader.linear4bit import Linear4bit
 from flux_nf4.nf4_loader.model_sources import sources_of_encoders
@@ -28,9 +32,10 @@ def tiny(monkeypatch):
     def options(weights, layers, made=text_encoders.options_for):
         found = made(weights, layers)
         found["t5xxl_model_config"] |= T5
-        return found | {"model_config": dict(CLIP_L)}
+        return found | {"model_config": dict(CLIP_L), "clip_l_model_config": dict(CLIP_L)}
 
-    monkeypatch.setattr(text_encoders, "options_for", options)
+    for module in (text_encoders, flux):
+        monkeypatch.setattr(module, "options_for", options)
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +123,54 @@ def test_it_encodes_a_prompt_and_knows_its_size(t5, clip_l, monkeypatch):
     assert cond.isfinite().all()
     packed = sum(m.packed.nbytes for m in clip.cond_stage_model.modules() if isinstance(m, Linear4bit))
     assert clip.patcher.model_size() > packed
+
+
+def all_in_one(path, clip_l, t5):
+    """A file with these text encoders beside a transformer and a VAE of the real layout, which are holes."""
+    tensors = {}
+    for name, shape in layout.flux(1, 1, guidance=True).items():
+        name = f"model.diffusion_model.{name}"
+        tensors |= packed_tensors(name, shape, "nf4", 64) if len(shape) == 2 else {name: ("BF16", shape, None)}
+    tensors |= {f"vae.{name}": ("BF16", shape, None) for name, shape in layout.vae().items()}
+    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
+    for part, state in (("clip_l", clip_l), ("t5xxl", t5)):
+        for name, tensor in state.items():
+            raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            tensors[f"text_encoders.{part}.transformer.{name}"] = (names[tensor.dtype], tuple(tensor.shape), raw)
+    write_sparse(path, tensors)
+    return path
+
+
+@pytest.mark.parametrize("options", [{}, {"double_quant": True}, {"quant_type": "fp4"}], ids=["nf4", "nested", "fp4"])
+def test_a_t5_inside_an_all_in_one_file_encodes_as_its_dense_twin(options, t5, clip_l, tmp_path):
+    model, path = t5(**options)
+    stored = load_file(path)
+    dense = {name: tensor for name, tensor in stored.items() if ".weight." not in name}
+    dense |= {name: tensor.to(torch.float16) for name, tensor in dense_reference(model).state_dict().items()}
+    prompt = {"l": [[(1, 1.0)] * 77], "t5xxl": [[(3, 1.0), (14, 1.2), (159, 1.0), (1, 1.0)]]}
+    encoded = []
+    for name, encoder in (("nf4", stored), ("dense", dense)):
+        catalogue = read_catalogue(all_in_one(tmp_path / f"{name}.safetensors", load_file(clip_l), encoder))
+        require_all_in_one(catalogue)
+        assert catalogue.t5_layers == LAYERS
+        clip, _ = flux.load_clip_and_vae(catalogue, [])
+        packed = [module for module in clip.cond_stage_model.t5xxl.modules() if isinstance(module, Linear4bit)]
+        assert len(packed) == (LAYERS * 6 if name == "nf4" else 0)
+        encoded.append(clip.encode_from_tokens(prompt, return_pooled=True))
+    (cond, pooled), (wanted, wanted_pooled) = encoded
+    assert wanted.std() > 0.1
+    # The twin's weights are rounded to fp16, which is what ComfyUI gives a dense T5.
+    torch.testing.assert_close(cond, wanted, rtol=0, atol=1e-3 * wanted.abs().max().item())
+    assert torch.equal(pooled, wanted_pooled)
+
+
+def test_encoders_of_other_shapes_are_refused_with_the_files_name(t5, clip_l, tmp_path):
+    _, path = t5()
+    state = load_file(clip_l)
+    state["text_model.final_layer_norm.weight"] = torch.ones(32).half()
+    catalogue = read_catalogue(all_in_one(tmp_path / "flux.safetensors", state, load_file(path)))
+    with pytest.raises(CheckpointError, match=r"(?s)^flux\.safetensors: ComfyUI does not take its .*VAE: .*\[32\]"):
+        flux.load_clip_and_vae(catalogue, [])
 
 
 class Vae:
