@@ -8,7 +8,7 @@ Nothing but headers is read. Run it with the Python that runs ComfyUI (it needs 
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import package  # noqa: F401  makes flux_nf4 importable
@@ -55,9 +55,7 @@ def describe(catalogue: Catalogue) -> Iterator[str]:
     counts = Counter(size.kind for size in sizes)
     files = {entry.path for entry in catalogue.header.tensors.values()}
     yield f"layout        {catalogue.layout}, {'1 file' if len(files) == 1 else f'{len(files)} files'}"
-    inputs = shapes.get("img_in.weight", (0, 0))[1]
-    guidance = "dev" if "guidance_in.in_layer.weight" in shapes else "schnell"
-    yield f"model         Flux.1 {guidance}{_INPUT_CHANNELS.get(inputs, f' ({inputs} input channels)')}"
+    yield f"model         {_model(shapes)}"
     yield f"blocks        {counts['double']} double, {counts['single']} single"
     for kind in counts:
         yield f"  {kind:<12}{_range([size.nbytes / _MIB for size in sizes if size.kind == kind])} MiB each"
@@ -69,6 +67,16 @@ def describe(catalogue: Catalogue) -> Iterator[str]:
         yield f"{part:<14}{_summary(catalogue, prefix)}"
     for key, value in catalogue.header.metadata.items():
         yield f"{key}: {value}"
+
+
+def _model(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    if any(name.startswith("distilled_guidance_layer.") for name in shapes):
+        return "Chroma"
+    if "double_stream_modulation_img.lin.weight" in shapes:
+        return "Flux 2"
+    inputs = shapes.get("img_in.weight", (0, 0))[1]
+    guidance = "dev" if "guidance_in.in_layer.weight" in shapes else "schnell"
+    return f"Flux.1 {guidance}{_INPUT_CHANNELS.get(inputs, f' ({inputs} input channels)')}"
 
 
 def _range(values: list[float]) -> str:

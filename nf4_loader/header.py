@@ -112,7 +112,10 @@ def _read_raw(path: Path) -> tuple[bytes, int]:
 def _what_else_it_is(prefix: bytes, length: int) -> str:
     """Of a file whose ``prefix`` gives no possible length: a short one may well begin like a pickle (0x80)."""
     if prefix.startswith(b"GGUF"):
-        return "this is a GGUF file. Load it with 'Unet Loader (GGUF)' of the ComfyUI-GGUF package."
+        return (
+            "this is a GGUF file. Load it with 'Unet Loader (GGUF)' of the ComfyUI-GGUF package, or text encoders with "
+            "its 'DualCLIPLoader (GGUF)'."
+        )
     if prefix.startswith((b"PK\x03\x04", b"\x80")):
         return "this is a PyTorch pickle (.ckpt or .pt). This node reads .safetensors files: convert or download one."
     return (

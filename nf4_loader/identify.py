@@ -1,7 +1,7 @@
 """What a safetensors file is that holds no 4-bit Flux transformer, and which loader is right for it."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from .header import Header, natural_key
 
@@ -16,9 +16,9 @@ def what_else_it_is(header: Header, is_flux: bool) -> str:
         is_flux: There is a Flux transformer in it, so that its weights are what is not in 4 bits.
     """
     names = list(header.tensors)
-    for recognises, answer in _QUANTISED_OTHERWISE:
-        if any(recognises(name) for name in names):
-            return answer
+    answer = quantised_otherwise(names)
+    if answer is not None:
+        return answer
     if "tensor_names" in header.metadata or any("_qdata" in name for name in names):
         return (
             "its weights are quantised by torchao, not by bitsandbytes to NF4 or FP4. ComfyUI has no loader for it: "
@@ -26,8 +26,14 @@ def what_else_it_is(header: Header, is_flux: bool) -> str:
         )
     if is_flux:
         return _dense_flux(header)
-    kind, loader = next((answer for mark, *answer in _OTHER_MODELS if any(re.search(mark, n) for n in names)), ("", ""))
-    if any(_QUANT_STATE in name for name in names):
+    kind, loader = next((found for mark, *found in _OTHER_MODELS if any(re.search(mark, n) for n in names)), ("", ""))
+    is_4bit = any(_QUANT_STATE in name for name in names)
+    if is_4bit and kind in (_CHROMA, _FLUX2):
+        return (
+            f"it is {kind}, in 4 bits of bitsandbytes. Of that model this node loads files in the names of Black "
+            "Forest Labs ('double_blocks.0.*'), the transformer alone: pick such a one."
+        )
+    if is_4bit:
         sample = ", ".join(sorted(names, key=natural_key)[:3])
         return (
             f"it is a bitsandbytes 4-bit file, but not of a Flux model: {kind or 'it'} has no 'double_blocks.0.*' and "
@@ -40,6 +46,12 @@ def what_else_it_is(header: Header, is_flux: bool) -> str:
         "it holds no Flux transformer ('double_blocks.0.*' is missing), so it is no Flux checkpoint. Pick an NF4 "
         "or FP4 file such as flux1-dev-bnb-nf4-v2.safetensors."
     )
+
+
+def quantised_otherwise(names: Iterable[str]) -> str | None:
+    """What to do with a file of these tensors, if they are in another format than that of bitsandbytes' 4 bits."""
+    names = list(names)
+    return next((answer for is_it, answer in _QUANTISED_OTHERWISE if any(map(is_it, names))), None)
 
 
 _NUNCHAKU = (
@@ -63,8 +75,16 @@ _QUANTISED_OTHERWISE: tuple[tuple[Callable[[str], bool], str], ...] = (
     (lambda name: bool(re.search(r"(^lora_|\.lora_|\.lokr_|\.hada_|\.diff(_b)?$)", name)), _LORA),
 )
 
+_CHROMA = "a Chroma model in the layout of diffusers"
+_FLUX2 = "a Flux 2 model in the layout of diffusers"
 _OTHER_MODELS = (
     (r"(^|\.)joint_blocks\.0\.", "a Stable Diffusion 3 model", "'Load Checkpoint'"),
+    (r"^distilled_guidance_layer\.", "a Chroma model in the layout of diffusers", "a loader for that model"),
+    (
+        r"^double_stream_modulation_img\.linear\.",
+        "a Flux 2 model in the layout of diffusers",
+        "a loader for that model",
+    ),
     (r"^transformer_blocks\.0\.", "a model in the layout of diffusers", "a loader for that model"),
     (r"(^|\.)(input_blocks|down_blocks)\.", "a Stable Diffusion or SDXL model", "'Load Checkpoint'"),
     (r"^model\.layers\.0\.", "a language model", "a loader for that model"),

@@ -18,6 +18,9 @@ _MARKS: Mapping[Layout, str] = {
     "diffusers": "single_transformer_blocks.0.proj_mlp.",  # other models of diffusers have transformer_blocks, too
 }
 
+_OF_CHROMA = "distilled_guidance_layer."
+"""diffusers' Chroma has the blocks of its Flux, and other names beside them, which have no place here."""
+
 _Layers = Mapping[str, tuple[str, ...]]
 """Layers of Black Forest Labs, and the layers of diffusers whose rows make each, in order."""
 
@@ -76,7 +79,8 @@ def detect(names: Iterable[str]) -> tuple[str, Layout | None]:
     names = list(names)
     for prefix in _PREFIXES:
         for layout, mark in _MARKS.items():
-            if any(name.startswith(prefix + mark) for name in names):
+            is_chroma = layout == "diffusers" and any(name.startswith(prefix + _OF_CHROMA) for name in names)
+            if not is_chroma and any(name.startswith(prefix + mark) for name in names):
                 return prefix, layout
     return "", None
 

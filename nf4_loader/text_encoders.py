@@ -16,6 +16,7 @@ from . import kernels
 from .catalogue import TransformerTensor, Weight4bit, group_4bit
 from .errors import CheckpointError
 from .header import TensorEntry
+from .identify import quantised_otherwise
 from .linear4bit import Linear4bit
 from .parts import PackedMemory, memory_of_fused, read_parts
 from .shards import read_checkpoint_header
@@ -53,18 +54,18 @@ class _Operations(comfy.ops.manual_cast):
             errors: Any,
         ) -> None:
             shapes = {"weight": (self.out_features, self.in_features), "bias": (self.out_features,)}
-            for name, parameter in list(self._parameters.items()):
-                value = state_dict.get(prefix + name)
-                if parameter is None:
+            for name, shape in shapes.items():
+                value, expected = state_dict.get(prefix + name), getattr(self, name)
+                if value is None and expected is None:
                     continue
                 if value is None:
                     # CLIP-L files may lack text_projection, which Flux does not look at; ComfyUI computes it anyway.
                     missing.append(prefix + name)
-                    zeros = torch.zeros(shapes[name], dtype=parameter.dtype)
-                    setattr(self, name, nn.Parameter(zeros, requires_grad=False))
-                elif tuple(value.shape) != shapes[name]:
-                    errors.append(f"{prefix}{name}: it has shape {tuple(value.shape)}; needed is {shapes[name]}")
+                    setattr(self, name, nn.Parameter(torch.zeros(shape, dtype=expected.dtype), requires_grad=False))
+                elif tuple(value.shape) != shape:
+                    errors.append(f"{prefix}{name}: it has shape {tuple(value.shape)}; needed is {shape}")
                 elif not value.is_meta:  # what is in 4 bits is put in its place by `adopt_4bit`
+                    # A bias is taken where a file has one, though ComfyUI's T5 has none.
                     setattr(self, name, nn.Parameter(value, requires_grad=False))
 
 
@@ -137,7 +138,14 @@ def _encoder_of(path: Path, tensors: Mapping[str, TensorEntry]) -> str:
 
 def read_encoders(path: Path, tensors: Mapping[str, TensorEntry]) -> tuple[State, dict[str, Weight4bit]]:
     """The state dict of text encoders for ComfyUI, in which what is packed is meta tensors of the logical shape, and
-    where the packed weights are."""
+    where the packed weights are.
+
+    Raises:
+        CheckpointError: they are quantised in another format, or a quant state does not fit.
+    """
+    problem = quantised_otherwise(tensors)
+    if problem is not None:
+        raise CheckpointError(path, f"of its text encoders: {problem}")
     grouped = group_4bit(path, tensors)
     weights = {name: part for name, part in grouped.items() if isinstance(part, Weight4bit)}
     state = {name: torch.empty(weight.shape, device="meta") for name, weight in weights.items()}

@@ -5,8 +5,10 @@ import sys
 import describe
 import pytest
 from make_checkpoint import Recipe, make_checkpoint
+from packed_tensors import packed_tensors
 from safetensors.torch import save_file
 from sparse_checkpoint import make_sparse_checkpoint
+from sparse_file import write_sparse
 from torch import ones
 
 
@@ -37,6 +39,18 @@ def test_the_facts_are_printed(recipe, model, weights, tmp_path, monkeypatch, ca
     assert "  double      █  1 of 1 stay" in printed
     assert "  single      █  1 of 1 stay" in printed
     assert printed[-1] == "  bus         0.00 GB a step, for 0 streamed blocks"
+
+
+@pytest.mark.parametrize(
+    ("mark", "model"),
+    [("distilled_guidance_layer.norms.0.scale", "Chroma"), ("double_stream_modulation_img.lin.weight", "Flux 2")],
+)
+def test_relatives_are_named(mark, model, tmp_path, monkeypatch, capsys):
+    tensors = packed_tensors("double_blocks.0.img_attn.qkv.weight", (96, 64), "nf4", 64)
+    tensors |= packed_tensors("single_blocks.0.linear1.weight", (96, 64), "nf4", 64)
+    tensors["guidance_in.in_layer.weight"] = tensors[mark] = ("BF16", (64, 64), None)
+    write_sparse(tmp_path / "relative.safetensors", tensors)
+    assert f"model         {model}" in lines(tmp_path / "relative.safetensors", monkeypatch, capsys)
 
 
 def test_the_bar_shows_what_a_budget_keeps(tmp_path, monkeypatch, capsys):

@@ -113,6 +113,37 @@ def test_a_t5_of_transformers_is_the_same_model(options, t5, clip_l):
     torch.testing.assert_close(got.float(), wanted, rtol=0, atol=5e-3 * wanted.abs().max().item())
 
 
+def test_biases_of_a_t5_are_added(t5, clip_l, tmp_path):
+    """Of weights in 4 bits (q, v) and of dense ones (wo)."""
+    model, path = t5()
+    reference, state = dense_reference(model), load_file(path)
+    for name, module in reference.named_modules():
+        if name.endswith((".q", ".v", ".wo")):
+            state[f"{name}.bias"] = torch.randn(module.out_features).half()
+            module.bias = torch.nn.Parameter(state[f"{name}.bias"].float())
+    save_file(state, tmp_path / "t5.safetensors")
+    ours = load_dual_clip([tmp_path / "t5.safetensors", clip_l], []).cond_stage_model.t5xxl.transformer
+    tokens = torch.tensor([[3, 14, 159, 26, 5, 1]])
+    with torch.no_grad():
+        wanted = reference(tokens).last_hidden_state
+        got = ours(tokens, None, dtype=torch.float32)[0]
+    torch.testing.assert_close(got.float(), wanted, rtol=0, atol=5e-3 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "answer"),
+    [
+        ("encoder.block.0.layer.0.SelfAttention.q.SCB", torch.ones(128), r"8-bit LLM\.int8"),
+        ("encoder.block.0.layer.0.SelfAttention.o.qweight", torch.ones(4).int(), r"a nunchaku \(SVDQuant\) file"),
+    ],
+)
+def test_a_t5_in_another_format_is_refused(name, tensor, answer, t5, clip_l, tmp_path):
+    _, path = t5()
+    save_file(load_file(path) | {name: tensor}, tmp_path / "t5.safetensors")
+    with pytest.raises(CheckpointError, match=rf"^t5\.safetensors: of its text encoders: it.* {answer}"):
+        load_dual_clip([tmp_path / "t5.safetensors", clip_l], [])
+
+
 def test_it_encodes_a_prompt_and_knows_its_size(t5, clip_l, monkeypatch):
     _, path = t5()
     clip = load_dual_clip([clip_l, path], [])

@@ -314,6 +314,22 @@ def test_another_file_is_refused_with_what_it_is_and_its_loader(refusal, tensors
         assert fragment in message
 
 
+@pytest.mark.parametrize(
+    ("place", "mark", "kind"),
+    [
+        ("single_transformer_blocks.0.proj_mlp", "distilled_guidance_layer.in_proj.weight", "a Chroma model"),
+        ("transformer_blocks.0.attn.to_q", "double_stream_modulation_img.linear.weight", "a Flux 2 model"),
+    ],
+)
+def test_a_relative_in_the_layout_of_diffusers_is_refused_with_the_one_that_is_loaded(
+    make_tensors, refusal, place, mark, kind
+):
+    tensors = {n: t for n, t in make_tensors("", rest={}).items() if n.startswith("double_blocks.0.img_attn.qkv")}
+    message = refusal(renamed(tensors, "double_blocks.0.img_attn.qkv", place) | {mark: torch.ones(2)})
+    assert f"it is {kind} in the layout of diffusers, in 4 bits of bitsandbytes" in message
+    assert "files in the names of Black Forest Labs ('double_blocks.0.*')" in message
+
+
 @pytest.mark.parametrize("scale", ["scale_weight", "weight_scale"])
 def test_scaled_fp8_beside_4bit_is_refused_and_not_taken_for_plain_fp8(make_tensors, refusal, scale):
     message = refusal(make_tensors() | {f"{PREFIX}img_in.{scale}": torch.ones(())})
