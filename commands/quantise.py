@@ -37,6 +37,12 @@ def main() -> None:
     given = parser.parse_args()
     if given.output.exists() and not given.force:
         raise SystemExit(f"{given.output}: it exists already. Choose another name, or add --force to replace it.")
+    if given.output.is_dir():
+        raise SystemExit(f"{given.output}: it is a folder. Give the new file's name.")
+    try:
+        torch.empty(0, device=given.device)
+    except (RuntimeError, AssertionError) as error:  # whatever torch says of what is not there
+        raise SystemExit(f"--device {given.device}: it cannot be used ({error}).") from None
     try:
         _quantise(given)
     except CheckpointError as error:

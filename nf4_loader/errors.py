@@ -10,4 +10,4 @@ class CheckpointError(Exception):
     """
 
     def __init__(self, path: Path, problem: str) -> None:
-        super().__init__(f"{path.name}: {problem}")
+        super().__init__(f"{path.name or path.resolve().name}: {problem}")

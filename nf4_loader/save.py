@@ -86,9 +86,11 @@ def save_quantised(
         progress: Called with the number of elements after each tensor. What it raises ends the saving.
 
     Raises:
-        CheckpointError: no room on the disk, it cannot be written, bitsandbytes is missing, a source has changed.
+        CheckpointError: no room on the disk, it cannot be written, bitsandbytes is missing, a source has changed, or
+            no layer is called as one of ``keep_dense`` says.
     """
     _require_bitsandbytes(path)
+    _require_layers(path, sources, keep_dense)
     metadata = _metadata(settings, keep_dense) | dict(metadata)
     tensors = _tensors(sources, settings, prefix, keep_dense, device, progress)
     try:
@@ -109,6 +111,17 @@ def _require_bitsandbytes(path: Path) -> None:
             f"quantising needs bitsandbytes, which does not load ({type(error).__name__}: {error}). Install it with "
             "the Python that runs ComfyUI: pip install 'bitsandbytes>=0.50'.",
         ) from error
+
+
+def _require_layers(path: Path, sources: Sequence[Source], keep_dense: Sequence[str]) -> None:
+    layers = [source.name.removesuffix(".weight") for source in sources if _is_quantised(source, ())]
+    for pattern in keep_dense:
+        if not any(fnmatch.fnmatchcase(layer, pattern) for layer in layers):
+            raise CheckpointError(
+                path,
+                f"no layer is called {pattern!r}, which shall stay dense. Layers have names such as {layers[0]}, and * "
+                "stands for any text.",
+            )
 
 
 def _require_room(path: Path, sources: Sequence[Source], settings: QuantSettings, keep_dense: Sequence[str]) -> None:

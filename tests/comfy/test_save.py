@@ -175,6 +175,12 @@ def test_layers_that_are_to_stay_dense_do(dense, tmp_path):
     assert "txt_in.weight.absmax" in tensors
 
 
+def test_a_layer_that_is_to_stay_dense_and_is_not_there_is_said(dense, tmp_path):
+    with pytest.raises(CheckpointError, match=r"no layer is called 'final_layer', .* such as \w+[.\w]+, and \*"):
+        save(dense, tmp_path / "made.safetensors", keep_dense=["img_in", "final_layer"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_header_tells_where_the_file_is_from(dense, tmp_path):
     save(dense, tmp_path / "made.safetensors", metadata={"flux_nf4.source": dense.name})
     with safe_open(tmp_path / "made.safetensors", "pt") as file:
@@ -428,6 +434,23 @@ def test_the_command_makes_the_same_file_and_replaces_none(dense, tmp_path, monk
     check(load_file(target), values(), QuantSettings("fp4", nested=True))
     with pytest.raises(SystemExit, match="it exists already"):
         quantise_command.main()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["{folder}", "--force"], "{folder}: it is a folder"),
+        (["{folder}/made.safetensors", "--device", "vulkan"], "--device vulkan: it cannot be used"),
+        (["{folder}/none/made.safetensors"], "made.safetensors: writing it failed .*No such file"),
+    ],
+    ids=["a folder", "a device that is not there", "in no folder"],
+)
+def test_the_command_says_what_is_wrong_with_what_it_was_given(arguments, problem, dense, tmp_path, monkeypatch):
+    given = [argument.format(folder=tmp_path) for argument in arguments]
+    monkeypatch.setattr(sys, "argv", ["quantise.py", str(dense), *given])
+    with pytest.raises(SystemExit, match=f"^{problem.format(folder=tmp_path)}"):
+        quantise_command.main()
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_says_what_a_wrong_file_is(tmp_path, monkeypatch):
