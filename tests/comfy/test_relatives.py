@@ -1,5 +1,7 @@
 """Flux 2 and Chroma in 4 bits: ComfyUI's own classes, and what their dense model computes."""
 
+import dataclasses
+
 import comfy.ldm.chroma.model
 import comfy.ldm.flux.model
 import comfy.model_detection
@@ -54,6 +56,16 @@ FLUX2 = COMMON | {
 }
 
 
+NEWER = {"txt_ids_dims": [], "vec_in_dim": None}
+"""What newer versions of ComfyUI find out beside these."""
+
+
+def known(config, parameters):
+    """``config`` with what this ComfyUI takes of `NEWER`."""
+    fields = {field.name for field in dataclasses.fields(parameters)}
+    return {name: value for name, value in NEWER.items() if name in fields} | config
+
+
 def dense_model(kind, config):
     model = getattr(comfy.supported_models, kind)(dict(config))
     model.set_inference_dtype(torch.float32, None)
@@ -66,6 +78,8 @@ def dense_model(kind, config):
     ids=["Chroma", "Flux 2"],
 )
 def test_a_relative_computes_what_its_dense_model_does(kind, config, channels, marks, tmp_path, monkeypatch):
+    parameters = comfy.ldm.chroma.model.ChromaParams if kind == "Chroma" else comfy.ldm.flux.model.FluxParams
+    config = known(config, parameters)
     dense = dense_model(kind, config).diffusion_model
     generator = torch.Generator().manual_seed(0)
     tensors = {}
