@@ -196,7 +196,7 @@ def _answer_for(
 ) -> str:
     file = _read_file(path, mtime_ns, size, is_all_in_one)
     answer = file if isinstance(file, Problem) else _answer(file, wanted, measured)
-    return json.dumps(dataclasses.asdict(answer))
+    return json.dumps(answer, default=vars)
 
 
 @dataclass(frozen=True)
