@@ -35,7 +35,7 @@ function nodeOf(id) {
 function onReport(report) {
   const node = nodeOf(report.node_id);
   const plan = plans.get(node);
-  if (plan?.isLowered(report) && !plan.isLowered(reportOf(node))) warnOfLowering(report);
+  if (plan?.isLowered(report) && !plan.isLowered(seen.get(node))) warnOfLowering(report);
   reports[report.node_id] = report;
   if (node) seen.set(node, report);
   for (const each of plans.values()) each.onReport();
