@@ -127,12 +127,13 @@ def advise(plan: ResidencyPlan, blocks: tuple[BlockSize, ...], measured: Measure
         return Advice("not_pinned", {"gbps": measured.link_gbps})
     if measured.link_gbps < _SLOW_LINK_GBPS:
         return Advice("slow_link", {"gbps": measured.link_gbps})
-    return _advise_more_memory(plan, blocks, measured)
+    return _advise_more_memory(plan, blocks, measured, compute, stall)
 
 
-def _advise_more_memory(plan: ResidencyPlan, blocks: tuple[BlockSize, ...], measured: Measured) -> Advice:
-    """How many GiB more take away most of the stall, and what they save."""
-    compute, stall = predict_ms(plan, blocks, measured)
+def _advise_more_memory(
+    plan: ResidencyPlan, blocks: tuple[BlockSize, ...], measured: Measured, compute: float, stall: float
+) -> Advice:
+    """How many GiB more take away most of ``stall``, and what they save of a step."""
     extra_gib, better = 0, plan
     while better.streamed:
         extra_gib += 1

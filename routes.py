@@ -152,8 +152,7 @@ async def _answer_plan(request: web.Request, measured: Measured | None) -> web.R
             f"{name[:200]}: there is no such file in the {folder} folder. Refresh the page (key R) and pick another."
         )
         return web.json_response({"problem": problem}, status=404)
-    text = await asyncio.to_thread(answer_for, path, folder == "checkpoints", wanted, measured)
-    return web.json_response(text=text)
+    return web.json_response(text=await answer_for(path, folder == "checkpoints", wanted, measured))
 
 
 def parse_question(query: Mapping[str, str]) -> tuple[str, str, Wanted]:
@@ -179,27 +178,15 @@ def _listed_path(folder: str, name: str) -> Path | None:
     return None if found is None else Path(found)
 
 
-def answer_for(path: Path, is_all_in_one: bool, wanted: Wanted, measured: Measured | None) -> str:
+async def answer_for(path: Path, is_all_in_one: bool, wanted: Wanted, measured: Measured | None) -> str:
     """JSON of the `Answer` for the file at ``path``, which has to hold CLIP, T5 and VAE too if ``is_all_in_one``; of a
     `Problem` where the node cannot load it."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        problem = f"{path.name}: it cannot be read ({error}). Refresh the page (key R) and pick another."
-        return json.dumps(dataclasses.asdict(Problem(problem)))
-    return _answer_for(path, status.st_mtime_ns, status.st_size, is_all_in_one, wanted, measured)
+    file = await _file_at(path, is_all_in_one)
+    # Not in a thread: that costs more than the answer, and a prompt that runs has to share Python's lock with it.
+    return json.dumps(file, default=vars) if isinstance(file, Problem) else _answer(file, wanted, measured)
 
 
-@functools.lru_cache(maxsize=1024)
-def _answer_for(
-    path: Path, mtime_ns: int, size: int, is_all_in_one: bool, wanted: Wanted, measured: Measured | None
-) -> str:
-    file = _read_file(path, mtime_ns, size, is_all_in_one)
-    answer = file if isinstance(file, Problem) else _answer(file, wanted, measured)
-    return json.dumps(dataclasses.asdict(answer))
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _File:
     """What of a file a plan depends on."""
 
@@ -207,8 +194,23 @@ class _File:
     other_bytes: int
 
 
-@functools.lru_cache(maxsize=256)
-def _read_file(path: Path, mtime_ns: int, size: int, is_all_in_one: bool) -> _File | Problem:
+_files: dict[tuple[Path, bool], tuple[tuple[int, int], _File | Problem]] = {}
+"""Each file that was asked about, as it was when it had this time of change in ns and this size."""
+
+
+async def _file_at(path: Path, is_all_in_one: bool) -> _File | Problem:
+    try:
+        status = path.stat()
+    except OSError as error:
+        return Problem(f"{path.name}: it cannot be read ({error}). Refresh the page (key R) and pick another.")
+    key, version = (path, is_all_in_one), (status.st_mtime_ns, status.st_size)
+    known = _files.get(key)
+    if known is None or known[0] != version:
+        known = _files[key] = (version, await asyncio.to_thread(_read_file, path, is_all_in_one))
+    return known[1]
+
+
+def _read_file(path: Path, is_all_in_one: bool) -> _File | Problem:
     try:
         catalogue = read_catalogue(path)
         (require_all_in_one if is_all_in_one else require_transformer)(catalogue)
@@ -224,7 +226,8 @@ def _model_dtype(numel: int) -> torch.dtype:
     return comfy.model_management.unet_dtype(model_params=numel, supported_dtypes=supported)
 
 
-def _answer(file: _File, wanted: Wanted, measured: Measured | None) -> Answer:
+@functools.lru_cache(maxsize=1024)
+def _answer(file: _File, wanted: Wanted, measured: Measured | None) -> str:
     blocks, other = file.blocks, file.other_bytes
     least = other + least_device_bytes(blocks)
     try:
@@ -234,7 +237,7 @@ def _answer(file: _File, wanted: Wanted, measured: Measured | None) -> Answer:
         plan, advice = None, Advice("budget_too_small", {"gib": least / _GIB})
     resident = None if plan is None else set(plan.resident)
     compute_ms, stall_ms = predict_ms(plan, blocks, measured) if plan and measured else (None, None)
-    return Answer(
+    answer = Answer(
         tuple(Block(b.kind, b.nbytes, None if resident is None else i in resident) for i, b in enumerate(blocks)),
         device_bytes=None if plan is None else other + plan.device_bytes,
         least_device_bytes=least,
@@ -245,3 +248,4 @@ def _answer(file: _File, wanted: Wanted, measured: Measured | None) -> Answer:
         stall_ms=stall_ms,
         advice=advice,
     )
+    return json.dumps(answer, default=vars)

@@ -28,9 +28,13 @@ class BlockSize:
     tiles: tuple[int, ...]
     small: int
 
-    @property
+    @functools.cached_property
     def streamed(self) -> int:
         return sum(self.tiles)
+
+    @functools.cached_property
+    def largest_tile(self) -> int:
+        return max(self.tiles, default=0)
 
     @property
     def nbytes(self) -> int:
@@ -62,7 +66,7 @@ def plan_for(blocks: Sequence[BlockSize], resident: Iterable[int], staging_bytes
     """
     stay = set(resident)
     streamed = [index for index in range(len(blocks)) if index not in stay]
-    largest = max((max(blocks[index].tiles, default=0) for index in streamed), default=0)
+    largest = max((blocks[index].largest_tile for index in streamed), default=0)
     bytes_per_forward = sum(blocks[index].streamed for index in streamed)
     return ResidencyPlan(
         resident=tuple(sorted(stay)),
@@ -108,12 +112,8 @@ def plan_by_budget(
     Raises:
         ValueError: even with every block streamed it would take more; the message says how much.
     """
-    for plans in (
-        _plans_beside(blocks, dict(counts), staging_bytes),
-        _plans_of_fewer(blocks, dict(counts), staging_bytes),
-        [plan_for(blocks, (), 0)],
-    ):
-        fitting = [plan for plan in plans if plan.device_bytes <= budget_bytes]
+    for plans in (_plans_beside, _plans_of_fewer, _least_plan):
+        fitting = [plan for plan in plans(blocks, counts, staging_bytes) if plan.device_bytes <= budget_bytes]
         if fitting:
             return min(fitting, key=lambda plan: (plan.bytes_per_forward, plan.device_bytes))
     raise ValueError(
@@ -122,32 +122,34 @@ def plan_by_budget(
     )
 
 
-def _plans_beside(
-    blocks: Sequence[BlockSize], counts: Mapping[str, int], staging_bytes: int
-) -> Iterable[ResidencyPlan]:
+_Counts = tuple[tuple[str, int], ...]
+
+
+@functools.lru_cache(maxsize=64)  # a budget is dragged through many values, and these are the same for all of them
+def _plans_beside(blocks: tuple[BlockSize, ...], counts: _Counts, staging_bytes: int) -> tuple[ResidencyPlan, ...]:
     """Those that keep all that ``counts`` says, and more and more of the other kinds."""
-    stay = _by_counts(blocks, counts)
-    if all(block.kind in counts for block in blocks):
-        yield _all_if_no_more(plan_for(blocks, stay, staging_bytes), blocks)
-        return
-    for residents in _resident_sets(tuple(blocks)):
-        others = [index for index in residents if blocks[index].kind not in counts]
-        yield _all_if_no_more(plan_for(blocks, {*stay, *others}, staging_bytes), blocks)
+    stay = _by_counts(blocks, dict(counts))
+    counted = {kind for kind, _ in counts}
+    sets = [stay] if all(block.kind in counted for block in blocks) else _resident_sets(blocks)
+    others = dict.fromkeys(tuple(index for index in one if blocks[index].kind not in counted) for one in sets)
+    return tuple(_all_if_no_more(plan_for(blocks, {*stay, *one}, staging_bytes), blocks) for one in others)
 
 
 @functools.lru_cache(maxsize=8)
 def _resident_sets(blocks: tuple[BlockSize, ...]) -> tuple[tuple[int, ...], ...]:
-    """What stays at each rate of the bus, without repetitions; kept, for a budget is dragged through many values."""
+    """What stays at each rate of the bus, without repetitions."""
     return tuple(dict.fromkeys(tuple(_residents_at(blocks, rate)) for rate in range(_RATES + 1)))
 
 
-def _plans_of_fewer(
-    blocks: Sequence[BlockSize], counts: Mapping[str, int], staging_bytes: int
-) -> Iterable[ResidencyPlan]:
+@functools.lru_cache(maxsize=64)
+def _plans_of_fewer(blocks: tuple[BlockSize, ...], counts: _Counts, staging_bytes: int) -> tuple[ResidencyPlan, ...]:
     """Those that keep only a share of ``counts``."""
-    sets = {tuple((kind, count * share // _RATES) for kind, count in counts.items()): None for share in range(_RATES)}
-    for fewer in map(dict, sets):
-        yield plan_for(blocks, _by_counts(blocks, fewer), staging_bytes)
+    sets = {tuple((kind, count * share // _RATES) for kind, count in counts): None for share in range(_RATES)}
+    return tuple(plan_for(blocks, _by_counts(blocks, dict(fewer)), staging_bytes) for fewer in sets)
+
+
+def _least_plan(blocks: tuple[BlockSize, ...], *_: object) -> tuple[ResidencyPlan, ...]:
+    return (plan_for(blocks, (), 0),)
 
 
 def predict_stall_ms(plan: ResidencyPlan, blocks: Sequence[BlockSize], gbps: float, compute_ms: float) -> float:
@@ -160,17 +162,20 @@ def predict_stall_ms(plan: ResidencyPlan, blocks: Sequence[BlockSize], gbps: flo
         compute_ms: Time that one block computes.
     """
     streamed = set(plan.streamed)
-    bytes_a_ms = gbps * 1e6
-    staged, stall = 0.0, 0.0
+    bytes_a_block = gbps * 1e6 * compute_ms
+    staged, missing = 0.0, 0.0
     for _ in range(2):  # the first round fills the pipeline
-        stall = 0.0
+        missing = 0.0
         for index, block in enumerate(blocks):
             tiles = block.tiles if index in streamed else (0,)
+            arriving = bytes_a_block / len(tiles)
             for tile in tiles:
-                stall += max(0.0, tile - staged) / bytes_a_ms
-                arriving = bytes_a_ms * compute_ms / len(tiles)
-                staged = min(plan.staging_bytes, max(0.0, staged - tile) + arriving)
-    return stall
+                staged -= tile
+                if staged < 0.0:
+                    missing -= staged
+                    staged = 0.0
+                staged = min(plan.staging_bytes, staged + arriving)
+    return missing / (gbps * 1e6)
 
 
 def _all_if_no_more(plan: ResidencyPlan, blocks: Sequence[BlockSize]) -> ResidencyPlan:

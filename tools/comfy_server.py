@@ -102,7 +102,12 @@ class ComfyServer:
         """Queue a workflow, follow it over the websocket to its end, and return its entry in the history."""
         # A thread of its own: Playwright's synchronous API leaves an event loop running in the caller's.
         with ThreadPoolExecutor(1) as thread:
-            return thread.submit(asyncio.run, self._run(workflow, on_message)).result()
+            following = thread.submit(asyncio.run, self._run(workflow, on_message))
+            try:
+                return following.result()
+            except (KeyboardInterrupt, SystemExit):
+                self.stop()  # else the thread, and this with it, waits until the prompt has ended
+                raise
 
     def images(self, history: Mapping[str, Any]) -> list[bytes]:
         """The PNG files that a run saved."""

@@ -35,7 +35,7 @@ function nodeOf(id) {
 function onReport(report) {
   const node = nodeOf(report.node_id);
   const plan = plans.get(node);
-  if (plan?.isLowered(report) && !plan.isLowered(reportOf(node))) warnOfLowering(report);
+  if (plan?.isLowered(report) && !plan.isLowered(seen.get(node))) warnOfLowering(report);
   reports[report.node_id] = report;
   if (node) seen.set(node, report);
   for (const each of plans.values()) each.onReport();
@@ -68,7 +68,7 @@ app.registerExtension({
   settings: [
     {
       id: SHOW_BAR,
-      category: ["Flux NF4", "Plan", "Bar"],
+      category: ["Flux NF4", "Memory plan", "Bar"],
       name: "Show the memory plan on the nodes",
       tooltip: "A bar of the blocks (in VRAM or streamed), the memory they take and what a step costs.",
       type: "boolean",
@@ -77,7 +77,7 @@ app.registerExtension({
     },
     {
       id: DEFAULT_BUDGET,
-      category: ["Flux NF4", "Plan", "Budget"],
+      category: ["Flux NF4", "Memory plan", "Budget"],
       name: "VRAM budget of new nodes (GiB)",
       tooltip: "What vram_budget_gb of a new node begins with. 0 is automatic: as much as ComfyUI has free.",
       type: "number",

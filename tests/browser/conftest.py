@@ -4,17 +4,20 @@ import json
 import shutil
 from pathlib import Path
 from typing import ClassVar
+from urllib.parse import urlparse
 
 import environment
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from comfy_server import ComfyServer, drop_package, link_model
 from make_checkpoint import Recipe, cached_checkpoint
+from PIL import Image
 from playwright.sync_api import TimeoutError, sync_playwright
 from sparse_checkpoint import make_sparse_checkpoint
 
 OLD_NODE = "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload"
 FULL_SIZE = "flux1-dev-bnb-nf4-v2.safetensors"
+KONTEXT = "flux1-kontext-dev-nf4.safetensors"
 UNET_ONLY = "flux1-dev-nf4-unet.safetensors"
 PICTURES = environment.CACHE / "pictures" / "browser"
 
@@ -30,33 +33,57 @@ def models(tmp_path_factory, checkpoint):
     """Checkpoints of the real size for their headers, one that can be run, one that the node cannot load."""
     folder = tmp_path_factory.mktemp("models")
     make_sparse_checkpoint(folder / FULL_SIZE)
+    make_sparse_checkpoint(folder / KONTEXT)
     make_sparse_checkpoint(folder / UNET_ONLY, is_all_in_one=False)
-    return [folder / FULL_SIZE, folder / UNET_ONLY, checkpoint]
+    return [folder / FULL_SIZE, folder / KONTEXT, folder / UNET_ONLY, checkpoint]
 
 
-@pytest.fixture(scope="session", params=["frontend-of-0.3.75", "newest-frontend"])
-def server(request, tmp_path_factory, comfyui, models):
+@pytest.fixture(scope="session")
+def server(tmp_path_factory, comfyui, models):
     base = tmp_path_factory.mktemp("comfyui")
     drop_package(environment.ROOT, base)
     shutil.copy(Path(__file__).parent / "streams_on_cpu.py", base / "custom_nodes" / "zz_streams_on_cpu.py")
     for model in models:
         link_model(model, base, "checkpoints")
-    arguments = ["--cpu"]
-    if request.param == "newest-frontend":
-        arguments += ["--front-end-root", str(environment.new_frontend())]
-    with ComfyServer(comfyui, base, tuple(arguments)) as server:
-        server.frontend = request.param
+    (base / "input").mkdir()
+    Image.new("RGB", (64, 64), "teal").save(base / "input" / "example.png")  # of the Kontext example
+    with ComfyServer(comfyui, base, ("--cpu",)) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def chromium():
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=environment.browser(), args=["--no-sandbox", "--disable-gpu"]
-        )
+        # A page that `serve_from` answers for comes from no address, so Chromium would not let it reach 127.0.0.1.
+        arguments = ["--no-sandbox", "--disable-gpu", "--disable-features=LocalNetworkAccessChecks"]
+        browser = playwright.chromium.launch(executable_path=environment.browser(), args=arguments)
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="session", params=["frontend-of-0.3.75", "newest-frontend"])
+def frontend(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def opened(server, chromium, frontend):
+    """ComfyUI's page, opened once for all tests of a frontend."""
+    page = Page(server, chromium.new_page(viewport={"width": 1400, "height": 900}))
+    if frontend == "newest-frontend":
+        serve_from(page.page, environment.new_frontend())
+    page.open()
+    yield page
+    page.page.close()
+
+
+def serve_from(page, folder):
+    """Have ``page`` get a frontend's files from ``folder``, all else from the server: as ``--front-end-root`` does."""
+
+    def file_of(url):
+        return folder / (urlparse(url).path.lstrip("/") or "index.html")
+
+    page.route(lambda url: file_of(url).is_file(), lambda route: route.fulfill(path=file_of(route.request.url)))
 
 
 @pytest.fixture(scope="session", params=["canvas", "vue"])
@@ -64,19 +91,10 @@ def renderer(request):
     return request.param
 
 
-@pytest.fixture(scope="session")
-def opened(server, chromium, renderer):
-    """ComfyUI's page, opened once for all tests of a frontend and a renderer."""
-    page = Page(server, chromium.new_page(viewport={"width": 1400, "height": 900}))
-    page.open({"Comfy.VueNodes.Enabled": renderer == "vue"})
-    yield page
-    page.page.close()
-
-
 @pytest.fixture
-def page(opened, request):
+def page(opened, renderer, request):
     """The page with an empty graph and the usual settings. Nothing in our scripts may complain."""
-    opened.reset()
+    opened.reset(renderer)
     yield opened
     PICTURES.mkdir(parents=True, exist_ok=True)
     opened.page.screenshot(path=PICTURES / f"{request.node.name.replace('/', '-')}.png")
@@ -100,23 +118,30 @@ class Page:
         page.on("pageerror", lambda error: "flux" in str(error.stack).lower() and self.faults.append(str(error)))
         page.on("console", self._hear)
 
-    def open(self, settings):
+    def open(self):
         address = f"http://127.0.0.1:{self.server.port}"
-        for key, value in (self.SETTINGS | settings).items():
+        for key, value in self.SETTINGS.items():
             self.page.request.post(
                 f"{address}/api/settings/{key}",
                 data=json.dumps(value),
                 headers={"content-type": "application/json"},
             )
         self.page.goto(address)
-        ready = "window.app?.graph && app.extensionManager && document.querySelector('canvas')"
+        ready = "window.app?.graph && app.extensionManager && app.api.clientId && document.querySelector('canvas')"
         self.page.wait_for_function(f"() => {ready} && app.extensions.some(({{ name }}) => name === 'FluxNF4.Plan')")
 
-    def reset(self):
+    def reset(self, renderer):
         self.faults.clear()
         self.page.keyboard.press("Escape")
-        self.set(**self.SETTINGS)
-        self.page.evaluate("() => app.graph.clear()")
+        self.page.evaluate(
+            """() => {
+              app.graph.clear();
+              const { sidebarTab } = app.extensionManager;
+              if (sidebarTab.activeSidebarTabId) sidebarTab.toggleSidebarTab(sidebarTab.activeSidebarTabId);
+            }"""
+        )
+        self.set(**self.SETTINGS, **{"Comfy.VueNodes.Enabled": renderer == "vue"})
+        self.page.wait_for_function("(isVue) => Boolean(LiteGraph.vueNodesMode) === isVue", arg=renderer == "vue")
 
     def set(self, **settings):
         self.page.evaluate(
@@ -131,7 +156,7 @@ class Page:
 
     def _hear(self, message):
         if message.type in ("error", "warning") and "flux_nf4" in f"{message.text} {message.location}":
-            self.faults.append(message.text)
+            self.faults.append(f"{message.text} {message.location}")
 
     def add_node(self, node=OLD_NODE, **widgets):
         """Add a node to the middle of the page, as a script; returns its id."""
@@ -150,12 +175,23 @@ class Page:
             [node, widgets],
         )
 
+    def draw(self):
+        """Wait until all that is to be shown now has been drawn."""
+        self.page.evaluate("async () => { for (let i = 0; i < 3; i++) await new Promise(requestAnimationFrame) }")
+
+    def load_api(self, prompt):
+        self.page.evaluate("(prompt) => app.loadApiJson(prompt, 'test')", prompt)
+
     def load(self, graph):
         self.page.evaluate("graph => app.loadGraphData(graph)", graph)
 
     @property
     def bar(self):
         return self.page.locator(".flux-nf4-content").first
+
+    def beside_the_bar(self, text):
+        """What says ``text`` in the page, but for the bar: a toast."""
+        return self.page.get_by_text(text).and_(self.page.locator(":not(.flux-nf4-content *)"))
 
     def wait_for_bar(self, text, seconds=30):
         """Wait until the bar says ``text``; returns all that it says, on one line."""

@@ -1,7 +1,9 @@
-"""A custom node package that the tests drop in beside ours: makes it stream on the CPU, where it would not."""
+"""A custom node package that the tests drop in beside ours: makes it stream on the CPU, and run out of memory."""
 
 import sys
 
+import torch
+from comfy.patcher_extension import WrappersMP
 from server import PromptServer
 
 
@@ -13,4 +15,30 @@ def stream_on_cpu(prompt):
 
 
 PromptServer.instance.add_on_prompt_handler(stream_on_cpu)
-NODE_CLASS_MAPPINGS = {}
+
+
+class OutOfMemoryOnce:
+    """Makes the first forward of a MODEL run out of memory."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL", {})}}
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "run"
+    CATEGORY = "tests"
+
+    def run(self, model):
+        left = [torch.OutOfMemoryError("a test's")]
+
+        def forward(executor, *args, **kwargs):
+            if left:
+                raise left.pop()
+            return executor(*args, **kwargs)
+
+        model = model.clone()
+        model.add_wrapper(WrappersMP.DIFFUSION_MODEL, forward)
+        return (model,)
+
+
+NODE_CLASS_MAPPINGS = {"TestOutOfMemoryOnce": OutOfMemoryOnce}

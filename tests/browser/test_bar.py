@@ -71,6 +71,7 @@ def test_a_file_that_the_node_cannot_load_is_named_with_the_right_loader(page):
     assert "it has the Flux transformer but no CLIP-L, no T5-XXL, no VAE" in said
     assert "UNet" in said
     assert page.bar.get_by_role("img").count() == 0
+    assert page.run_axe().response["violations"] == []
     bottom = page.page.evaluate("() => app.graph._nodes[0].size[1]")
     assert bottom > page.bar.evaluate("(bar) => bar.offsetHeight"), "the node grew with its text"
 
@@ -92,7 +93,8 @@ def test_an_old_graph_opens_without_a_warning_and_is_queued_as_it_was(page):
 def test_the_bar_can_be_switched_off_and_on(page):
     page.set(**{"FluxNF4.Bar.Show": False})
     page.add_node(ckpt_name=FULL_SIZE)
-    page.page.wait_for_timeout(500)
+    page.bar.wait_for(state="attached")
+    page.draw()
     assert not page.bar.is_visible()
     page.set(**{"FluxNF4.Bar.Show": True})
     page.wait_for_bar("7 / 19 double")
@@ -186,13 +188,12 @@ def test_a_toast_says_when_less_stays_than_was_asked_for(page):
     wanted = [index for index in range(57) if index not in (0, 1, 2, 56)]
     lowered = report(node, wanted=wanted, resident=[3, 4], streamed=[0], is_lowered=True)
     push(page, lowered)
-    text = "The GPU has room for 2 of 53 blocks"
-    toasts = page.page.get_by_text(text, exact=False).and_(page.page.locator(":not(.flux-nf4-content *)"))
+    toasts = page.beside_the_bar("The GPU has room for 2 of 53 blocks")
     toasts.first.wait_for()
-    page.page.wait_for_timeout(300)
+    page.draw()
     before = toasts.count()
     push(page, lowered)
-    page.page.wait_for_timeout(300)
+    page.draw()
     assert toasts.count() == before, "once, not at every forward"
 
 

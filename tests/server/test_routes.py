@@ -125,18 +125,22 @@ def test_the_page_learns_our_nodes_and_the_words_that_find_them(server):
 
 
 def test_translations_and_help_are_where_the_page_looks(server):
-    chinese = json.loads(server.get("/i18n"))["zh"]
-    assert "流式传输" in chinese["nodeDefs"][OLD_NODE]["display_name"]
-    assert "FluxNF4_Bar_Show" in chinese["settings"]
+    languages = json.loads(server.get("/i18n"))
+    assert "流式传输" in languages["zh"]["nodeDefs"][OLD_NODE]["display_name"]
+    assert "streamed" in languages["en"]["nodeDefs"][OLD_NODE]["display_name"]
+    for language in ("en", "zh"):
+        assert "FluxNF4_Bar_Show" in languages[language]["settings"]
+        assert "Memory plan" in languages[language]["settingsCategories"]
     assert "显存" in server.get(f"/extensions/ComfyUI-Flux-NF4/docs/{OLD_NODE}/zh.md").decode()
 
 
 def test_a_thousand_questions_cost_the_server_little(server, full_size):
     """It computes with the same processors as the prompt that may be running: 2 % of a minute is 1.2 s."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    plan(server, file=full_size)  # reads the header
     before = cpu_seconds(server.pid)
-    for question in range(1000):
-        connection.request("GET", f"/flux_nf4/plan?folder=checkpoints&file={full_size}&double={question % 20}&single=7")
+    for question in range(1000):  # each another, as while a budget is dragged
+        connection.request("GET", f"/flux_nf4/plan?folder=checkpoints&file={full_size}&budget={1 + question / 300}")
         answer = connection.getresponse()
         assert answer.status == 200
         answer.read()

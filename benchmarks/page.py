@@ -1,0 +1,138 @@
+"""What the page's questions cost a prompt that is running: every other step of it is disturbed by 100 of them.
+
+    python3 benchmarks/page.py
+    COMFYUI_PATH=~/ComfyUI python3 benchmarks/page.py --prompts 10 --output results
+
+Starts a real ComfyUI server on the CPU with a small checkpoint and a short prompt, for quick steps. A prompt of 20
+steps gets 1,000 questions for plans of a file of the real size, none asked before, as from a page whose widgets are
+dragged: the next one when the last is answered. Each disturbed step is held against the mean of the two beside it, so
+that what else the machine does hits both alike. Needs Linux and no GPU. Prints medians, and the processor time of a
+question while nothing runs; fails if a prompt gets slower by more than 2 %. Writes ``page.json``.
+"""
+
+import http.client
+import itertools
+import json
+import os
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from arguments import ROOT, parse, parser_for
+
+sys.path.insert(0, str(ROOT / "tools"))
+import environment
+
+STEPS, QUESTIONS = 20, 1000
+MOST_PERCENT = 2.0
+FULL_SIZE = "flux1-full-size.safetensors"
+WORKFLOW = ROOT / "example_workflows" / "api" / "flux_nf4_text_to_image.json"
+
+
+def main() -> None:
+    parser = parser_for(__doc__)
+    parser.add_argument("--prompts", type=int, default=3)
+    parser.add_argument("--pixels", type=int, default=64, help="width and height of the picture")
+    given = parse(parser)
+    comfyui = environment.enter(Path(os.environ["COMFYUI_PATH"]) if "COMFYUI_PATH" in os.environ else None)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is ended then, too
+    with tempfile.TemporaryDirectory(prefix="flux-nf4-") as base:
+        prompts, idle_us = measure(comfyui, Path(base), given.prompts, given.pixels)
+    step = statistics.median(itertools.chain(*prompts))
+    slower = statistics.median(itertools.chain(*map(differences, prompts)))
+    percent = 100 * slower / step / 2  # every other step
+    print(f"a step                  {1000 * step:8.1f} ms")
+    print(f"with {2 * QUESTIONS // STEPS} questions       {1000 * slower:+8.1f} ms")
+    print(f"{QUESTIONS} in {STEPS} steps        {percent:+8.2f} %")
+    print(f"a question, idle server {idle_us:8.0f} us of processor time")
+    figures = {"step_seconds": prompts, "slower_percent": percent, "idle_us": idle_us}
+    (given.output / "page.json").write_text(json.dumps(figures, indent=2), "utf-8")
+    if percent > MOST_PERCENT:
+        raise SystemExit(f"slower by more than {MOST_PERCENT} %")
+
+
+def differences(steps: Sequence[float]) -> Iterator[float]:
+    """How much longer each disturbed step (the odd ones) took than the mean of those beside it."""
+    for index in range(1, len(steps) - 1, 2):
+        yield steps[index] - (steps[index - 1] + steps[index + 1]) / 2
+
+
+def measure(comfyui: Path, base: Path, prompts: int, pixels: int) -> tuple[list[list[float]], float]:
+    """Seconds of the steps of each prompt, and microseconds of the idle server's processors for a question."""
+    from comfy_server import ComfyServer, drop_package, link_model
+    from make_checkpoint import Recipe, cached_checkpoint
+    from sparse_checkpoint import make_sparse_checkpoint
+
+    checkpoint = cached_checkpoint(environment.CACHE / "checkpoints", Recipe())
+    drop_package(ROOT, base)
+    link_model(checkpoint, base, "checkpoints")
+    make_sparse_checkpoint(base / "models" / "checkpoints" / FULL_SIZE)
+    with ComfyServer(comfyui, base, ("--cpu",)) as server:
+        questions = Questions(server.port)
+        questions.ask(1)  # reads the header
+        measured = [run(server, checkpoint.name, pixels, seed, questions) for seed in range(prompts)]
+        before = processor_seconds(server.pid)
+        questions.ask(QUESTIONS)
+        return measured, 1e6 * (processor_seconds(server.pid) - before) / QUESTIONS
+
+
+class Questions:
+    """Asks for plans over one connection: of a budget, each other than the last, as when that widget is dragged."""
+
+    def __init__(self, port: int) -> None:
+        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        self.budgets = itertools.count(1)
+
+    def ask(self, count: int) -> None:
+        for budget in itertools.islice(self.budgets, count):
+            query = f"folder=checkpoints&file={FULL_SIZE}&budget={1 + budget / 10_000:.4f}"
+            self.connection.request("GET", f"/flux_nf4/plan?{query}")
+            answer = self.connection.getresponse()
+            text = answer.read()
+            if answer.status != 200:
+                raise RuntimeError(f"{answer.status}: {text.decode()}")
+
+
+def run(server: Any, checkpoint: str, pixels: int, seed: int, questions: Questions) -> list[float]:
+    """Seconds between the steps of one prompt, each odd one disturbed."""
+    workflow = json.loads(WORKFLOW.read_text("utf-8"))
+    inputs = {node["class_type"]: node["inputs"] for node in workflow.values()}
+    inputs["MZ_Flux1CheckpointLoaderNF4_cpuDynOffload"]["ckpt_name"] = checkpoint
+    inputs["EmptySD3LatentImage"] |= {"width": pixels, "height": pixels}
+    inputs["KSampler"] |= {"seed": seed, "steps": STEPS + 2}
+    encoder = inputs["CLIPTextEncode"]  # without padding: eight tokens in place of 256
+    workflow["T5"] = {"class_type": "T5TokenizerOptions", "inputs": {"min_padding": 0, "min_length": 0}}
+    workflow["T5"]["inputs"]["clip"], encoder["clip"], encoder["text"] = encoder["clip"], ["T5", 0], "a lighthouse"
+    sampler = next(key for key, node in workflow.items() if node["class_type"] == "KSampler")
+    moments: list[float] = []
+    asking: list[Future[None]] = []
+    with ThreadPoolExecutor(1) as pool:
+
+        def note(message: Any) -> None:
+            if message["type"] == "progress" and message["data"]["node"] == sampler:
+                moments.append(time.monotonic())
+                if len(moments) % 2 == 0 and len(moments) <= STEPS:
+                    asking.append(pool.submit(questions.ask, 2 * QUESTIONS // STEPS))
+
+        history = server.run(workflow, note)
+    for burst in asking:
+        burst.result()
+    if history["status"]["status_str"] != "success":
+        raise SystemExit(str(history["status"]))
+    return [after - before for before, after in itertools.pairwise(moments)]
+
+
+def processor_seconds(pid: int) -> float:
+    """Of all threads of a process since it began; Linux."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+if __name__ == "__main__":
+    main()

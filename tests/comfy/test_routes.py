@@ -1,0 +1,46 @@
+"""What an answer to the page costs, and what it costs no more."""
+
+import asyncio
+import json
+import time
+
+import pytest
+from sparse_checkpoint import make_sparse_checkpoint
+
+from flux_nf4 import routes
+from flux_nf4.file_plan import Measured, Wanted
+
+MEASURED = Measured(link_gbps=12.0, compute_ms=3.0)
+
+
+@pytest.fixture
+def full_size(tmp_path):
+    path = tmp_path / "flux1-dev-bnb-nf4-v2.safetensors"
+    make_sparse_checkpoint(path)
+    return path
+
+
+def answers(path, budgets):
+    """To these budgets, one after the other."""
+
+    async def ask():
+        return [json.loads(await routes.answer_for(path, True, Wanted((), budget), MEASURED)) for budget in budgets]
+
+    return asyncio.run(ask())
+
+
+def test_a_question_that_was_answered_is_not_worked_out_again(full_size, monkeypatch):
+    first = answers(full_size, [2 << 30])
+    monkeypatch.setattr(routes, "make_plan", None)
+    assert answers(full_size, [2 << 30]) == first
+    with pytest.raises(TypeError):
+        answers(full_size, [3 << 30])
+
+
+def test_another_budget_of_a_known_file_is_worked_out_while_it_is_dragged(full_size):
+    """Where the machine has been measured, which costs most. A frame of the page has 16 ms."""
+    answers(full_size, [None])  # reads the header
+    began = time.thread_time()
+    given = answers(full_size, [(1 << 30) + (step << 25) for step in range(100)])
+    assert (time.thread_time() - began) / 100 < 0.004
+    assert len({answer["device_bytes"] for answer in given}) > 20
