@@ -2,8 +2,14 @@
 
 from server import PromptServer
 
-from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
-from .routes import register
+from .offload.comfyui.contract import require_comfyui
+
+try:
+    from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+    from .routes import register
+except (ImportError, AttributeError):
+    require_comfyui()  # says what is missing, where that is why
+    raise
 
 WEB_DIRECTORY = "./web"
 

@@ -32,7 +32,7 @@ _GIB = 1024**3
 _Key = frozenset[tuple[str, int, int]]
 """Name, time of change in ns and size in bytes of each file that a checkpoint has."""
 
-_models: WeakValueDictionary[_Key, comfy.model_base.BaseModel] = WeakValueDictionary()
+_models: WeakValueDictionary[_Key, StreamedModelPatcher] = WeakValueDictionary()
 _clips: WeakValueDictionary[_Key, comfy.sd.CLIP] = WeakValueDictionary()
 _vaes: WeakValueDictionary[_Key, comfy.sd.VAE] = WeakValueDictionary()
 
@@ -41,7 +41,7 @@ _vaes: WeakValueDictionary[_Key, comfy.sd.VAE] = WeakValueDictionary()
 class AllInOne:
     """What one file holds."""
 
-    model: comfy.model_base.BaseModel
+    model: StreamedModelPatcher
     clip: comfy.sd.CLIP
     vae: comfy.sd.VAE
 
@@ -51,7 +51,9 @@ def load_all_in_one(catalogue: Catalogue) -> AllInOne:
 
     Raises:
         CheckpointError: the file cannot be loaded, or not into the RAM that is free.
+        UnknownComfyUIError: this ComfyUI lacks what streaming needs.
     """
+    require_comfyui()
     key = _key(catalogue)
     model, clip, vae = _models.get(key), _clips.get(key), _vaes.get(key)
     if clip is None or vae is None:
@@ -67,12 +69,14 @@ def load_all_in_one(catalogue: Catalogue) -> AllInOne:
     return AllInOne(model, clip, vae)
 
 
-def load_transformer(catalogue: Catalogue) -> comfy.model_base.BaseModel:
-    """The transformer of a checkpoint, ready to be streamed.
+def load_transformer(catalogue: Catalogue) -> StreamedModelPatcher:
+    """The transformer of a checkpoint, for `streamed`.
 
     Raises:
         CheckpointError: it cannot be loaded, or not into the RAM that is free.
+        UnknownComfyUIError: this ComfyUI lacks what streaming needs.
     """
+    require_comfyui()
     key = _key(catalogue)
     model = _models.get(key)
     if model is None:
@@ -83,19 +87,15 @@ def load_transformer(catalogue: Catalogue) -> comfy.model_base.BaseModel:
     return model
 
 
-def streamed(model: comfy.model_base.BaseModel, residency: Residency, node_id: str | None) -> StreamedModelPatcher:
-    """A MODEL of its own for ``model``.
+def streamed(loaded: StreamedModelPatcher, residency: Residency, node_id: str | None) -> StreamedModelPatcher:
+    """A MODEL with settings of its own.
+
+    It is a clone: when it goes, ComfyUI takes ``loaded`` for what it has on the device, and can still unload that.
 
     Raises:
         ValueError: the budget is too small.
-        UnknownComfyUIError: this ComfyUI lacks what streaming needs.
     """
-    require_comfyui()
-    patcher = StreamedModelPatcher(
-        model,
-        load_device=comfy.model_management.get_torch_device(),
-        offload_device=comfy.model_management.unet_offload_device(),
-    )
+    patcher = loaded.clone()
     patcher.residency, patcher.node_id = residency, node_id
     patcher.require_budget()
     return patcher
@@ -106,7 +106,7 @@ def _key(catalogue: Catalogue) -> _Key:
     return frozenset((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths)
 
 
-def _read(model: comfy.model_base.BaseModel, catalogue: Catalogue, mapped: Mapped) -> comfy.model_base.BaseModel:
+def _read(model: comfy.model_base.BaseModel, catalogue: Catalogue, mapped: Mapped) -> StreamedModelPatcher:
     attach_streaming(model, block_groups(model), mapped)
     materialise(model.diffusion_model)
     left = _bytes_of(mapped)
@@ -114,7 +114,10 @@ def _read(model: comfy.model_base.BaseModel, catalogue: Catalogue, mapped: Mappe
     in_ram = (catalogue.transformer_ram - left) / _GIB
     logger.info("NF4: reading the transformer of %s, %.2f GiB", catalogue.path.name, in_ram)
     fill(model, catalogue, progress.update, mapped)
-    return model
+    management = comfy.model_management
+    return StreamedModelPatcher(
+        model, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
+    )
 
 
 def _mapped_where_ram_is_short(

@@ -106,7 +106,7 @@ class _Loader:
         self._let_go_of_another(catalogue)
         loaded = load_all_in_one(catalogue)
         self._keep((catalogue, loaded))
-        _say_what_is_too_many(loaded.model, residency)
+        _say_what_is_too_many(loaded.model.model, residency)
         return streamed(loaded.model, residency, node_id), loaded.clip, loaded.vae
 
     def _let_go_of_another(self, catalogue: Catalogue) -> None:

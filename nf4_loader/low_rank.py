@@ -120,7 +120,8 @@ class LowRank:
 
         if len(self._pieces) == 1:
             return product_of(self._pieces[0])
-        if torch.compiler.is_compiling():  # which refuses to write into columns, and joins them itself
+        # Autograd and the compiler refuse to write into columns.
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and input.requires_grad):
             return torch.cat([product_of(piece) for piece in self._pieces], 1)
         output = input.new_empty(len(input), len(bias))
         for piece in self._pieces:

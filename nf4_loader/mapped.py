@@ -1,12 +1,14 @@
 """Packed weights that stay in their file: the system reads them when they are used, and lets go of them as it must."""
 
 import mmap
+import warnings
 from pathlib import Path
 
 import comfy.model_base
 import torch
 
 from .catalogue import Catalogue
+from .errors import CheckpointError
 from .flux import block_groups, model_names
 from .linear4bit import Linear4bit
 from .linear_of_parts import LinearOfParts
@@ -19,6 +21,9 @@ def map_packed(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> Mappe
     """The packed bytes of the blocks' layers as views (uint8, flat) of the files, which have to stay as they are.
 
     Those that a file has not in one piece, as diffusers' q, k and v, are not among them.
+
+    Raises:
+        CheckpointError: the system refuses to map a file.
     """
     files: dict[Path, torch.Tensor] = {}
     mapped: Mapped = {}
@@ -38,8 +43,12 @@ def map_packed(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> Mappe
 
 
 def _map(path: Path) -> torch.Tensor:
-    with path.open("rb") as file:
-        # Private, so that torch takes it for memory that may be written.
-        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    with torch.inference_mode(False):
+    # Not a private map, which may be written and which a system without that much memory refuses.
+    try:
+        with path.open("rb") as file:
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(path, f"it cannot be mapped into memory ({error}). Close other programs.") from error
+    with torch.inference_mode(False), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")  # and nobody writes to it
         return torch.frombuffer(memory, dtype=torch.uint8)

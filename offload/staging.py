@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +22,8 @@ class Part:
     place: torch.Tensor
     views: Views
     is_pinned: bool
+    ready: Any
+    """Passes when its copy is done."""
 
 
 class Staged:
@@ -38,18 +40,18 @@ class Staged:
         self.parts: tuple[Part, ...] = ()
         for tile, record in parts:
             mine, place = place[: tile.source.nbytes], place[tile.tile.nbytes :]
-            self.parts += (Part(tile, tile.source, mine, views_of(tile.tile, mine), record.is_pinned),)
+            self.parts += (Part(tile, tile.source, mine, views_of(tile.tile, mine), record.is_pinned, copies.event()),)
         self.nbytes = sum(part.place.nbytes for part in self.parts)
         self.pinned_bytes = sum(part.place.nbytes for part in self.parts if part.is_pinned)
         self._swaps = tuple(swap for part in self.parts for swap in part.tile.swaps(part.views))
         self.begun: Any = None
-        self.ready = copies.event()
         self.present = False
 
     def time_copies(self, copies: Copies) -> Link:
         """Have each fetch tell how long its copy took."""
-        self.begun, self.ready = copies.event(timed=True), copies.event(timed=True)
-        return Link(self.nbytes, self.begun, self.ready)
+        self.begun, ended = copies.event(timed=True), copies.event(timed=True)
+        self.parts = (*self.parts[:-1], replace(self.parts[-1], ready=ended))
+        return Link(self.nbytes, self.begun, ended)
 
     def bind(self) -> None:
         for tensors, name, _, view in self._swaps:

@@ -68,6 +68,8 @@ class Streamer:
             give(module, layout, tensors)  # small ones are copied from there
         split = [set_apart(layout, tensors) for layout, tensors in zip(layouts, apart, strict=True)]
         self.arena = HostArena([own.nbytes for own, _ in split])
+        # Who else uses the memory has no use for its being pinned.
+        weakref.finalize(self, self.arena.unpin).atexit = False
         self.blocks = tuple(
             Block(module, kind, own, host, MappedRecord(module, of_file, tensors) if tensors else None)
             for module, kind, (own, of_file), host, tensors in zip(
@@ -179,7 +181,7 @@ class Streamer:
             return
         self._end_staging()
         self.plan = self._asked = None
-        self._extras = {key: weakref.ref(tensor) for key, tensor in tensors.items()}
+        self._extras = {}  # until they are there
         for block in self.blocks:
             if block.travelling is not None:
                 block.travelling.remove()
@@ -190,6 +192,7 @@ class Streamer:
                 if layout.nbytes:
                     block.travelling = HostRecord(block.module, layout, host, given)
                     block.travelling.cut(whole=self.whole_blocks)
+        self._extras = {key: weakref.ref(tensor) for key, tensor in tensors.items()}
 
     def _stay(self, block: Block, layout: RecordLayout, extras: Extras) -> None:
         with torch.inference_mode(False):
@@ -396,7 +399,8 @@ class Streamer:
             self._fetch_all((position, *self._ring.beside[position]))
         before = telemetry.before_wait()
         try:
-            self._require_copies().compute_waits(staged.ready)
+            for part in staged.parts:
+                self._require_copies().compute_waits(part.ready)
         except BaseException:
             staged.present = False  # its copy has failed
             raise
@@ -435,7 +439,7 @@ class Streamer:
                 with _label("fetch", staged):
                     begun = staged.begun
                     for part in staged.parts:
-                        copies.copy(part.place, part.source, after=self._free, done=staged.ready, begun=begun)
+                        copies.copy(part.place, part.source, after=self._free, done=part.ready, begun=begun)
                         begun = None
                 self._require_telemetry().copied(staged.nbytes, staged.pinned_bytes)
                 staged.present = True

@@ -24,6 +24,10 @@ _KINDS = {"double_blocks": "double", "single_blocks": "single"}
 """What a `Residency` calls the blocks in these lists of Flux and its relatives; elsewhere it is the list's own name."""
 
 
+_ROOT = "streamed_by_flux_nf4"
+"""Where a dense model keeps its streamed one, so that other settings copy nothing again: both share their values."""
+
+
 def stream_model(
     patcher: comfy.model_patcher.ModelPatcher, residency: Residency, node_id: str | None
 ) -> comfy.model_patcher.ModelPatcher:
@@ -52,17 +56,25 @@ def _adopt(patcher: comfy.model_patcher.ModelPatcher) -> StreamedModelPatcher:
     clone: Any = patcher.clone(disable_dynamic=True) if is_dynamic else patcher.clone()
     lists = _lists_of_blocks(clone.model)
     _refuse_what_is_no_plain_tensor(lists)
-    _unload(clone)
-    original = clone.model
-    clone.model = _with_own_modules(original)
-    blocks = _lists_of_blocks(clone.model)
-    attach_streaming(clone.model, {_KINDS.get(name, name): list(of) for name, of in blocks.items()})
-    _share_host_memory(lists, blocks)
+    root = clone.model.__dict__.get(_ROOT)
+    if root is None:
+        _unload(clone)
+        root = clone.model.__dict__[_ROOT] = _make_root(clone, lists)
+    clone.model, clone.parent = root.model, root
     # What another class's clone took over is right for this one, but for what it shares with patchers of that class.
     clone.__class__ = StreamedModelPatcher
     clone.backup, clone.object_patches_backup, clone.hook_backup = {}, {}, {}
     clone.retry_with_less_resident()
     return clone
+
+
+def _make_root(patcher: Any, lists: Mapping[str, nn.ModuleList]) -> StreamedModelPatcher:
+    """A streamed model of the same values as that of ``patcher``, which has these ``lists`` of blocks."""
+    model = _with_own_modules(patcher.model)
+    blocks = _lists_of_blocks(model)
+    attach_streaming(model, {_KINDS.get(name, name): list(of) for name, of in blocks.items()})
+    _share_host_memory(lists, blocks)
+    return StreamedModelPatcher(model, patcher.load_device, patcher.offload_device)
 
 
 def _lists_of_blocks(model: Any) -> dict[str, nn.ModuleList]:

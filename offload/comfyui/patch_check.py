@@ -1,6 +1,7 @@
 """Which patches of a LoRA can be applied. ComfyUI finds out in the middle of patching, and then only logs it."""
 
 import logging
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -86,6 +87,8 @@ def refusal(patches: Sequence[Patch], weight: torch.Tensor, key: str) -> str | N
                 return f"an empty tensor of shape {tuple(tensor.shape)}"
             if not _is_finite(tensor):
                 return "values that are not finite"
+        elif isinstance(tensor, float) and not math.isfinite(tensor):
+            return f"an alpha of {tensor}"
     if all(_fits(patch, weight.shape) for patch in patches):
         return None
     return _complaint(patches, weight, key)
@@ -93,13 +96,14 @@ def refusal(patches: Sequence[Patch], weight: torch.Tensor, key: str) -> str | N
 
 def _fits(patch: Patch, shape: Sequence[int]) -> bool:
     """Whether this is a plain LoRA of the right shapes; to try it as `_complaint` does takes milliseconds."""
-    _, adapter, _, offset, _ = patch
-    if not isinstance(adapter, LoRAAdapter) or len(shape) != 2:
+    _, adapter, _, offset, function = patch
+    if not isinstance(adapter, LoRAAdapter) or len(shape) != 2 or function is not None:
         return False
-    up, down, _, mid, _, reshape = adapter.weights
+    up, down, _, mid, dora_scale, reshape = adapter.weights
     axis, start, rows = offset or (0, 0, shape[0])
     return (
         mid is None
+        and dora_scale is None
         and reshape is None
         and axis == 0
         and start + rows <= shape[0]

@@ -105,7 +105,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         """Bytes that the model wants on the load device. ComfyUI makes this much room, so it must not be the whole."""
         if self._computes_from_host:
             return self._streaming.other_bytes + self._streaming.streamer.host_bytes
-        return self._streaming.other_bytes + self.plan.device_bytes
+        return self._streaming.other_bytes + self._streaming.patching.device_bytes + self.plan.device_bytes
 
     def partially_load(
         self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False, **kwargs: Any
@@ -329,10 +329,9 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def _held_bytes(self) -> int:
         """What is on the load device now: less than `model_size` where it had no room for all residents."""
-        streamer = self._streaming.streamer
-        return self._streaming.other_bytes + (
-            streamer.host_bytes if self._computes_from_host else streamer.device_bytes
-        )
+        streamer, patching = self._streaming.streamer, self._streaming.patching
+        in_blocks = streamer.host_bytes if self._computes_from_host else streamer.device_bytes
+        return self._streaming.other_bytes + patching.device_bytes + in_blocks
 
     def _apply_patches(
         self, patches: Mapping[str, Sequence[Patch]], wrappers: Mapping[str, Any], device: torch.device

@@ -62,7 +62,7 @@ class Patching:
         """
         self._remove()
         self._prepare(wrappers, device)
-        takers, self._takers = self._takers, set()
+        takers: set[Any] = set()
         extras: dict[nn.Module, dict[str, torch.Tensor]] = {}
         for key, of_key in patches.items():
             module, name = self._find(key)
@@ -70,16 +70,24 @@ class Patching:
             if self._can_shadow(module, name):
                 self._shadow(module, name, key, active, device)
                 continue
-            tensors = self._taken(module, name, of_key, dtype) if key not in wrappers else None
+            tensors = self._taken(module, name, of_key, dtype, takers) if key not in wrappers else None
             if tensors is None:
                 tensors = self._dense(module, name, key, active)
             if module in self._in_blocks:
                 extras.setdefault(module, {}).update(tensors)
             else:
                 self._put(module, tensors, device)
-        for module in takers - self._takers:
+        for module in self._takers - takers:
             module.take_patches((), dtype)
+        self._takers = takers
         return extras
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of what patches have put on the device themselves, beside what they gave the blocks' layers."""
+        shadows = [module.__dict__[name] for module, name in self._shadows]
+        outside = [module.get_buffer(name) for module, name in self._outside]
+        return sum(tensor.nbytes for tensor in (*shadows, *outside))
 
     def _find(self, key: str) -> tuple[Any, str]:
         path, _, name = key.rpartition(".")
@@ -104,13 +112,14 @@ class Patching:
         return is_small or not hasattr(module, f"{name}_function")
 
     def _taken(
-        self, module: Any, name: str, patches: Sequence[Patch], dtype: torch.dtype
+        self, module: Any, name: str, patches: Sequence[Patch], dtype: torch.dtype, takers: set[Any]
     ) -> Mapping[str, torch.Tensor] | None:
         if name != "weight" or not hasattr(module, "take_patches"):
             return None
+        self._takers.add(module)  # whatever happens from here on, it is to be told when its patches go
         tensors: Mapping[str, torch.Tensor] | None = module.take_patches(patches, dtype)
         if tensors is not None:
-            self._takers.add(module)
+            takers.add(module)
         return tensors
 
     def _dense(self, module: Any, name: str, key: str, patches: Sequence[Patch]) -> Mapping[str, torch.Tensor]:

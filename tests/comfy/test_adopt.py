@@ -125,3 +125,15 @@ def test_a_4_bit_model_is_refused_there(load, monkeypatch):
 
 def test_nothing_is_missing_from_this_comfyui():
     require_comfyui()
+
+
+def test_a_dense_model_is_copied_once_for_any_number_of_settings(dense, sample, copies):
+    expected = sample(dense)
+    few, many = (stream_model(dense, Residency((("double", n), ("single", n))), None) for n in (1, 4))
+    assert few.model is many.model
+    assert host_memory(few) == host_memory(many) == host_memory(dense)
+    for streamed in (few, many, few):
+        assert torch.equal(sample(streamed), expected)
+    again = few.model
+    del few, many, streamed
+    assert stream_model(dense, Residency(), None).model is again

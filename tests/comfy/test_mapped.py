@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import mmap
 from dataclasses import replace
 
 import comfy.model_management
@@ -88,4 +89,14 @@ def test_a_patch_is_that_of_a_model_in_ram(file, tiny_config, copies, free_ram, 
 def test_too_little_for_the_rest_is_an_error(file, tiny_config, free_ram):
     free_ram(1 << 20)
     with pytest.raises(CheckpointError, match=r"GiB of RAM; 0\.00 GiB are free"):
+        load(file)
+
+
+def test_a_system_that_refuses_the_map_is_told(file, tiny_config, free_ram, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(12, "Cannot allocate memory")
+
+    free_ram(read_catalogue(file).transformer_ram // 2)
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot be mapped into memory \(.*Cannot allocate memory\)"):
         load(file)

@@ -148,3 +148,22 @@ def test_blocks_that_comfyui_compiles_stream_whole(load, sample, expected, copie
     assert torch.equal(sample(patcher), expected)
     streamer = patcher.model.streaming.streamer
     assert all(len(streamer.blocks[index].tiles) == 1 for index in streamer.plan.streamed)
+
+
+def test_a_model_whose_last_patcher_went_can_be_unloaded_while_its_node_keeps_it(load, sample, copies):
+    patcher = load(2, 3)
+    kept = patcher.parent
+    sample(patcher)
+    assert kept.loaded_size() > kept.model.streaming.other_bytes
+    del patcher
+    gc.collect()
+    comfy.model_management.unload_all_models()
+    assert kept.model.streaming.streamer.device_bytes == 0
+
+
+def test_other_settings_leave_one_entry_in_comfyuis_list(load, sample, expected, copies):
+    kept = load(0, 0).parent
+    for count in (1, 2, 3):
+        assert torch.equal(sample(load(count, count)), expected)
+    assert len(comfy.model_management.current_loaded_models) == 1
+    assert kept.model.streaming.streamer.plan is not None

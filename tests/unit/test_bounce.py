@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import itertools
 import random
 import threading
 import weakref
@@ -430,3 +431,28 @@ def test_where_not_even_the_buffers_can_be_pinned_copies_are_plain_and_it_is_sai
 def test_devices_without_streams_need_no_buffers():
     copies = InlineCopies(CPU)
     assert through_bounce_buffers(copies) is copies
+
+
+@pytest.mark.parametrize("failing", range(6))
+def test_a_tile_of_two_parts_of_which_one_did_not_arrive_is_not_computed_with(failing, monkeypatch):
+    monkeypatch.setattr(record_module, "SMALL_BYTES", 128)
+    model = streaming_model.StreamedModel(Streamer, BouncedDevice(pins_every=0))
+    model.set_extras([12] * len(model.layers))
+    model.start()
+    model.forward()
+    model.check()
+    lane, numbers = model.device.lane, itertools.count()
+    copy = lane.copy
+
+    def fail(destination, source, **events):
+        if next(numbers) == failing:
+            lane.asked.popleft()
+            raise RuntimeError("the bus is gone")
+        copy(destination, source, **events)
+
+    monkeypatch.setattr(lane, "copy", fail)
+    with pytest.raises(RuntimeError, match="the bus is gone"):  # noqa: PT012  one of them, as the ring is full at first
+        model.forward()
+        model.forward()
+    model.forward()
+    model.check()

@@ -133,3 +133,14 @@ def test_the_other_messages_of_the_log_are_kept(load, shapes, with_lora, caplog)
     with_lora(load(), loras.generic(shapes))
     logging.warning("still here")
     assert "still here" in caplog.text
+
+
+@pytest.mark.parametrize("ending", [".dora_scale", ".alpha"])
+def test_a_magnitude_of_another_layer_and_an_alpha_that_is_no_number_are_named(ending, load, with_lora, log):
+    name = "double_blocks.1.img_mlp.0"
+    file = loras.kohya({name: (1024, 256)})
+    (key,) = {key.split(".")[0] for key in file}
+    file[key + ending] = torch.ones(7, 1) if ending == ".dora_scale" else torch.tensor(float("nan"))
+    patcher = with_lora(load(), file)
+    assert not patcher.patches
+    assert "1 skipped: diffusion_model.double_blocks.1.img_mlp.0.weight" in log(logging.WARNING)[-1]

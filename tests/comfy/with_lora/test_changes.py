@@ -1,10 +1,14 @@
 """A change of a LoRA moves no more than it has to, leaves nothing behind, and residency never shows."""
 
+import itertools
+
 import comfy.lora
 import comfy.model_management
 import loras
 import pytest
 import torch
+
+from flux_nf4.offload.comfyui.patching import Patching
 
 NAME = "double_blocks.1.img_mlp.0"
 
@@ -126,3 +130,36 @@ def test_what_nodes_read_of_a_patched_model_is_unpatched(files, load, sample, wi
     (weight, _), *patches = patcher.get_key_patches()[key]
     assert torch.equal(weight, before)
     assert len(patches) == 1
+
+
+def test_a_lora_that_could_not_be_put_in_place_leaves_the_plain_model(
+    files, load, sample, with_lora, copies, monkeypatch
+):
+    plain = load(1, 1)
+    expected = sample(plain)
+    first, second = with_lora(plain, files["low rank"]), with_lora(plain, files["split"])
+    sample(first)
+    taken, numbers = Patching._taken, itertools.count()
+
+    def fail(*arguments):
+        if next(numbers) == 2:
+            raise MemoryError
+        return taken(*arguments)
+
+    monkeypatch.setattr(Patching, "_taken", fail)
+    with pytest.raises(MemoryError):
+        sample(second)
+    monkeypatch.undo()
+    assert torch.equal(sample(plain), expected)
+
+
+def test_what_patches_put_on_the_device_is_in_the_size_that_comfyui_sees(files, load, with_lora, copies):
+    plain = load(0, 0)
+    comfy.model_management.load_models_gpu([plain])
+    before = plain.loaded_size() - plain.model.streaming.streamer.device_bytes
+    patched = with_lora(plain, files["all layers, biases and norms"])
+    comfy.model_management.load_models_gpu([patched])
+    values = [value for module in patched.model.modules() for value in module.__dict__.values()]
+    shadows = sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+    assert shadows > 0
+    assert patched.loaded_size() - patched.model.streaming.streamer.device_bytes >= before + shadows
