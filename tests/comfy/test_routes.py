@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from sparse_checkpoint import make_sparse_checkpoint
@@ -21,18 +22,23 @@ def full_size(tmp_path):
 
 
 def answers(path, budgets):
-    """To these budgets, one after the other."""
+    """To these budgets, one after the other, and the CPU seconds that they took."""
 
     async def ask():
         return [json.loads(await routes.answer_for(path, True, Wanted((), budget), MEASURED)) for budget in budgets]
 
-    return asyncio.run(ask())
+    def timed():
+        began = time.thread_time()
+        return asyncio.run(ask()), time.thread_time() - began
+
+    with ThreadPoolExecutor(1) as thread:  # Playwright, which other tests use, leaves a loop running in this one
+        return thread.submit(timed).result()
 
 
 def test_a_question_that_was_answered_is_not_worked_out_again(full_size, monkeypatch):
-    first = answers(full_size, [2 << 30])
+    first, _ = answers(full_size, [2 << 30])
     monkeypatch.setattr(routes, "make_plan", None)
-    assert answers(full_size, [2 << 30]) == first
+    assert answers(full_size, [2 << 30])[0] == first
     with pytest.raises(TypeError):
         answers(full_size, [3 << 30])
 
@@ -40,7 +46,6 @@ def test_a_question_that_was_answered_is_not_worked_out_again(full_size, monkeyp
 def test_another_budget_of_a_known_file_is_worked_out_while_it_is_dragged(full_size):
     """Where the machine has been measured, which costs most. A frame of the page has 16 ms."""
     answers(full_size, [None])  # reads the header
-    began = time.thread_time()
-    given = answers(full_size, [(1 << 30) + (step << 25) for step in range(100)])
-    assert (time.thread_time() - began) / 100 < 0.004
+    given, seconds = answers(full_size, [(1 << 30) + (step << 25) for step in range(100)])
+    assert seconds / 100 < 0.004
     assert len({answer["device_bytes"] for answer in given}) > 20
