@@ -47,7 +47,10 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     def __init__(
         self, model: nn.Module, load_device: torch.device, offload_device: torch.device, *args: Any, **kwargs: Any
     ) -> None:
-        self.load_device = load_device  # ComfyUI 0.3.64 asks for model_size() before it sets this
+        # ComfyUI 0.3.64 asks for model_size() before it sets these.
+        self.load_device = load_device
+        self.wrappers: dict[str, Any] = {}
+        self.object_patches: dict[str, Any] = {}
         super().__init__(model, load_device, offload_device, *args, **kwargs)
         self.retry_with_less_resident()
 
