@@ -5,13 +5,14 @@ instance - have records beside it: what is large travels with the layer's tile, 
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
+from .arena import HostArena
 from .plan import BlockSize
-from .record import BoundTile, RecordLayout, keep_in_place, tile_of, views_of
+from .record import BoundTile, RecordLayout, give, keep_in_place, set_apart, tile_of, views_of
 
 Extras = Mapping[str, Mapping[str, torch.Tensor]]
 """Host tensors by the path of the module in its block ("" is the block), then by the name of the buffer."""
@@ -176,3 +177,43 @@ class Block:
         self.is_resident = False
         for record in self.records:
             record.drop()
+
+
+def blocks_in_host_memory(
+    modules: Sequence[nn.Module],
+    kinds: Sequence[str],
+    layouts: Sequence[RecordLayout],
+    mapped: Sequence[Mapping[tuple[str, str], torch.Tensor]],
+) -> tuple[tuple[Block, ...], HostArena]:
+    """Move the tensors of ``modules`` into an arena; what is ``mapped`` (by module and name) stays where it is."""
+    for module, layout, tensors in zip(modules, layouts, mapped, strict=True):
+        give(module, layout, tensors)  # small ones are copied from there
+    split = [set_apart(layout, tensors) for layout, tensors in zip(layouts, mapped, strict=True)]
+    arena = HostArena([own.nbytes for own, _ in split])
+    blocks = tuple(
+        Block(module, kind, own, host, MappedRecord(module, of_file, tensors) if tensors else None)
+        for module, kind, (own, of_file), host, tensors in zip(
+            modules, kinds, split, arena.records, mapped, strict=True
+        )
+    )
+    return blocks, arena
+
+
+def extras_in(extras: Extras, layout: RecordLayout) -> Extras:
+    """Those of ``extras`` that ``layout`` has a field for."""
+    fields = {(field.module, field.name) for tile in (*layout.tiles, layout.small) for field in tile.fields}
+    chosen = {path: {n: t for n, t in named.items() if (path, n) in fields} for path, named in extras.items()}
+    return {path: named for path, named in chosen.items() if named}
+
+
+def refuse_shared(blocks: Sequence[nn.Module]) -> None:
+    """Raises ValueError where a block has a tensor of another one."""
+    owner: dict[int, int] = {}
+    for index, block in enumerate(blocks):
+        for tensor in (*block.parameters(), *block.buffers()):
+            other = owner.setdefault(id(tensor), index)
+            if other != index:
+                raise ValueError(
+                    f"blocks {other} and {index} ({type(block).__name__}) share a tensor of shape "
+                    f"{tuple(tensor.shape)}: such blocks cannot be streamed"
+                )

@@ -22,10 +22,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .arena import THE_LIMIT, HostArena, Shortfall
-from .block import Block, Extras, HostRecord, MappedRecord
+from .block import Block, Extras, HostRecord, MappedRecord, blocks_in_host_memory, extras_in, refuse_shared
 from .copies import Copies
 from .plan import BlockSize, ResidencyPlan, plan_for, spread
-from .record import RecordLayout, extras_layouts, give, layout_of, set_apart
+from .record import RecordLayout, extras_layouts, layout_of
 from .ring import Ring, lay_out
 from .staging import RingMemory, Staged, ring_memory
 from .telemetry import Telemetry
@@ -52,7 +52,7 @@ class Streamer:
     ) -> None:
         modules = [block for group in groups.values() for block in group]
         kinds = [kind for kind, group in groups.items() for _ in group]
-        _refuse_shared(modules)
+        refuse_shared(modules)
         layouts = [layout_of(block) for block in modules]
         numbers: dict[RecordLayout, int] = {}
         self._structures = [numbers.setdefault(layout, len(numbers)) for layout in layouts]
@@ -64,18 +64,9 @@ class Streamer:
             {(path, name): tensor for path, named in tensors.items() for name, tensor in named.items()}
             for tensors in self._by_block(mapped or {}, len(modules))
         ]
-        for module, layout, tensors in zip(modules, layouts, apart, strict=True):
-            give(module, layout, tensors)  # small ones are copied from there
-        split = [set_apart(layout, tensors) for layout, tensors in zip(layouts, apart, strict=True)]
-        self.arena = HostArena([own.nbytes for own, _ in split])
+        self.blocks, self.arena = blocks_in_host_memory(modules, kinds, layouts, apart)
         # Who else uses the memory has no use for its being pinned.
         weakref.finalize(self, self.arena.unpin).atexit = False
-        self.blocks = tuple(
-            Block(module, kind, own, host, MappedRecord(module, of_file, tensors) if tensors else None)
-            for module, kind, (own, of_file), host, tensors in zip(
-                modules, kinds, split, self.arena.records, apart, strict=True
-            )
-        )
         self.extras_arena: HostArena | None = None
         self._extras: dict[tuple[int, str, str], weakref.ref[torch.Tensor]] = {}
         self.plan: ResidencyPlan | None = None
@@ -149,7 +140,7 @@ class Streamer:
         """
         by_block = self._by_block(extras, len(self.blocks))
         layouts = [extras_layouts(block.own.layout, given) for block, given in zip(self.blocks, by_block, strict=True)]
-        travelling = [_of_layout(given, large) for given, (large, _) in zip(by_block, layouts, strict=True)]
+        travelling = [extras_in(given, large) for given, (large, _) in zip(by_block, layouts, strict=True)]
         for block, (_, small) in zip(self.blocks, layouts, strict=True):
             if block.staying is not None and block.staying.layout != small:
                 block.staying.remove()
@@ -158,7 +149,7 @@ class Streamer:
         self._travel([large for large, _ in layouts], travelling)
         for block, given, (_, small) in zip(self.blocks, by_block, layouts, strict=True):
             if small.nbytes:
-                self._stay(block, small, _of_layout(given, small))
+                self._stay(block, small, extras_in(given, small))
 
     def _by_block(self, given: Mapping[nn.Module, Mapping[str, torch.Tensor]], count: int) -> list[Extras]:
         by_block: list[dict[str, Mapping[str, torch.Tensor]]] = [{} for _ in range(count)]
@@ -481,23 +472,4 @@ def _label(verb: str, staged: Staged) -> AbstractContextManager[Any]:
     return torch.profiler.record_function(f"{verb} {staged.name}")
 
 
-def _of_layout(extras: Extras, layout: RecordLayout) -> Extras:
-    """Those of ``extras`` that ``layout`` has a field for."""
-    fields = {(field.module, field.name) for tile in (*layout.tiles, layout.small) for field in tile.fields}
-    chosen = {path: {n: t for n, t in named.items() if (path, n) in fields} for path, named in extras.items()}
-    return {path: named for path, named in chosen.items() if named}
-
-
 _NO_LABEL: AbstractContextManager[Any] = nullcontext()
-
-
-def _refuse_shared(blocks: Sequence[nn.Module]) -> None:
-    owner: dict[int, int] = {}
-    for index, block in enumerate(blocks):
-        for tensor in (*block.parameters(), *block.buffers()):
-            other = owner.setdefault(id(tensor), index)
-            if other != index:
-                raise ValueError(
-                    f"blocks {other} and {index} ({type(block).__name__}) share a tensor of shape "
-                    f"{tuple(tensor.shape)}: such blocks cannot be streamed"
-                )
