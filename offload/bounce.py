@@ -141,7 +141,8 @@ class BouncedCopies:
 
     def elapsed_ms(self, begun: _Event, ended: _Event) -> float | None:
         for recording in (begun.recording, ended.recording):
-            if recording.submission is not None and not recording.submission.done():
+            submission = recording.submission
+            if submission is not None and (not submission.done() or submission.exception() is not None):
                 return None
         return self._lane.elapsed_ms(begun.recording.event, ended.recording.event)
 

@@ -32,7 +32,7 @@ class Copies(Protocol):
         ...
 
     def elapsed_ms(self, begun: Any, ended: Any) -> float | None:
-        """Time between two timed events, or None while one of them has not passed."""
+        """Time between two timed events that were recorded, or None while one of them has not passed."""
         ...
 
     def copy(

@@ -44,14 +44,13 @@ class Staged:
         self.nbytes = sum(part.place.nbytes for part in self.parts)
         self.pinned_bytes = sum(part.place.nbytes for part in self.parts if part.is_pinned)
         self._swaps = tuple(swap for part in self.parts for swap in part.tile.swaps(part.views))
-        self.begun: Any = None
+        self.link: Link | None = None
         self.present = False
 
-    def time_copies(self, copies: Copies) -> Link:
-        """Have each fetch tell how long its copy took."""
-        self.begun, ended = copies.event(timed=True), copies.event(timed=True)
-        self.parts = (*self.parts[:-1], replace(self.parts[-1], ready=ended))
-        return Link(self.nbytes, self.begun, ended)
+    def time_copies(self, copies: Copies) -> None:
+        """Have each fetch tell how long its copy took: ``link``, once there was one."""
+        self.link = Link(self.nbytes, copies.event(timed=True), copies.event(timed=True))
+        self.parts = (*self.parts[:-1], replace(self.parts[-1], ready=self.link.ended))
 
     def bind(self) -> None:
         for tensors, name, _, view in self._swaps:

@@ -205,7 +205,7 @@ class Streamer:
         tile, and the plan must be made for such sizes.
 
         Where the device has no room for all residents, the plan before stays in effect, or, if there is none, fewer
-        are resident; ``self.plan`` tells.
+        are resident; ``self.plan`` tells, and the next call tries again.
 
         Raises:
             torch.OutOfMemoryError: not even streaming every block fits. Nothing is left on the device then.
@@ -218,10 +218,10 @@ class Streamer:
             for block in self.blocks:
                 block.cut(whole=whole_blocks)
             self._orders.clear()
-        self._asked = plan
         before = self.plan
         for candidate in (plan, *self._smaller(plan, before)):
             try:
+                self._asked = candidate
                 self._apply(candidate)
                 break
             except torch.OutOfMemoryError as error:
@@ -329,7 +329,7 @@ class Streamer:
             for (index, _), together, start in zip(order, parts, self._ring.offsets, strict=True)
         ]
         if self._staged:
-            self._require_telemetry().link = self._staged[0].time_copies(copies)
+            self._staged[0].time_copies(copies)
         self._positions = {tile: position for position, tile in enumerate(order)}
         self._released()  # what is in the ring now
 
@@ -428,11 +428,11 @@ class Streamer:
                 for evicted in self._ring.evicted[position]:
                     self._staged[evicted].present = False
                 with _label("fetch", staged):
-                    begun = staged.begun
+                    begun = staged.link.begun if staged.link is not None else None
                     for part in staged.parts:
                         copies.copy(part.place, part.source, after=self._free, done=part.ready, begun=begun)
                         begun = None
-                self._require_telemetry().copied(staged.nbytes, staged.pinned_bytes)
+                self._require_telemetry().copied(staged.nbytes, staged.pinned_bytes, staged.link)
                 staged.present = True
 
     def _order(self, index: int) -> Sequence[int]:

@@ -61,7 +61,7 @@ class Telemetry:
         self._last: ForwardCost | None = None
         self._last_timed: ForwardCost | None = None
         self._shown: ForwardCost | None = None
-        self.link: Link | None = None
+        self._link: Link | None = None
         self._gbps: float | None = None
 
     @property
@@ -84,9 +84,9 @@ class Telemetry:
     @property
     def link_gbps(self) -> float | None:
         """1e9 bytes a second from host to device, as a recent copy to the ring showed; None while none is done."""
-        if self.link is not None:
-            elapsed_ms = self._copies.elapsed_ms(self.link.begun, self.link.ended)
-            self._gbps = self.link.nbytes / elapsed_ms / 1e6 if elapsed_ms else self._gbps
+        if self._link is not None:
+            elapsed_ms = self._copies.elapsed_ms(self._link.begun, self._link.ended)
+            self._gbps = self._link.nbytes / elapsed_ms / 1e6 if elapsed_ms else self._gbps
         return self._gbps
 
     def tile(self, position: int) -> None:
@@ -95,7 +95,9 @@ class Telemetry:
             self._next_forward()
         self._last_position = position
 
-    def copied(self, nbytes: int, pinned_bytes: int) -> None:
+    def copied(self, nbytes: int, pinned_bytes: int, link: Link | None = None) -> None:
+        """A tile's copy has been launched; ``link``: it is timed. Before it is, its events must not be asked."""
+        self._link = link or self._link
         self._now.copied_bytes += nbytes
         self._now.pinned_bytes += pinned_bytes
 

@@ -298,9 +298,9 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         copies = copies_to(device)
         if not streamer.all_pinned:
             copies = through_bounce_buffers(copies)
-        changes = streamer.plan != plan
+        before = streamer.plan
         streamer.start(plan, copies, whole_blocks=self._needs_whole_blocks)
-        if changes and streamer.plan is not None:
+        if streamer.plan is not None and streamer.plan != before:
             self._say(streamer.plan)
 
     def _say(self, plan: ResidencyPlan) -> None:

@@ -25,9 +25,12 @@ class Marker:
     time: int = 0
 
 
+_NEVER = Marker(passed=True)
+
+
 @dataclass
 class Event:
-    marker: Marker = field(default_factory=lambda: Marker(passed=True))
+    marker: Marker = field(default_factory=lambda: _NEVER)
 
 
 @dataclass
@@ -78,6 +81,8 @@ class SimulatedDevice:
         return Event()
 
     def elapsed_ms(self, begun: Event, ended: Event) -> float | None:
+        if begun.marker is _NEVER or ended.marker is _NEVER:
+            raise ValueError("Both events must be recorded before calculating elapsed time.")  # as torch does
         both = begun.marker.passed and ended.marker.passed
         return float(ended.marker.time - begun.marker.time) if both else None
 

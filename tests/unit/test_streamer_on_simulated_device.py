@@ -120,6 +120,20 @@ def test_two_models_share_a_ring():
     assert device.held_bytes == 0
 
 
+def test_what_there_was_no_room_for_becomes_resident_when_there_is():
+    device = SimulatedDevice()
+    model = StreamedModel(Streamer, device)
+    model.start()
+    device.capacity = device.held_bytes + 100
+    model.start(double=2, single=5)
+    assert not model.streamer.plan.resident
+    device.capacity = None
+    model.start(double=2, single=5)
+    assert len(model.streamer.plan.resident) == 7
+    model.forward()
+    model.check()
+
+
 SYNCHRONISATIONS = {"calls": ("compute_waits", "record", "_released"), "never": "copies.event()"}
 MUTANTS = mutants(streamer_module, **SYNCHRONISATIONS)
 

@@ -78,6 +78,19 @@ def test_stall_is_part_of_the_time_and_found_where_copies_are_late(model):
     assert 0 < cost.stall_ms < cost.total_ms
 
 
+def test_the_speed_of_the_link_can_be_asked_for_at_any_time(model):
+    """In the first forward, too, which may be cancelled: learning the order of the layers makes new events."""
+    asked = []
+    for block in model.streamer.blocks:
+        for tile in block.tiles:
+            tile.module.register_forward_hook(lambda *_: asked.append(model.streamer.telemetry.link_gbps))
+    model.forward()
+    model.forward()
+    model.check()
+    assert asked
+    assert model.streamer.telemetry.link_gbps > 0
+
+
 def test_a_stall_is_measured_and_advised_upon():
     class LateDevice(InlineCopies):
         """Each wait takes as long as `late` says."""
@@ -101,7 +114,7 @@ def test_a_stall_is_measured_and_advised_upon():
         begun, ended = device.event(timed=True), device.event(timed=True)
         begun.seconds, ended.seconds = 0.0, 0.001
         telemetry = Telemetry(device)
-        telemetry.link = Link(int(gigabytes * 1e9), begun, ended)
+        telemetry.copied(0, 0, Link(int(gigabytes * 1e9), begun, ended))
         for _ in range(3):
             for position in range(4):
                 telemetry.tile(position)
