@@ -3,8 +3,12 @@
 A record is the block's tiles, then its small part. A tile is the large tensors of one layer (for an NF4 Linear:
 packed weight and absmax): what is fetched, waited for and released together. The small part is everything else,
 biases and norms; it is a thousandth of a Flux block, stays on the device, and so costs no waiting.
+
+A tensor of a class that wraps plain ones (ComfyUI's quantised weights) is a field made of fields: its class is asked
+for them by torch's protocol for such (``__tensor_flatten__`` and ``__tensor_unflatten__``).
 """
 
+import dataclasses
 import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,12 +16,22 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 ALIGNMENT = 256
 """Bytes. CUDA kernels want 16; 256 is what the device allocator itself keeps."""
 
 SMALL_BYTES = 64 << 10
 """Tensors below this are in the small part."""
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """How a tensor is made of plain ones: ``inner`` are these, with offsets within it."""
+
+    type: type[Any]
+    inner: "tuple[Field, ...]"
+    context: Any = dataclasses.field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -31,6 +45,7 @@ class Field:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    wrapper: Wrapper | None = None
 
 
 @dataclass(frozen=True)
@@ -105,10 +120,9 @@ def extras_layouts(
     staying: list[Field] = []
     for path, tensors in extras.items():
         for name, tensor in tensors.items():
-            nbytes = tensor.numel() * tensor.element_size()
-            field = Field(path, name, False, tensor.dtype, tuple(tensor.shape), 0, nbytes)
-            travels = tiles.get(path if path in tiles else "") if nbytes >= SMALL_BYTES else None
-            (staying if travels is None else travels).append(field)
+            extra = _field(path, name, False, tensor)
+            travels = tiles.get(path if path in tiles else "") if extra.nbytes >= SMALL_BYTES else None
+            (staying if travels is None else travels).append(extra)
     return _in_a_row(tiles.items(), ()), _in_a_row((), staying)
 
 
@@ -119,12 +133,30 @@ def _owned_fields(block: nn.Module) -> Iterable[tuple[str, list[Field]]]:
         for is_parameter, tensors in ((True, module._parameters), (False, module._buffers)):
             for name, tensor in tensors.items():
                 if tensor is not None:
-                    nbytes = tensor.numel() * tensor.element_size()
-                    fields.append(Field(path, name, is_parameter, tensor.dtype, tuple(tensor.shape), 0, nbytes))
+                    fields.append(_field(path, name, is_parameter, tensor))
         found = found or bool(fields)
         yield path, fields
     if not found:
         raise ValueError(f"a {type(block).__name__} without parameters or buffers cannot be streamed")
+
+
+def _field(module: str, name: str, is_parameter: bool, tensor: torch.Tensor) -> Field:
+    if not is_traceable_wrapper_subclass(tensor):
+        nbytes = tensor.numel() * tensor.element_size()
+        return Field(module, name, is_parameter, tensor.dtype, tuple(tensor.shape), 0, nbytes)
+    names, context = tensor.__tensor_flatten__()
+    fields = [_field(module, inner, False, getattr(tensor, inner)) for inner in names]
+    inside = tile_of(module, 0, fields)
+    wrapper = Wrapper(type(tensor), inside.fields, context)
+    return Field(module, name, is_parameter, tensor.dtype, tuple(tensor.shape), 0, inside.nbytes, wrapper)
+
+
+def _plain(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
+    """What ``tensor`` is made of."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return (tensor,)
+    names, _ = tensor.__tensor_flatten__()
+    return (plain for name in names for plain in _plain(getattr(tensor, name)))
 
 
 def _refuse_shared(block: nn.Module) -> None:
@@ -175,8 +207,15 @@ def views_of(tile: Tile, memory: torch.Tensor) -> Views:
 
 
 def _view(field: Field, memory: torch.Tensor) -> torch.Tensor:
-    view = memory[field.offset : field.offset + field.nbytes].view(field.dtype).view(field.shape)
-    return nn.Parameter(view, requires_grad=False) if field.is_parameter else view
+    memory = memory[field.offset : field.offset + field.nbytes]
+    if field.wrapper is None:
+        view = memory.view(field.dtype).view(field.shape)
+        return nn.Parameter(view, requires_grad=False) if field.is_parameter else view
+    inner = {part.name: _view(part, memory) for part in field.wrapper.inner}
+    view = field.wrapper.type.__tensor_unflatten__(inner, field.wrapper.context, field.shape, None)
+    if field.is_parameter:
+        view._is_param = True  # nn.Parameter would detach, for which it may copy parts
+    return view
 
 
 def give(block: nn.Module, layout: RecordLayout, tensors: Mapping[tuple[str, str], torch.Tensor]) -> None:
@@ -213,9 +252,10 @@ class BoundTile:
         self.source = record[self.tile.offset : self.tile.offset + self.tile.nbytes]
         self.home = views_of(self.tile, self.source)
         with torch.inference_mode(False), torch.no_grad():
-            for value, view in zip(values, self.home, strict=True):
-                if not value.is_meta and value.data_ptr() != view.data_ptr():
-                    view.copy_(value)
+            for tensor, home in zip(values, self.home, strict=True):
+                for value, view in zip(_plain(tensor), _plain(home), strict=True):
+                    if not value.is_meta and value.data_ptr() != view.data_ptr():
+                        view.copy_(value)
 
     def bind(self, views: Views) -> None:
         """Make the modules use ``views``."""

@@ -2,6 +2,9 @@
 
 ``comfy.lora.calculate_weight`` casts every tensor of a patch to the weight's device, in each forward anew. Here they
 are taken out of the patches, so that whoever owns the memory can bring them there with the weight.
+
+A layer may keep its weight in other units than it computes with (scaled fp8); it then has ``convert_weight`` and
+``set_weight``, between which ComfyUI patches.
 """
 
 import copy
@@ -9,7 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import comfy.float
 import comfy.lora
+import comfy.model_management
+import comfy.model_patcher
+import comfy.utils
 import torch
 from torch.utils._pytree import tree_map
 
@@ -22,11 +29,12 @@ class _Slot:
 
 
 class DensePatches:
-    """The patches of the weight or bias ``key``, as ComfyUI applies them to a layer that it has offloaded
+    """The patches of the weight or bias ``key`` of ``module``, as ComfyUI applies them to a layer that it has offloaded
     (``LowVramPatch``): all math in the dtype of the weight. ``tensors`` are the host tensors that they need."""
 
-    def __init__(self, key: str, patches: Sequence[Sequence[Any]]) -> None:
+    def __init__(self, key: str, patches: Sequence[Sequence[Any]], module: torch.nn.Module) -> None:
         self._key = key
+        self._functions = _functions_of(module, key)
         self._prefix = f"{key.rpartition('.')[2]}_patch"
         self.tensors: dict[str, torch.Tensor] = {}
         self._patches = [(strength, _mapped(self._take, value), *rest) for strength, value, *rest in patches]
@@ -46,7 +54,9 @@ class DensePatches:
             return tensors[value.name] if isinstance(value, _Slot) else value
 
         patches = [(strength, _mapped(given, value), *rest) for strength, value, *rest in self._patches]
-        original = {self._key: [(weight.clone(), None)]} if self._needs_original else None
+        if not self._needs_original:
+            return comfy.model_patcher.LowVramPatch(self._key, {self._key: patches}, *self._functions)(weight)
+        original = {self._key: [(weight.clone(), None)]}
         return comfy.lora.calculate_weight(
             patches, weight, self._key, intermediate_dtype=weight.dtype, original_weights=original
         )
@@ -54,6 +64,31 @@ class DensePatches:
     def shape_of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """What becomes of a weight of ``shape``: some patches widen it."""
         return tuple(self.apply(torch.empty(shape, device="meta"), self.tensors).shape)
+
+
+def patched_copy(
+    tensor: torch.Tensor, key: str, patches: Sequence[Sequence[Any]], module: torch.nn.Module, device: torch.device
+) -> torch.Tensor:
+    """``tensor``, which is ``key`` of ``module``, with ``patches``, on ``device``: made as ``patch_weight_to_device``
+    makes it where a model fits."""
+    convert, set_to = _functions_of(module, key)
+    weight = comfy.model_management.cast_to_device(tensor, device, torch.float32, copy=True)
+    if convert is not None:
+        weight = convert(weight, inplace=True)
+    original = {key: [(weight.clone(), None)]}
+    patched = comfy.lora.calculate_weight(patches, weight, key, original_weights=original)
+    if set_to is not None:
+        return set_to(patched, seed=_string_to_seed(key), return_weight=True)
+    return comfy.float.stochastic_rounding(patched, tensor.dtype, seed=_string_to_seed(key))
+
+
+_string_to_seed = getattr(comfy.utils, "string_to_seed", None) or comfy.model_patcher.string_to_seed
+
+
+def _functions_of(module: torch.nn.Module, key: str) -> tuple[Any, Any]:
+    """To convert a tensor to the values that its layer computes with, and back; None where it has these."""
+    name = key.rpartition(".")[2]
+    return getattr(module, f"convert_{name}", None), getattr(module, f"set_{name}", None)
 
 
 def _mapped(function: Any, value: Any) -> Any:

@@ -110,6 +110,10 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
             return self._streaming.other_bytes + self._streaming.streamer.host_bytes
         return self._streaming.other_bytes + self._streaming.patching.device_bytes + self.plan.device_bytes
 
+    def get_ram_usage(self) -> int:
+        """Bytes of RAM that go with the model: some ComfyUIs choose by it what to give up when RAM is short."""
+        return self._streaming.other_bytes + self._streaming.streamer.host_bytes
+
     def partially_load(
         self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False, **kwargs: Any
     ) -> int:
@@ -226,8 +230,11 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         return super().add_hook_patches(hook, fitting, strength_patch, strength_model)
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, list[Any]]:
-        """Each weight as it is without patches, and its patches."""
+        """Each weight as it is without patches, in host memory, and its patches."""
         weights = self.model_state_dict(filter_prefix)
+        # Whoever merges models keeps them, and a view of a resident would keep its block on the device.
+        plain = (torch.Tensor, nn.Parameter)
+        weights = {key: weight.cpu() if type(weight) in plain else weight for key, weight in weights.items()}
         found = super().get_key_patches(filter_prefix)
         return {key: [(weights[key], unpatched[1]), *patches] for key, (unpatched, *patches) in found.items()}
 
@@ -287,7 +294,8 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     def _plan_within(self, room: float) -> ResidencyPlan:
         """The best plan for ``room`` bytes of the device, and as the settings say; the least one if nothing fits."""
         budget, counts = self.residency.budget_bytes, self.residency.counts
-        limit = min(room, math.inf if budget is None else budget) - self._streaming.other_bytes
+        taken = self._streaming.other_bytes + self._streaming.patching.device_bytes
+        limit = min(room, math.inf if budget is None else budget) - taken
         sizes = self._sizes
         return plan_by_budget(sizes, max(limit, least_device_bytes(sizes)), self.staging_bytes, counts)
 
@@ -341,7 +349,8 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     ) -> None:
         """Have the model compute on ``device`` with ``patches``, and ComfyUI's ``wrappers`` after them."""
         dtype = self.model.manual_cast_dtype or self.model.get_dtype()
-        self._streaming.give(self._streaming.patching.apply(patches, wrappers, device, dtype))
+        patching, casts = self._streaming.patching, self.force_cast_weights
+        self._streaming.give(patching.apply(patches, wrappers, device, dtype, casts=casts))
 
 
 def _retry_with_less(executor: Any, *args: Any, **kwargs: Any) -> Any:

@@ -8,19 +8,23 @@ Patches are ComfyUI's: (strength, adapter or tuple, strength_model, offset, func
 by, to be given a strength later.
 """
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-import comfy.lora
 import torch
 from torch import nn
 
 from .. import record
-from .dense_patches import DensePatches
+from .dense_patches import DensePatches, patched_copy
 
 Patch = Sequence[Any]
 Function = Callable[[torch.Tensor], torch.Tensor]
 Extras = Mapping[nn.Module, Mapping[str, torch.Tensor]]
+
+
+_CASTS = ("comfy_cast_weights", "comfy_force_cast_weights")
+"""What makes a layer of ComfyUI's compute in its input's dtype: each, and those whose weights are quantised."""
 
 
 class TakesPatches(Protocol):
@@ -42,7 +46,7 @@ class Patching:
     """The patches that are in effect on a model, of which all its clones see the same."""
 
     def __init__(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
-        self._model = model
+        self._model_of = weakref.ref(model)  # which has this: a cycle would keep its memory until a collection
         self._in_blocks = {module for block in blocks for module in block.modules()}
         self._takers: set[Any] = set()
         self._shadows: list[tuple[nn.Module, str]] = []
@@ -54,14 +58,17 @@ class Patching:
         wrappers: Mapping[str, Sequence[Function]],
         device: torch.device,
         dtype: torch.dtype,
+        *,
+        casts: bool = False,
     ) -> Extras:
         """Put ``patches`` into effect, in place of earlier ones, for a forward in ``dtype`` on ``device``.
 
-        ``wrappers`` are functions that come after the patches. Both are by the tensor's name in the model. Returns what
-        the modules inside blocks need as buffers.
+        ``wrappers`` are functions that come after the patches. Both are by the tensor's name in the model. ``casts``
+        has every layer of ComfyUI's compute in its input's dtype. Returns what the modules inside blocks need as
+        buffers.
         """
         self._remove()
-        self._prepare(wrappers, device)
+        self._prepare(wrappers, device, casts)
         takers: set[Any] = set()
         extras: dict[nn.Module, dict[str, torch.Tensor]] = {}
         for key, of_key in patches.items():
@@ -89,14 +96,25 @@ class Patching:
         outside = [module.get_buffer(name) for module, name in self._outside]
         return sum(tensor.nbytes for tensor in (*shadows, *outside))
 
+    @property
+    def _model(self) -> nn.Module:
+        model = self._model_of()
+        assert model is not None
+        return model
+
     def _find(self, key: str) -> tuple[Any, str]:
         path, _, name = key.rpartition(".")
         return self._model.get_submodule(path), name
 
-    def _prepare(self, wrappers: Mapping[str, Sequence[Function]], device: torch.device) -> None:
+    def _prepare(self, wrappers: Mapping[str, Sequence[Function]], device: torch.device, casts: bool) -> None:
         for module in self._model.modules():
             if hasattr(module, "weight_function"):
                 module.weight_function, module.bias_function = [], []  # type: ignore[assignment]
+            if hasattr(module, "comfy_cast_weights"):
+                for switch in _CASTS:  # without one a layer does what its class says
+                    module.__dict__.pop(switch, None)
+                    if casts:
+                        setattr(module, switch, True)
             if hasattr(module, "take_patches"):
                 module.computes_on = device  # type: ignore[assignment]
                 module.patched_shape = module.shape
@@ -126,7 +144,7 @@ class Patching:
         """Have ``module`` patch a fresh dense copy in each forward."""
         if not patches:
             return {}
-        dense, buffers = DensePatches(key, patches), module._buffers
+        dense, buffers = DensePatches(key, patches, module), module._buffers
         getattr(module, f"{name}_function").insert(0, lambda weight: dense.apply(weight, buffers))
         if hasattr(module, "patched_shape"):
             module.patched_shape = dense.shape_of(module.patched_shape)
@@ -138,16 +156,13 @@ class Patching:
             self._outside.append((module, name))
 
     def _shadow(self, module: nn.Module, name: str, key: str, patches: Sequence[Patch], device: torch.device) -> None:
-        """Have ``module`` see a patched copy, made as ``patch_weight_to_device`` makes it where a model fits."""
+        """Have ``module`` see a patched copy."""
         if not patches:
             return
         tensor = _own_tensor(module, name)
         assert tensor is not None
-        weight = tensor.to(device, torch.float32, copy=True)
-        original = {key: [(weight.clone(), None)]}
-        patched = comfy.lora.calculate_weight(patches, weight, key, original_weights=original)
         # Found before _parameters, which the streamer rebinds and the state dict reads.
-        module.__dict__[name] = patched.to(tensor.dtype)
+        module.__dict__[name] = patched_copy(tensor, key, patches, module, device)
         self._shadows.append((module, name))
 
     def _remove(self) -> None:

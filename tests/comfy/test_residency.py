@@ -117,9 +117,12 @@ def test_the_host_memory_goes_with_the_last_clone(load, sample, copies):
     gc.collect()
     assert arena() is not None
     comfy.model_management.unload_all_models()
-    del clone
-    gc.collect()
-    assert arena() is None
+    gc.disable()  # ComfyUI complains of a leak, and gives up more than it must, where memory waits for a collection
+    try:
+        del clone
+        assert arena() is None
+    finally:
+        gc.enable()
 
 
 def test_moving_the_model_from_outside_leaves_the_blocks_in_place(load, sample, expected, copies):

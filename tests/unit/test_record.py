@@ -47,6 +47,58 @@ def test_every_tensor_has_an_aligned_place_of_its_own():
     assert layout.nbytes == end
 
 
+class Scaled(torch.Tensor):
+    """A weight made of two tensors, as ComfyUI's are that it keeps in 8 or 4 bits."""
+
+    @staticmethod
+    def __new__(cls, codes, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32, device=codes.device)
+
+    def __init__(self, codes, scale):
+        self.codes, self.scale = codes, scale
+
+    def values(self):
+        return self.codes * self.scale
+
+    def __tensor_flatten__(self):
+        return ["codes", "scale"], "context"
+
+    @staticmethod
+    def __tensor_unflatten__(inner, context, outer_size, outer_stride):
+        assert context == "context"
+        return Scaled(inner["codes"], inner["scale"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise AssertionError(f"{function}: only what it is made of is to be touched")
+
+
+def block_of_scaled():
+    block = nn.Linear(1, 1, bias=False)
+    weight = Scaled(torch.arange(24, dtype=torch.int8).view(4, 6), torch.tensor(0.5))
+    weight._is_param = True
+    block._parameters["weight"] = weight
+    return block
+
+
+def test_a_tensor_made_of_tensors_is_bound_to_any_copy_of_their_bytes():
+    block = block_of_scaled()
+    layout = layout_of(block)
+    assert layout == layout_of(block_of_scaled())
+    assert layout.tiles[0].nbytes == 2 * ALIGNMENT  # and not that of its dtype and shape
+    expected = block.weight.values()
+    host = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    tile = BoundTile(block, layout.tiles[0], host)
+    for home in (True, False):
+        memory = host if home else host.clone()
+        tile.bind(tile.home if home else views_of(layout.tiles[0], memory))
+        assert isinstance(block.weight, Scaled)
+        assert isinstance(block.weight, nn.Parameter)
+        assert torch.equal(block.weight.values(), expected)
+        assert block.weight.codes.data_ptr() == memory.data_ptr()
+        assert block.weight.scale.data_ptr() == memory.data_ptr() + ALIGNMENT
+
+
 def test_equal_blocks_have_equal_layouts():
     assert layout_of(Block()) == layout_of(Block())
     assert hash(layout_of(Block())) == hash(layout_of(Block()))

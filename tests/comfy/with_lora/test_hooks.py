@@ -89,8 +89,8 @@ def test_switching_hooks_brings_new_scales_and_nothing_else(files, conditioning,
     streaming = patcher.model.streaming
     apply, given = streaming.patching.apply, []
 
-    def record(*args):
-        given.append({m: dict(tensors) for m, tensors in apply(*args).items()})
+    def record(*args, **options):
+        given.append({m: dict(tensors) for m, tensors in apply(*args, **options).items()})
         return given[-1]
 
     monkeypatch.setattr(streaming.patching, "apply", record)
