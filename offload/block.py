@@ -5,7 +5,7 @@ instance - have records beside it: what is large travels with the layer's tile, 
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -184,19 +184,21 @@ def blocks_in_host_memory(
     kinds: Sequence[str],
     layouts: Sequence[RecordLayout],
     mapped: Sequence[Mapping[tuple[str, str], torch.Tensor]],
+    each: Callable[[int], None],
 ) -> tuple[tuple[Block, ...], HostArena]:
-    """Move the tensors of ``modules`` into an arena; what is ``mapped`` (by module and name) stays where it is."""
+    """Move the tensors of ``modules`` into an arena; what is ``mapped`` (by module and name) stays where it is.
+
+    ``each`` is called with the index of each that has moved."""
     for module, layout, tensors in zip(modules, layouts, mapped, strict=True):
         give(module, layout, tensors)  # small ones are copied from there
     split = [set_apart(layout, tensors) for layout, tensors in zip(layouts, mapped, strict=True)]
     arena = HostArena([own.nbytes for own, _ in split])
-    blocks = tuple(
-        Block(module, kind, own, host, MappedRecord(module, of_file, tensors) if tensors else None)
-        for module, kind, (own, of_file), host, tensors in zip(
-            modules, kinds, split, arena.records, mapped, strict=True
-        )
-    )
-    return blocks, arena
+    blocks = []
+    for index, (module, kind, (own, of_file), tensors) in enumerate(zip(modules, kinds, split, mapped, strict=True)):
+        in_file = MappedRecord(module, of_file, tensors) if tensors else None
+        blocks.append(Block(module, kind, own, arena.records[index], in_file))
+        each(index)
+    return tuple(blocks), arena
 
 
 def extras_in(extras: Extras, layout: RecordLayout) -> Extras:

@@ -13,7 +13,7 @@ all compute that was launched before it ("free"), which is what read the bytes t
 
 import logging
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -38,7 +38,8 @@ class Streamer:
 
     ``groups`` maps a kind to its blocks, all in execution order. From construction on their tensors are views of
     records in one host arena; tensors that were on the meta device are uninitialised there, others keep their
-    values. `start` puts a plan into effect, `stop` takes everything off the device. The blocks compute the same bits
+    values; ``each`` is told the index of each block that has moved, so that its old memory can go before the next one
+    moves. `start` puts a plan into effect, `stop` takes everything off the device. The blocks compute the same bits
     under every plan. Who owns the blocks keeps the streamer.
 
     Raises:
@@ -49,6 +50,7 @@ class Streamer:
         self,
         groups: Mapping[str, Sequence[nn.Module]],
         mapped: Mapping[nn.Module, Mapping[str, torch.Tensor]] | None = None,
+        each: Callable[[int], None] = lambda _: None,
     ) -> None:
         modules = [block for group in groups.values() for block in group]
         kinds = [kind for kind, group in groups.items() for _ in group]
@@ -64,7 +66,7 @@ class Streamer:
             {(path, name): tensor for path, named in tensors.items() for name, tensor in named.items()}
             for tensors in self._by_block(mapped or {}, len(modules))
         ]
-        self.blocks, self.arena = blocks_in_host_memory(modules, kinds, layouts, apart)
+        self.blocks, self.arena = blocks_in_host_memory(modules, kinds, layouts, apart, each)
         # Who else uses the memory has no use for its being pinned.
         weakref.finalize(self, self.arena.unpin).atexit = False
         self.extras_arena: HostArena | None = None

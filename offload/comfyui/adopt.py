@@ -13,6 +13,7 @@ import comfy.model_management
 import comfy.model_patcher
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .contract import UnknownComfyUIError, require_comfyui
 from .patcher import StreamedModelPatcher
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 _KINDS = {"double_blocks": "double", "single_blocks": "single"}
 """What a `Residency` calls the blocks in these lists of Flux and its relatives; elsewhere it is the list's own name."""
 
+_GIB = 2**30
 
 _ROOT = "streamed_by_flux_nf4"
 """Where a dense model keeps its streamed one, so that other settings copy nothing again: both share their values."""
@@ -37,8 +39,8 @@ def stream_model(
     ``patcher`` itself, and the log says why.
 
     Raises:
-        ValueError: the model is not built of blocks, its tensors are of a kind that cannot be streamed, or the budget
-            is too small.
+        ValueError: the model is not built of blocks, its tensors are of a kind that cannot be streamed, something is
+            bound to its own modules, or the budget is too small.
     """
     try:
         require_comfyui()
@@ -52,29 +54,67 @@ def stream_model(
 
 
 def _adopt(patcher: comfy.model_patcher.ModelPatcher) -> StreamedModelPatcher:
-    is_dynamic = getattr(patcher, "is_dynamic", lambda: False)()
-    clone: Any = patcher.clone(disable_dynamic=True) if is_dynamic else patcher.clone()
-    lists = _lists_of_blocks(clone.model)
-    _refuse_what_is_no_plain_tensor(lists)
-    root = clone.model.__dict__.get(_ROOT)
+    _refuse_what_is_bound_to_modules(patcher)
+    root = patcher.model.__dict__.get(_ROOT)
+    clone = _without_dynamic(patcher, root)
     if root is None:
-        _unload(clone)
-        root = clone.model.__dict__[_ROOT] = _make_root(clone, lists)
+        root = patcher.model.__dict__[_ROOT] = _make_root(clone)
     clone.model, clone.parent = root.model, root
     # What another class's clone took over is right for this one, but for what it shares with patchers of that class.
     clone.__class__ = StreamedModelPatcher
     clone.backup, clone.object_patches_backup, clone.hook_backup = {}, {}, {}
+    clone.backup_buffers, clone.pinned, clone.cached_patcher_init = {}, set(), None
     clone.retry_with_less_resident()
     return clone
 
 
-def _make_root(patcher: Any, lists: Mapping[str, nn.ModuleList]) -> StreamedModelPatcher:
-    """A streamed model of the same values as that of ``patcher``, which has these ``lists`` of blocks."""
+def _without_dynamic(patcher: Any, root: StreamedModelPatcher | None) -> Any:
+    """A clone that ComfyUI does not move by its dynamic VRAM: then it is of ``root``, or of a model read anew."""
+    if not getattr(patcher, "is_dynamic", lambda: False)():
+        return patcher.clone()
+    if root is not None:
+        return patcher.clone(disable_dynamic=True, model_override=root.get_clone_model_override())
+    if patcher.cached_patcher_init is None:
+        raise ValueError(
+            "the loader of this MODEL does not tell ComfyUI how to load it without dynamic VRAM, so its blocks cannot "
+            "be streamed. Load it with ComfyUI's own loader, or start ComfyUI with --disable-dynamic-vram."
+        )
+    return patcher.clone(disable_dynamic=True)
+
+
+def _make_root(patcher: Any) -> StreamedModelPatcher:
+    """A streamed model of the same values as that of ``patcher``."""
+    lists = _lists_of_blocks(patcher.model)
+    _refuse_what_is_no_plain_tensor(lists)
+    _unload(patcher)
+    _say_what_is_short(lists)
     model = _with_own_modules(patcher.model)
     blocks = _lists_of_blocks(model)
-    attach_streaming(model, {_KINDS.get(name, name): list(of) for name, of in blocks.items()})
-    _share_host_memory(lists, blocks)
+    originals, streamed = ([block for of in each.values() for block in of] for each in (lists, blocks))
+    attach_streaming(
+        model,
+        {_KINDS.get(name, name): list(of) for name, of in blocks.items()},
+        each=lambda index: _share_host_memory(originals[index], streamed[index]),
+    )
     return StreamedModelPatcher(model, patcher.load_device, patcher.offload_device)
+
+
+def _refuse_what_is_bound_to_modules(patcher: Any) -> None:
+    """The streamed model has other modules: what was made for those of ``patcher`` would compute beside it."""
+    bound = [
+        *(["a LoRA by bypass, or another injection"] if any(getattr(patcher, "injections", {}).values()) else []),
+        *(["torch.compile"] if any("torch.compile" in keyed for keyed in patcher.wrappers.values()) else []),
+        *(
+            f"{type(patch).__name__} in the place of {key}"
+            for key, patch in patcher.object_patches.items()
+            if key.startswith("diffusion_model.") and isinstance(patch, nn.Module)
+        ),
+    ]
+    if bound:
+        raise ValueError(
+            f"the model has {bound[0]}, made for layers that are not streamed. Put the node Stream Model Blocks before "
+            "the one that does that, right after the loader."
+        )
 
 
 def _lists_of_blocks(model: Any) -> dict[str, nn.ModuleList]:
@@ -96,20 +136,32 @@ def _nbytes(module: nn.Module) -> int:
 def _refuse_what_is_no_plain_tensor(lists: Mapping[str, nn.Module]) -> None:
     for kind, blocks in lists.items():
         for name, tensor in (*blocks.named_parameters(), *blocks.named_buffers()):
-            if type(tensor) not in (torch.Tensor, nn.Parameter):
+            if type(tensor) not in (torch.Tensor, nn.Parameter) and not is_traceable_wrapper_subclass(tensor):
                 raise ValueError(
                     f"{kind}.{name} is a {type(tensor).__name__}, which only the package that made it can move. "
-                    "Stream a model in bf16, fp16 or plain fp8, or make a 4-bit file of this one (node: Quantise Flux "
+                    "Stream a model in bf16, fp16 or fp8, or make a 4-bit file of this one (node: Quantise Flux "
                     "to NF4 and Save) and load that."
                 )
 
 
-def _unload(patcher: comfy.model_patcher.ModelPatcher) -> None:
-    """Have ComfyUI take the model off the device and its patches out of the weights."""
+def _say_what_is_short(lists: Mapping[str, nn.Module]) -> None:
+    needed, free = sum(map(_nbytes, lists.values())), comfy.model_management.get_free_memory(torch.device("cpu"))
+    if needed > free:
+        logger.warning(
+            "Streaming: the blocks take %.1f GiB of RAM and %.1f GiB are free. Where their weights are still in the "
+            "file, the system will swap, which is slow: close other programs, or load a smaller model.",
+            needed / _GIB,
+            free / _GIB,
+        )
+
+
+def _unload(patcher: Any) -> None:
+    """Have ComfyUI take the model off the device, its patches out of the weights, and its hands off their memory."""
     loaded = comfy.model_management.current_loaded_models
     for entry in [entry for entry in loaded if entry.model is not None and entry.model.is_clone(patcher)]:
         entry.model_unload()
         loaded.remove(entry)
+    getattr(patcher, "unpin_all_weights", lambda: None)()
 
 
 def _with_own_modules(model: nn.Module) -> Any:
@@ -118,20 +170,29 @@ def _with_own_modules(model: nn.Module) -> Any:
     memo: dict[int, Any] = {id(model.current_patcher): None, id(model.model_config): model.model_config}
     with torch.inference_mode(False), torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
-            memo[id(tensor)] = _alias(tensor)
+            memo[id(tensor)] = _alias(tensor, tensor)
         return copy.deepcopy(model, memo)
 
 
-def _share_host_memory(original: Mapping[str, nn.Module], streamed: Mapping[str, nn.Module]) -> None:
-    """Have the original's blocks use the records of the streamed ones: their values take memory once."""
+def _share_host_memory(original: nn.Module, streamed: nn.Module) -> None:
+    """Have the original block use the record of the streamed one: their values take memory once."""
     with torch.inference_mode(False), torch.no_grad():
-        for name, blocks in original.items():
-            for path, module in blocks.named_modules():
-                twin = streamed[name].get_submodule(path)
-                for mine, theirs in ((module._parameters, twin._parameters), (module._buffers, twin._buffers)):
-                    mine.update({key: _alias(tensor) for key, tensor in theirs.items() if tensor is not None})
+        for path, module in original.named_modules():
+            twin = streamed.get_submodule(path)
+            for mine, theirs in ((module._parameters, twin._parameters), (module._buffers, twin._buffers)):
+                pairs = [(key, old, theirs[key]) for key, old in mine.items()]
+                mine.update({key: _alias(new, old) for key, old, new in pairs if old is not None and new is not None})
 
 
-def _alias(tensor: torch.Tensor) -> torch.Tensor:
-    alias = tensor.detach()
-    return nn.Parameter(alias, requires_grad=False) if isinstance(tensor, nn.Parameter) else alias
+def _alias(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Another tensor of the same memory, to be used where ``like`` is."""
+    if not is_traceable_wrapper_subclass(tensor):
+        alias = tensor.detach()
+        return nn.Parameter(alias, requires_grad=False) if isinstance(tensor, nn.Parameter) else alias
+    names, context = tensor.__tensor_flatten__()
+    inner = {name: getattr(tensor, name) for name in names}
+    # ComfyUI detaches it where it moves it, which torch refuses in inference mode unless it was made in that mode.
+    with torch.inference_mode(like.is_inference()):
+        alias = type(tensor).__tensor_unflatten__(inner, context, tensor.shape, None)
+    alias._is_param = isinstance(tensor, nn.Parameter)
+    return alias

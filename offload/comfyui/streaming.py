@@ -83,13 +83,14 @@ def attach_streaming(
     model: nn.Module,
     groups: Mapping[str, Sequence[nn.Module]],
     mapped: Mapping[nn.Module, Mapping[str, torch.Tensor]] | None = None,
+    each: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Move the blocks of ``model`` (by kind, in execution order) into a host arena, ready to be streamed.
 
     Blocks on the meta device get uninitialised memory, others keep their values; what is ``mapped`` gets none, see
-    `Streamer`.
+    `Streamer`; so for ``each``.
     """
-    streamer = Streamer(groups, mapped)
+    streamer = Streamer(groups, mapped, each)
     total = sum(tensor.nbytes for tensor in _tensors(model))
     in_blocks = sum(tensor.nbytes for group in groups.values() for block in group for tensor in _tensors(block))
     patching = Patching(model, [block for group in groups.values() for block in group])

@@ -1,13 +1,19 @@
 """Models that other nodes have loaded, streamed: the same latents, and the MODEL they came from stays as it was."""
 
+import copy
+import weakref
+
 import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
+import comfy.patcher_extension
 import comfy.supported_models
 import pytest
 import torch
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 from torch import nn
 
+from flux_nf4.offload import block as block_module
 from flux_nf4.offload.comfyui.adopt import stream_model
 from flux_nf4.offload.comfyui.contract import UnknownComfyUIError, require_comfyui
 from flux_nf4.offload.comfyui.patcher import StreamedModelPatcher
@@ -95,6 +101,108 @@ def test_tensors_of_another_package_are_refused_by_name(dense):
     layer.register_buffer("codes", torch.zeros(4).as_subclass(Packed))
     with pytest.raises(ValueError, match=r"double_blocks\.1\.img_attn\.proj\.codes is a Packed"):
         stream_model(dense, Residency(), None)
+
+
+def test_another_compute_dtype_reaches_every_layer(dense, sample, copies):
+    """As the node ModelComputeDtype sets it, on a model whose layers do not cast by themselves."""
+    dense.model.to(torch.bfloat16)
+    dense.model.model_config.set_inference_dtype(torch.bfloat16, None)
+    dense.set_model_compute_dtype(torch.float32)
+    streamed = stream_model(dense, Residency((("double", 1), ("single", 1))), None)
+    expected = sample(dense)
+    assert torch.equal(sample(streamed), expected)
+    streamed.force_cast_weights = False
+    comfy.model_management.unload_all_models()
+    comfy.model_management.load_models_gpu([streamed])
+    assert not streamed.model.diffusion_model.img_in.comfy_cast_weights
+
+
+def by_bypass(patcher):
+    patcher.set_injections("bypass", [comfy.patcher_extension.PatcherInjection(lambda _: None, lambda _: None)])
+
+
+def compiled(patcher):
+    set_torch_compile_wrapper(model=patcher, backend="eager", keys=["diffusion_model.single_blocks.0"])
+
+
+def replaced(patcher):
+    patcher.add_object_patch("diffusion_model.double_blocks.1", nn.Identity())
+
+
+@pytest.mark.parametrize(
+    ("bind", "what"),
+    [
+        (by_bypass, "a LoRA by bypass, or another injection"),
+        (compiled, "torch.compile"),
+        (replaced, "Identity in the place of diffusion_model.double_blocks.1"),
+    ],
+)
+def test_what_was_made_for_the_dense_layers_is_refused_with_advice(bind, what, dense):
+    """It would compute on these, beside the streamed ones: without the patch, or without the streaming."""
+    bound = dense.clone()
+    bind(bound)
+    with pytest.raises(ValueError, match=rf"has {what}, made for .* Put the node Stream Model Blocks before"):
+        stream_model(bound, Residency(), None)
+    assert isinstance(stream_model(dense, Residency(), None), StreamedModelPatcher)
+
+
+def test_the_old_memory_goes_block_by_block(dense, monkeypatch):
+    """So that streaming takes the RAM of the model and one block, not of two models."""
+    blocks = [*dense.model.diffusion_model.double_blocks, *dense.model.diffusion_model.single_blocks]
+    old = [weakref.ref(block.get_parameter(next(iter(dict(block.named_parameters()))))) for block in blocks]
+    alive = []
+    make = block_module.Block
+
+    def counting(*args):
+        alive.append(sum(reference() is not None for reference in old))
+        return make(*args)
+
+    monkeypatch.setattr(block_module, "Block", counting)
+    stream_model(dense, Residency(), None)
+    assert alive == list(range(len(blocks), 0, -1))
+
+
+def test_a_lack_of_ram_is_said(dense, monkeypatch, caplog):
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: 10**6)
+    stream_model(dense, Residency(), None)
+    assert "GiB of RAM and 0.0 GiB are free" in caplog.text
+
+
+class Dynamic(comfy.model_patcher.ModelPatcher):
+    """As ComfyUI's with dynamic VRAM, which reads the file again for a clone without it."""
+
+    def is_dynamic(self):
+        return True
+
+    def clone(self, disable_dynamic=False, model_override=None):
+        if not disable_dynamic:
+            return super().clone()
+        model, _ = model_override or self.cached_patcher_init[0](*self.cached_patcher_init[1])
+        n = comfy.model_patcher.ModelPatcher(model, self.load_device, self.offload_device)
+        n.patches = dict(self.patches)
+        return n
+
+
+def test_with_dynamic_vram_other_settings_read_nothing_again(dense, sample, copies, monkeypatch):
+    override = "get_clone_model_override"  # which other versions have
+    monkeypatch.setattr(comfy.model_patcher.ModelPatcher, override, lambda self: (self.model, None), raising=False)
+    dynamic = Dynamic(dense.model, CPU, CPU)
+    dynamic.cached_patcher_init = None
+    with pytest.raises(ValueError, match="--disable-dynamic-vram"):
+        stream_model(dynamic, Residency(), None)
+    reads = []
+
+    def read():
+        reads.append(1)
+        config = dense.model.model_config
+        return copy.deepcopy(dense.model, {id(config): config}), None
+
+    dynamic.cached_patcher_init = read, ()
+    expected = sample(dense)
+    for count in (0, 3, 1):
+        streamed = stream_model(dynamic, Residency((("double", count), ("single", count))), None)
+        assert torch.equal(sample(streamed), expected)
+    assert len(reads) == 1
 
 
 def test_it_holds_where_comfyui_runs_nodes(dense, sample):

@@ -27,6 +27,7 @@ from make_checkpoint import Recipe, make_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from saved_files import HIDDEN, SHAPES, WEIGHTS, check, dequantised, requantised, values, write_gguf
+from scaled_fp8 import load_scaled_fp8
 
 from flux_nf4.nf4_loader import layouts
 from flux_nf4.nf4_loader.errors import CheckpointError
@@ -243,15 +244,6 @@ def one_block_of_each(tiny_config, monkeypatch):
     return config
 
 
-def load_scaled_fp8(stored, config):
-    """As ComfyUI's loader does. Returns the model, and whether its biases are in fp8, too, without a scale."""
-    if find_formats := getattr(comfy.utils, "detect_layer_quantization", None):  # from 0.8 on
-        config.quant_config = find_formats(comfy.utils.convert_old_quants(dict(stored))[0], "")
-        return comfy.sd.load_diffusion_model_state_dict(stored), False
-    config.scaled_fp8 = stored.pop("scaled_fp8").dtype
-    return comfy.sd.load_diffusion_model_state_dict(stored), True
-
-
 def with_lora(patcher, expected):
     """What ``expected`` is with a difference to one weight, which ``patcher`` gets."""
     qkv = "double_blocks.0.img_attn.qkv.weight"
@@ -269,10 +261,10 @@ def test_a_model_of_comfyui_gguf_is_quantised_with_its_lora(kind, tmp_path, one_
     check(load_file(tmp_path / "made.safetensors"), expected)
 
 
-def test_a_model_in_scaled_fp8_is_quantised_with_its_lora(tmp_path, one_block_of_each):
+def test_a_model_in_scaled_fp8_is_quantised_with_its_lora(tmp_path, one_block_of_each, monkeypatch):
     scales = {name: torch.tensor(1 + number / 8) for number, name in enumerate(sorted(WEIGHTS))}
     stored, expected = scaled(values(), scales)
-    patcher, biases_in_fp8 = load_scaled_fp8(stored, one_block_of_each)
+    patcher, biases_in_fp8 = load_scaled_fp8(stored, one_block_of_each, monkeypatch)
     for name in (name for name in expected if name.endswith(".bias") and biases_in_fp8):
         expected[name] = expected[name].to(torch.float8_e4m3fn).bfloat16()
     expected = with_lora(patcher, expected)

@@ -6,7 +6,9 @@ import comfy.model_management
 import loras
 import pytest
 import torch
+from scaled_fp8 import in_scaled_fp8, load_scaled_fp8
 
+from flux_nf4.offload.comfyui.adopt import stream_model
 from flux_nf4.offload.comfyui.patcher import StreamedModelPatcher
 from flux_nf4.offload.comfyui.streaming import Residency, attach_streaming
 
@@ -36,6 +38,32 @@ def test_it_is_as_in_stock_comfyui(kind, streamed, twin, twin_model, sample, wit
     assert not torch.equal(expected, plain)
     assert torch.equal(sample(with_lora(streamed, file, 0.8)), expected)
     assert torch.equal(sample(streamed), plain)
+
+
+@pytest.fixture
+def scaled(twin_model, config, monkeypatch):
+    """A stock patcher of the same model in scaled fp8."""
+    tensors = {name: tensor.clone() for name, tensor in twin_model.diffusion_model.state_dict().items()}
+    own_config = type(config)(dict(config.unet_config))
+    with torch.inference_mode():
+        patcher, _ = load_scaled_fp8(in_scaled_fp8(tensors), own_config, monkeypatch)
+    yield patcher
+    comfy.model_management.unload_all_models()
+
+
+@torch.inference_mode()  # as ComfyUI runs nodes: quantised tensors may not change between the modes
+@pytest.mark.parametrize("resident", [0, 1])
+def test_scaled_fp8_is_as_in_stock_comfyui(resident, scaled, sample, with_lora, shapes, copies):
+    """With LoRA as where it offloads a model: one that it has loaded whole it quantises again."""
+    patched = with_lora(scaled, loras.kohya(shapes), 0.8)
+    offloaded = patched.clone()
+    offloaded.partially_load = lambda device, *_, **__: offloaded.load(device, lowvram_model_memory=1) or 0
+    plain, expected = sample(scaled), sample(offloaded)
+    residency = Residency((("double", resident), ("single", resident)))
+    assert torch.equal(sample(stream_model(scaled, residency, None)), plain)
+    assert copies.nbytes > 0
+    assert not torch.equal(expected, plain)
+    assert torch.equal(sample(stream_model(patched, residency, None)), expected)
 
 
 def test_patched_weights_take_no_more_of_the_device_than_their_factors(streamed, with_lora, shapes):
