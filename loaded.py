@@ -29,12 +29,12 @@ logger = logging.getLogger(__name__)
 
 _GIB = 1024**3
 
-_Key = frozenset[tuple[str, int, int]]
+Key = frozenset[tuple[str, int, int]]
 """Name, time of change in ns and size in bytes of each file that a checkpoint has."""
 
-_models: WeakValueDictionary[_Key, StreamedModelPatcher] = WeakValueDictionary()
-_clips: WeakValueDictionary[_Key, comfy.sd.CLIP] = WeakValueDictionary()
-_vaes: WeakValueDictionary[_Key, comfy.sd.VAE] = WeakValueDictionary()
+_models: WeakValueDictionary[Key, StreamedModelPatcher] = WeakValueDictionary()
+_clips: WeakValueDictionary[Key, comfy.sd.CLIP] = WeakValueDictionary()
+_vaes: WeakValueDictionary[Key, comfy.sd.VAE] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def load_all_in_one(catalogue: Catalogue) -> AllInOne:
         UnknownComfyUIError: this ComfyUI lacks what streaming needs.
     """
     require_comfyui()
-    key = _key(catalogue)
+    key = key_of(catalogue)
     model, clip, vae = _models.get(key), _clips.get(key), _vaes.get(key)
     if clip is None or vae is None:
         gc.collect()  # an earlier model that only cycles keep alive must not count against this one
@@ -77,7 +77,7 @@ def load_transformer(catalogue: Catalogue) -> StreamedModelPatcher:
         UnknownComfyUIError: this ComfyUI lacks what streaming needs.
     """
     require_comfyui()
-    key = _key(catalogue)
+    key = key_of(catalogue)
     model = _models.get(key)
     if model is None:
         gc.collect()
@@ -101,7 +101,8 @@ def streamed(loaded: StreamedModelPatcher, residency: Residency, node_id: str | 
     return patcher
 
 
-def _key(catalogue: Catalogue) -> _Key:
+def key_of(catalogue: Catalogue) -> Key:
+    """What tells its files, as they are now, from others."""
     paths = {entry.path.resolve() for entry in catalogue.header.tensors.values()}
     return frozenset((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths)
 

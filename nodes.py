@@ -2,9 +2,11 @@
 
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import comfy.cli_args
 import comfy.model_management
 import comfy.utils
 import folder_paths
@@ -12,7 +14,7 @@ import torch
 
 import nodes as comfy_nodes
 
-from .loaded import load_all_in_one, load_transformer, streamed
+from .loaded import key_of, load_all_in_one, load_transformer, streamed
 from .nf4_loader.catalogue import Catalogue, read_catalogue, require_all_in_one, require_transformer
 from .nf4_loader.errors import CheckpointError
 from .nf4_loader.model_sources import sources_of_encoders, sources_of_model
@@ -21,6 +23,7 @@ from .nf4_loader.quantise import QuantSettings
 from .nf4_loader.save import save_quantised
 from .nf4_loader.text_encoders import load_dual_clip
 from .offload.comfyui.adopt import stream_model
+from .offload.comfyui.patcher import StreamedModelPatcher
 from .offload.comfyui.streaming import Residency
 
 logger = logging.getLogger(__name__)
@@ -78,12 +81,22 @@ def _path(folder: str, name: str) -> Path:
     return Path(found)
 
 
-def _say_what_is_too_many(model: Any, residency: Residency) -> None:
-    kinds = [block.kind for block in model.streaming.streamer.blocks]
+def _say_what_is_too_many(patcher: Any, residency: Residency) -> None:
+    kinds = patcher.report().kinds
     for kind, count in residency.counts:
         depth = kinds.count(kind)
-        if count > depth:
+        if count and not depth:
+            others = ", ".join(sorted(set(kinds)))
+            logger.warning("NF4: the model has no %s blocks, but %s: only the budget is for these", kind, others)
+        elif count > depth:
             logger.info("NF4: %d %s blocks shall stay; the model has %d: all of them do", count, kind, depth)
+
+
+def _stream(model: Any, residency: Residency, node_id: str | None) -> Any:
+    streaming = stream_model(model, residency, node_id)
+    if isinstance(streaming, StreamedModelPatcher):
+        _say_what_is_too_many(streaming, residency)
+    return streaming
 
 
 class _Loader:
@@ -92,26 +105,31 @@ class _Loader:
     ComfyUI keeps a node as long as it is in the graph, but lets go of its outputs before it runs with changed inputs.
     """
 
-    _kept: Any = None
+    _kept: tuple[Any, Any] | None = None
 
-    def _keep(self, loaded: Any) -> None:
-        # Where ComfyUI gives outputs up under RAM pressure it keeps them otherwise, and this must not stand in the way.
-        memory_management = sys.modules.get("comfy.memory_management")
-        under_pressure = getattr(memory_management, "extra_ram_release_callback", None) is not None
-        self._kept = None if under_pressure else loaded
+    def _once(self, key: Any, load: Callable[[], Any]) -> Any:
+        """What ``load`` gives, or gave when it was last called if that was for an equal ``key``."""
+        if self._kept is not None and self._kept[0] == key:
+            return self._kept[1]
+        self._kept = None  # first: there may be no room for both
+        loaded = load()
+        self._kept = None if _gives_outputs_up() else (key, loaded)
+        return loaded
 
     def _all_in_one(self, name: str, residency: Residency, node_id: str | None) -> tuple[Any, Any, Any]:
         catalogue = read_catalogue(_path("checkpoints", name))
         require_all_in_one(catalogue)
-        self._let_go_of_another(catalogue)
-        loaded = load_all_in_one(catalogue)
-        self._keep((catalogue, loaded))
-        _say_what_is_too_many(loaded.model.model, residency)
+        loaded = self._once(key_of(catalogue), lambda: load_all_in_one(catalogue))
+        _say_what_is_too_many(loaded.model, residency)
         return streamed(loaded.model, residency, node_id), loaded.clip, loaded.vae
 
-    def _let_go_of_another(self, catalogue: Catalogue) -> None:
-        if self._kept is not None and self._kept[0].path != catalogue.path:
-            self._kept = None
+
+def _gives_outputs_up() -> bool:
+    """Whether ComfyUI caches outputs until RAM is short: then nothing here may keep them as well."""
+    memory_management: Any = sys.modules.get("comfy.memory_management")
+    if hasattr(memory_management, "extra_ram_release_callback"):
+        return memory_management.extra_ram_release_callback is not None
+    return bool(getattr(comfy.cli_args.args, "cache_ram", None))
 
 
 class FluxNF4CheckpointLoader(_Loader):
@@ -213,10 +231,10 @@ class FluxNF4UNETLoaderStreamed(_Loader):
     ) -> tuple[Any]:
         catalogue = read_catalogue(_path("diffusion_models", unet_name))
         require_transformer(catalogue)
-        self._let_go_of_another(catalogue)
-        model = load_transformer(catalogue)
-        self._keep((catalogue, model))
-        return (streamed(model, _residency(vram_budget_gb, double_blocks, single_blocks), unique_id),)
+        model = self._once(key_of(catalogue), lambda: load_transformer(catalogue))
+        residency = _residency(vram_budget_gb, double_blocks, single_blocks)
+        _say_what_is_too_many(model, residency)
+        return (streamed(model, residency, unique_id),)
 
 
 class StreamModelBlocks:
@@ -231,7 +249,7 @@ class StreamModelBlocks:
     OUTPUT_TOOLTIPS: ClassVar = ("The same model, streamed.",)
     FUNCTION = "stream"
     CATEGORY = "loaders/flux nf4"
-    SEARCH_ALIASES: ClassVar = ["low vram", "block swap", "offload", "fp8", "gguf"]
+    SEARCH_ALIASES: ClassVar = ["low vram", "block swap", "offload", "fp8"]
     DESCRIPTION = (
         "Runs a model in as much VRAM as there is, or as the budget says: blocks that do not fit are streamed from RAM "
         "while the one before them computes. On a model that is streamed already it changes the settings."
@@ -245,7 +263,7 @@ class StreamModelBlocks:
         single_blocks: int = -1,
         unique_id: str | None = None,
     ) -> tuple[Any]:
-        return (stream_model(model, _residency(vram_budget_gb, double_blocks, single_blocks), unique_id),)
+        return (_stream(model, _residency(vram_budget_gb, double_blocks, single_blocks), unique_id),)
 
 
 class _OldNode:
@@ -276,10 +294,10 @@ class OldPartialLoad(_OldNode):
         unique_id: str | None = None,
     ) -> tuple[Any]:
         residency = _residency(double=double_blocks_cuda_size, single=single_blocks_cuda_size)
-        return (stream_model(model, residency, unique_id),)
+        return (_stream(model, residency, unique_id),)
 
 
-class OldCheckpointLoader(_OldNode):
+class OldCheckpointLoader(_OldNode, _Loader):
     """The node that old graphs know as ``MZ_Flux1CheckpointLoader_cpuDynOffload``."""
 
     @classmethod
@@ -299,12 +317,14 @@ class OldCheckpointLoader(_OldNode):
         single_blocks_cuda_size: int = 7,
         unique_id: str | None = None,
     ) -> tuple[Any, Any, Any]:
-        model, clip, vae = comfy_nodes.CheckpointLoaderSimple().load_checkpoint(ckpt_name=ckpt_name)
+        key = ckpt_name, _path("checkpoints", ckpt_name).stat().st_mtime_ns
+        load = comfy_nodes.CheckpointLoaderSimple().load_checkpoint
+        model, clip, vae = self._once(key, lambda: load(ckpt_name=ckpt_name))
         residency = _residency(double=double_blocks_cuda_size, single=single_blocks_cuda_size)
-        return stream_model(model, residency, unique_id), clip, vae
+        return _stream(model, residency, unique_id), clip, vae
 
 
-class OldUNETLoader(_OldNode):
+class OldUNETLoader(_OldNode, _Loader):
     """The node that old graphs know as ``MZ_Flux1UnetLoader_cpuDynOffload``."""
 
     @classmethod
@@ -326,9 +346,10 @@ class OldUNETLoader(_OldNode):
         unique_id: str | None = None,
         **loader: Any,
     ) -> tuple[Any]:
-        (model,) = comfy_nodes.UNETLoader().load_unet(**loader)
+        key = loader, _path("diffusion_models", loader["unet_name"]).stat().st_mtime_ns
+        (model,) = self._once(key, lambda: comfy_nodes.UNETLoader().load_unet(**loader))
         residency = _residency(double=double_blocks_cuda_size, single=single_blocks_cuda_size)
-        return (stream_model(model, residency, unique_id),)
+        return (_stream(model, residency, unique_id),)
 
 
 class FluxNF4QuantiseSave:

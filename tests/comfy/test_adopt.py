@@ -13,6 +13,7 @@ import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from torch import nn
 
+from flux_nf4 import nodes
 from flux_nf4.offload import block as block_module
 from flux_nf4.offload.comfyui.adopt import stream_model
 from flux_nf4.offload.comfyui.contract import UnknownComfyUIError, require_comfyui
@@ -91,6 +92,14 @@ def test_a_model_that_is_not_built_of_blocks_is_refused(dense):
     dense.model.diffusion_model = nn.Sequential(nn.Linear(4, 4), nn.ModuleList([nn.Linear(1, 1)]))
     with pytest.raises(ValueError, match="is not built of blocks"):
         stream_model(dense, Residency(), None)
+
+
+def test_counts_of_kinds_that_a_model_does_not_have_are_said(dense, caplog):
+    dense.model.diffusion_model.blocks = dense.model.diffusion_model.double_blocks
+    del dense.model.diffusion_model.double_blocks
+    node = nodes.StreamModelBlocks()
+    node.stream(dense, double_blocks=3, single_blocks=2)
+    assert "the model has no double blocks, but blocks, single: only the budget is for these" in caplog.text
 
 
 def test_tensors_of_another_package_are_refused_by_name(dense):

@@ -2,9 +2,11 @@
 
 import importlib
 import logging
+import os
 import sys
 import types
 
+import comfy.cli_args
 import folder_paths
 import pytest
 import torch
@@ -36,6 +38,60 @@ def test_a_missing_file_is_an_error_that_names_the_folder():
     with pytest.raises(FileNotFoundError, match=r"gone\.safetensors: there is no such file in the checkpoints folder"):
         nodes.NODE_CLASS_MAPPINGS[OLD_NODE]().load_checkpoint("gone.safetensors")
     assert folder_paths.get_folder_paths("checkpoints")
+
+
+@pytest.fixture
+def dense_file(tmp_path, monkeypatch):
+    """Reads of a file of ComfyUI's own loader, whose model is streamed as it is."""
+    reads = []
+    (tmp_path / "dense.safetensors").touch()
+    paths = {"checkpoints": tmp_path, "diffusion_models": tmp_path}
+    monkeypatch.setattr(folder_paths, "get_full_path", lambda folder, name: str(paths[folder] / name))
+    monkeypatch.setattr(nodes, "stream_model", lambda model, *_: model)
+
+    def load(_, **inputs):
+        reads.append(inputs)
+        return [f"{part} {len(reads)}" for part in ("model", "clip", "vae")]
+
+    monkeypatch.setattr(nodes.comfy_nodes.CheckpointLoaderSimple, "load_checkpoint", load)
+    monkeypatch.setattr(nodes.comfy_nodes.UNETLoader, "load_unet", lambda _, **inputs: load(_, **inputs)[:1])
+    return tmp_path / "dense.safetensors", reads
+
+
+def load_checkpoint(node, name, count):
+    return node.load_checkpoint(name, count, count)
+
+
+def load_unet(node, name, count):
+    return node.load_unet(count, count, unet_name=name, weight_dtype="default")
+
+
+@pytest.mark.parametrize(
+    ("node", "load"), [(nodes.OldCheckpointLoader, load_checkpoint), (nodes.OldUNETLoader, load_unet)]
+)
+def test_other_counts_of_an_old_node_read_the_dense_file_no_more(node, load, dense_file):
+    file, reads = dense_file
+    node = node()
+    first = load(node, file.name, 7)
+    assert load(node, file.name, 3) == first
+    assert len(reads) == 1
+    os.utime(file, ns=(1, 1))
+    assert load(node, file.name, 3) != first
+    assert len(reads) == 2
+
+
+@pytest.mark.parametrize("gives_up", ["by callback", "by option"])
+def test_nothing_is_kept_where_comfyui_gives_outputs_up(gives_up, dense_file, monkeypatch):
+    file, reads = dense_file
+    memory_management = types.ModuleType("comfy.memory_management")
+    monkeypatch.setitem(sys.modules, "comfy.memory_management", memory_management)
+    if gives_up == "by callback":
+        memory_management.extra_ram_release_callback = lambda *_: 0
+    monkeypatch.setattr(comfy.cli_args.args, "cache_ram", 4.0 if gives_up == "by option" else [], raising=False)
+    node = nodes.OldCheckpointLoader()
+    for _ in range(2):
+        load_checkpoint(node, file.name, 7)
+    assert len(reads) == 2
 
 
 @pytest.mark.parametrize("nested", [False, True])
