@@ -19,7 +19,7 @@ from .errors import CheckpointError
 from .header import natural_key
 from .linear4bit import Linear4bit
 from .patched_linear import PatchedLinear4bit, PatchedLinearOfParts
-from .text_encoders import adopt_4bit, options_for, read_encoders
+from .text_encoders import adopt_4bit, options_for, read_encoders, require_computable
 
 logger = logging.getLogger(__name__)
 
@@ -208,6 +208,7 @@ def load_clip_and_vae(catalogue: Catalogue, embedding_directory: Sequence[str]) 
     shapes = catalogue.logical_shapes
     state = {_CHECKPOINT_PREFIX + name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     encoders, packed = read_encoders(catalogue.path, catalogue.text_encoders)
+    require_computable(catalogue.path, encoders, packed)
     weights = {name.removeprefix(TEXT_ENCODERS_PREFIX): weight for name, weight in packed.items()}
     state |= encoders
     with safe_open(catalogue.path, framework="pt") as file:

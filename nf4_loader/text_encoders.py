@@ -1,19 +1,20 @@
 """CLIP-L and T5 through ComfyUI's own classes, with the Linears that a file has in 4 bits left in 4 bits."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 import comfy.ops
 import comfy.sd
+import comfy.utils
 import torch
 from safetensors import safe_open
 from torch import nn
 
 from . import kernels
-from .catalogue import TransformerTensor, Weight4bit, group_4bit
+from .catalogue import SCALES, TransformerTensor, Weight4bit, group_4bit
 from .errors import CheckpointError
 from .header import TensorEntry
 from .identify import quantised_otherwise
@@ -26,6 +27,9 @@ _MARKS = {
     "clip_l": re.compile(r"text_model\.encoder\.layers\.(\d+)\.mlp\.fc1\.weight$"),
 }
 """A weight of each encoder, by the names of transformers."""
+
+_SCALES = (*SCALES, "scaled_fp8")
+"""Ends of the names that come with weights in ComfyUI's scaled fp8."""
 
 State = dict[str, torch.Tensor]
 
@@ -91,11 +95,12 @@ def load_dual_clip(paths: Sequence[Path], embedding_directory: Sequence[str]) ->
         CheckpointError: a file is none of the two, or ComfyUI does not take it.
     """
     found: dict[str, Path] = {}
-    states: list[State] = []
+    states: dict[Path, State] = {}
     weights: dict[str, Weight4bit] = {}
     entries: dict[str, TensorEntry] = {}
     for path in paths:
-        tensors = read_checkpoint_header(path).tensors
+        header = read_checkpoint_header(path)
+        tensors = header.tensors
         part = _encoder_of(path, tensors)
         if part in found:
             raise CheckpointError(
@@ -103,15 +108,18 @@ def load_dual_clip(paths: Sequence[Path], embedding_directory: Sequence[str]) ->
             )
         found[part] = path
         state, packed = read_encoders(path, tensors)
-        states.append(state)
+        states[path] = _in_comfyuis_format(state, header.metadata)
         weights |= {f"{part}.transformer.{name}": weight for name, weight in packed.items()}
         entries |= {f"text_encoders.{part}.transformer.{name}": entry for name, entry in tensors.items()}
     if len(found) < len(_MARKS):
         raise CheckpointError(paths[0], "Flux needs two text encoders: CLIP-L and T5-XXL.")
-    layers = max(int(match[1]) for name in states[0] | states[1] if (match := _MARKS["t5xxl"].search(name))) + 1
+    for path, state in states.items():
+        require_computable(path, state, weights)
+    t5 = states[found["t5xxl"]]
+    layers = max(int(match[1]) for name in t5 if (match := _MARKS["t5xxl"].search(name))) + 1
     try:
         clip = comfy.sd.load_text_encoder_state_dicts(
-            states,
+            list(states.values()),
             embedding_directory=list(embedding_directory),
             clip_type=comfy.sd.CLIPType.FLUX,
             model_options=options_for(weights, layers),
@@ -154,6 +162,32 @@ def read_encoders(path: Path, tensors: Mapping[str, TensorEntry]) -> tuple[State
         with safe_open(source, framework="pt") as file:
             state.update({entry.name: file.get_tensor(entry.name) for entry in dense if entry.path == source})
     return state, weights
+
+
+def _in_comfyuis_format(state: State, metadata: Mapping[str, str]) -> State:
+    """As ComfyUI's own loader hands it on: from 0.8 on, layers in scaled fp8 are described in another way there."""
+    convert = getattr(comfy.utils, "convert_old_quants", None)
+    return state if convert is None else convert(state, metadata=metadata)[0]
+
+
+def require_computable(path: Path, state: Iterable[str], weights: Mapping[str, Weight4bit]) -> None:
+    """Check that ComfyUI's layers of what is not packed compute with the scales of these text encoders, if any.
+
+    Args:
+        path: Of their file.
+        state: Their tensors' names.
+        weights: All that is packed in the encoders that are loaded together, for which the layers are `_Operations`.
+
+    Raises:
+        CheckpointError: saying what is in the way.
+    """
+    scale = next((name for name in state if name.endswith(_SCALES)), None)
+    if scale is not None and weights:
+        raise CheckpointError(
+            path,
+            f"{scale}: a text encoder in ComfyUI's scaled fp8 does not go with 4-bit layers of text encoders. Pick "
+            "another file of one of the two: bf16, fp16 or plain fp8 (t5xxl_fp8_e4m3fn.safetensors).",
+        )
 
 
 def options_for(weights: Mapping[str, Weight4bit], t5_layers: int) -> dict[str, Any]:

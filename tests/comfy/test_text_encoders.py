@@ -144,6 +144,62 @@ def test_a_t5_in_another_format_is_refused(name, tensor, answer, t5, clip_l, tmp
         load_dual_clip([tmp_path / "t5.safetensors", clip_l], [])
 
 
+@pytest.fixture(scope="module")
+def scaled_t5(tmp_path_factory):
+    """A T5 in ComfyUI's scaled fp8: its tensors, and those of its dense twin."""
+    torch.manual_seed(0)
+    # ComfyUI looks at the last of 24 layers to see what a T5 is made of.
+    config = T5Config(**T5, num_layers=24, feed_forward_proj="gated-gelu", is_encoder_decoder=False)
+    model = T5EncoderModel(config).half()
+    dense = {name: tensor.clone() for name, tensor in model.state_dict().items() if "embed_tokens" not in name}
+    scaled = dense | {"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}
+    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    for number, name in enumerate(f"{linear}.weight" for linear in linears):
+        scale = torch.tensor(0.01 * (1 + number % 3))
+        scaled[name] = (dense[name].float() / scale).to(torch.float8_e4m3fn)
+        dense[name] = (scaled[name].float() * scale).half()
+        scaled[name.removesuffix("weight") + "scale_weight"] = scale
+    return scaled, dense
+
+
+PROMPT = {"l": [[(1, 1.0)] * 77], "t5xxl": [[(3, 1.0), (14, 1.2), (159, 1.0), (1, 1.0)]]}
+
+
+def test_a_t5_in_scaled_fp8_encodes_as_its_dense_twin(scaled_t5, clip_l, tmp_path):
+    encoded = []
+    for name, state in zip(("scaled", "dense"), scaled_t5, strict=True):
+        path = tmp_path / f"{name}.safetensors"
+        save_file(state, path)
+        encoded.append(load_dual_clip([path, clip_l], []).encode_from_tokens(PROMPT))
+    got, wanted = encoded
+    assert wanted.std() > 0.1
+    torch.testing.assert_close(got, wanted, rtol=0, atol=5e-3 * wanted.abs().max().item())
+
+
+def test_a_t5_in_scaled_fp8_beside_4_bits_is_refused(t5, scaled_t5, clip_l, tmp_path):
+    """In one file with them, and with a CLIP-L in 4 bits."""
+    _, path = t5()
+    in_4_bits = load_file(path)
+    scale = next(name for name in scaled_t5[0] if name.endswith(".scale_weight"))
+    mixed = in_4_bits | {"encoder.final_layer_norm.scale_weight": scaled_t5[0][scale]}
+    save_file(mixed, tmp_path / "mixed.safetensors")
+    with pytest.raises(CheckpointError, match=r"^mixed\.safetensors: .*: a text encoder in ComfyUI's scaled fp8"):
+        load_dual_clip([tmp_path / "mixed.safetensors", clip_l], [])
+    catalogue = read_catalogue(all_in_one(tmp_path / "flux.safetensors", load_file(clip_l), mixed))
+    with pytest.raises(CheckpointError, match=r"^flux\.safetensors: .*: a text encoder in ComfyUI's scaled fp8"):
+        flux.load_clip_and_vae(catalogue, [])
+    linear = "text_model.encoder.layers.0.mlp.fc1"
+    packed = {
+        name.replace("encoder.block.0.layer.0.SelfAttention.q", linear): tensor
+        for name, tensor in in_4_bits.items()
+        if name.startswith("encoder.block.0.layer.0.SelfAttention.q.")
+    }
+    save_file(load_file(clip_l) | packed, tmp_path / "clip_l.safetensors")
+    save_file(scaled_t5[0], tmp_path / "t5.safetensors")
+    with pytest.raises(CheckpointError, match=r"^t5\.safetensors: .*: a text encoder in ComfyUI's scaled fp8"):
+        load_dual_clip([tmp_path / "t5.safetensors", tmp_path / "clip_l.safetensors"], [])
+
+
 def test_it_encodes_a_prompt_and_knows_its_size(t5, clip_l, monkeypatch):
     _, path = t5()
     clip = load_dual_clip([clip_l, path], [])
