@@ -24,9 +24,15 @@ def what_else_it_is(header: Header, is_flux: bool) -> str:
             "its weights are quantised by torchao, not by bitsandbytes to NF4 or FP4. ComfyUI has no loader for it: "
             "pick an NF4 file, or an fp8 one with 'Load Diffusion Model'."
         )
+    kind, loader = next((found for mark, *found in _OTHER_MODELS if any(re.search(mark, n) for n in names)), ("", ""))
+    if any(name.endswith(".comfy_quant") for name in names):
+        return (
+            "its weights are in a format of ComfyUI's own ('.comfy_quant' tensors: fp8, NVFP4 or others), not NF4 or "
+            f"FP4 of bitsandbytes. Load it with {loader if kind and not is_flux else _loader_of_dense(names)}, of a "
+            "ComfyUI that is new enough."
+        )
     if is_flux:
         return _dense_flux(header)
-    kind, loader = next((found for mark, *found in _OTHER_MODELS if any(re.search(mark, n) for n in names)), ("", ""))
     is_4bit = any(_QUANT_STATE in name for name in names)
     if is_4bit and kind in (_CHROMA, _FLUX2):
         return (
@@ -49,7 +55,7 @@ def what_else_it_is(header: Header, is_flux: bool) -> str:
 
 
 def quantised_otherwise(names: Iterable[str]) -> str | None:
-    """What to do with a file of these tensors, if they are in another format than that of bitsandbytes' 4 bits."""
+    """What to do with a file of these tensors, if they are in a format that ComfyUI itself has no loader for."""
     names = list(names)
     return next((answer for is_it, answer in _QUANTISED_OTHERWISE if any(map(is_it, names))), None)
 
@@ -62,16 +68,11 @@ _LLM_INT8 = (
     "its weights are 8-bit LLM.int8 of bitsandbytes ('.SCB' tensors), not NF4 or FP4. ComfyUI has no loader for it: "
     "pick an NF4 file, or an fp8 one with 'Load Checkpoint'."
 )
-_OF_COMFYUI = (
-    "its weights are in a format of ComfyUI's own ('.comfy_quant' tensors: fp8, NVFP4 or others), not NF4 or FP4 of "
-    "bitsandbytes. Load it with 'Load Diffusion Model', of a ComfyUI that is new enough."
-)
 _LORA = "it is a LoRA, not a checkpoint. Put it into models/loras and load it with 'LoraLoaderModelOnly' on the MODEL."
 
 _QUANTISED_OTHERWISE: tuple[tuple[Callable[[str], bool], str], ...] = (
     (lambda name: name.endswith((".qweight", ".wscales", ".wtscale")), _NUNCHAKU),
     (lambda name: name.endswith((".SCB", ".weight_format")), _LLM_INT8),
-    (lambda name: name.endswith(".comfy_quant"), _OF_COMFYUI),
     (lambda name: bool(re.search(r"(^lora_|\.lora_|\.lokr_|\.hada_|\.diff(_b)?$)", name)), _LORA),
 )
 
@@ -105,12 +106,16 @@ def _dense_flux(header: Header) -> str:
             "('.weight.quant_state.bitsandbytes__nf4') says how to read it. The file was saved without it: "
             "download it again, or another one."
         )
-    all_in_one = any(name.startswith("text_encoders.") for name in header.tensors)
-    loader = "'Load Checkpoint'" if all_in_one else "'Load Diffusion Model' (folder diffusion_models)"
     return (
         f"it is a Flux model with dense {dtype} weights: no tensor ends in '.weight.quant_state.bitsandbytes__nf4' or "
-        f"'__fp4'. Load it with {loader}, or make an NF4 file of it with 'Quantise Flux to NF4 and Save'."
+        f"'__fp4'. Load it with {_loader_of_dense(header.tensors)}, or make an NF4 file of it with "
+        "'Quantise Flux to NF4 and Save'."
     )
+
+
+def _loader_of_dense(names: Iterable[str]) -> str:
+    all_in_one = any(name.startswith("text_encoders.") for name in names)
+    return "'Load Checkpoint'" if all_in_one else "'Load Diffusion Model' (folder diffusion_models)"
 
 
 _A_LARGE_WEIGHT = r"(double_blocks\.0\.img_attn\.qkv|single_transformer_blocks\.0\.proj_mlp)\.weight$"

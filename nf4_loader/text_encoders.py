@@ -28,8 +28,10 @@ _MARKS = {
 }
 """A weight of each encoder, by the names of transformers."""
 
-_SCALES = (*SCALES, "scaled_fp8")
-"""Ends of the names that come with weights in ComfyUI's scaled fp8."""
+_SCALES = (*SCALES, "scaled_fp8", ".comfy_quant")
+"""Ends of the names that come with quantised weights of ComfyUI's: scaled fp8, and its formats from 0.8 on."""
+
+_READ_BY_ALL = "bf16, fp16 or plain fp8 (t5xxl_fp8_e4m3fn.safetensors)"
 
 State = dict[str, torch.Tensor]
 
@@ -171,7 +173,7 @@ def _in_comfyuis_format(state: State, metadata: Mapping[str, str]) -> State:
 
 
 def require_computable(path: Path, state: Iterable[str], weights: Mapping[str, Weight4bit]) -> None:
-    """Check that ComfyUI's layers of what is not packed compute with the scales of these text encoders, if any.
+    """Check that this ComfyUI computes with the scales of these text encoders, if they have any.
 
     Args:
         path: Of their file.
@@ -181,12 +183,19 @@ def require_computable(path: Path, state: Iterable[str], weights: Mapping[str, W
     Raises:
         CheckpointError: saying what is in the way.
     """
-    scale = next((name for name in state if name.endswith(_SCALES)), None)
-    if scale is not None and weights:
+    scales = [name for name in state if name.endswith(_SCALES)]
+    if scales and weights:
         raise CheckpointError(
             path,
-            f"{scale}: a text encoder in ComfyUI's scaled fp8 does not go with 4-bit layers of text encoders. Pick "
-            "another file of one of the two: bf16, fp16 or plain fp8 (t5xxl_fp8_e4m3fn.safetensors).",
+            f"{scales[0]}: a text encoder in ComfyUI's scaled fp8 or another format of its own does not go with 4-bit "
+            f"layers of text encoders. Pick another file of one of the two: {_READ_BY_ALL}.",
+        )
+    newer = next((name for name in scales if name.endswith((".comfy_quant", ".weight_scale"))), None)
+    if newer is not None and not hasattr(comfy.utils, "detect_layer_quantization"):
+        raise CheckpointError(
+            path,
+            f"{newer}: a text encoder in a format of ComfyUI's own that this ComfyUI does not read yet. Update ComfyUI "
+            f"to 0.8 or later, or load another T5 with 'DualCLIPLoader' (type flux): {_READ_BY_ALL}.",
         )
 
 

@@ -3,6 +3,7 @@
 import functools
 
 import checkpoint_layout as layout
+import comfy.utils
 import pytest
 import torch
 from bitsandbytes import functional as bnb
@@ -18,6 +19,7 @@ from flux_nf4.nf4_loader.catalogue import read_catalogue, require_all_in_one
 from flux_nf4.nf4_loader.errors import CheckpointError
 from flux_nf4.nf4_loader.linear4bit import Linear4bit
 from flux_nf4.nf4_loader.model_sources import sources_of_encoders
+from flux_nf4.nf4_loader.parts import TORCH_DTYPES
 from flux_nf4.nf4_loader.text_encoders import load_dual_clip
 
 LAYERS = 2
@@ -176,6 +178,32 @@ def test_a_t5_in_scaled_fp8_encodes_as_its_dense_twin(scaled_t5, clip_l, tmp_pat
     torch.testing.assert_close(got, wanted, rtol=0, atol=5e-3 * wanted.abs().max().item())
 
 
+def in_todays_format(state):
+    """The scaled fp8 of ``state`` as ComfyUI has described it since 0.8."""
+    layer = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+    layers = [name.removesuffix("scale_weight") for name in state if name.endswith(".scale_weight")]
+    return {name.replace("scale_weight", "weight_scale"): state[name] for name in state if name != "scaled_fp8"} | {
+        f"{name}comfy_quant": layer.clone() for name in layers
+    }
+
+
+def test_a_t5_in_todays_format_of_comfyui_encodes_where_comfyui_reads_it(scaled_t5, clip_l, tmp_path):
+    """From a file of its own, and inside an all-in-one file."""
+    scaled, dense = scaled_t5
+    save_file(dense, tmp_path / "dense.safetensors")
+    wanted = load_dual_clip([tmp_path / "dense.safetensors", clip_l], []).encode_from_tokens(PROMPT)
+    path = tmp_path / "t5.safetensors"
+    save_file(in_todays_format(scaled), path)
+    catalogue = read_catalogue(all_in_one(tmp_path / "flux.safetensors", load_file(clip_l), load_file(path)))
+    for load in (lambda: load_dual_clip([path, clip_l], []), lambda: flux.load_clip_and_vae(catalogue, [])[0]):
+        if hasattr(comfy.utils, "detect_layer_quantization"):
+            got = load().encode_from_tokens(PROMPT)
+            torch.testing.assert_close(got, wanted, rtol=0, atol=5e-3 * wanted.abs().max().item())
+        else:
+            with pytest.raises(CheckpointError, match=r"of ComfyUI's own .* Update ComfyUI .* 'DualCLIPLoader'"):
+                load()
+
+
 def test_a_t5_in_scaled_fp8_beside_4_bits_is_refused(t5, scaled_t5, clip_l, tmp_path):
     """In one file with them, and with a CLIP-L in 4 bits."""
     _, path = t5()
@@ -219,7 +247,7 @@ def all_in_one(path, clip_l, t5):
         name = f"model.diffusion_model.{name}"
         tensors |= packed_tensors(name, shape, "nf4", 64) if len(shape) == 2 else {name: ("BF16", shape, None)}
     tensors |= {f"vae.{name}": ("BF16", shape, None) for name, shape in layout.vae().items()}
-    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
+    names = {dtype: name for name, dtype in TORCH_DTYPES.items()} | {torch.uint8: "U8"}
     for part, state in (("clip_l", clip_l), ("t5xxl", t5)):
         for name, tensor in state.items():
             raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()

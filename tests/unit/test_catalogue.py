@@ -303,6 +303,12 @@ OTHERS = {
         of_other_models("double_blocks.0.img_attn.qkv.weight", "double_blocks.0.img_attn.qkv.comfy_quant"),
         ("in a format of ComfyUI's own", "'Load Diffusion Model'"),
     ),
+    "a T5 in a format of ComfyUI": (
+        of_other_models(
+            "encoder.block.0.layer.0.SelfAttention.q.weight", "encoder.block.0.layer.0.SelfAttention.q.comfy_quant"
+        ),
+        ("in a format of ComfyUI's own", "Load it with 'DualCLIPLoader' (type flux), of a ComfyUI that is new enough"),
+    ),
     "a language model": (of_other_models("model.layers.0.mlp.up_proj.weight"), ("it is a language model",)),
 }
 
