@@ -11,15 +11,15 @@ import comfy.utils
 import torch
 
 from . import layouts
-from .catalogue import Catalogue
+from .catalogue import COMPANIONS, Catalogue
 from .header import TensorEntry
 from .linear4bit import Linear4bit
 from .save import Source
 from .sources import dequantised_gguf, sources_of_catalogue, sources_of_entries
 
 _TRANSFORMER = "diffusion_model."
-_SCALES = (".scale_weight", ".scale_input", ".scaled_fp8", "scaled_fp8")
-"""Of ComfyUI's scaled fp8 Linears, which apply them in ``convert_weight``."""
+_QUANTISED = "QuantizedTensor"
+"""ComfyUI's class for weights in its own formats, where it has them."""
 
 
 def sources_of_model(patcher: comfy.model_patcher.ModelPatcher) -> list[Source]:
@@ -30,7 +30,7 @@ def sources_of_model(patcher: comfy.model_patcher.ModelPatcher) -> list[Source]:
     sources: dict[str, Source] = dict(in_file)
     for key, (original, *patches) in _key_patches(patcher, _TRANSFORMER).items():
         name = layouts.place("Black Forest Labs", key.removeprefix(_TRANSFORMER)).name
-        if name.endswith(_SCALES) or _is_a_part(patcher.model, key) or (name in in_file and not patches):
+        if name.endswith(COMPANIONS) or _is_a_part(patcher.model, key) or (name in in_file and not patches):
             continue
         sources[name] = _source(name, key, original, patches)
     return list(sources.values())
@@ -38,21 +38,24 @@ def sources_of_model(patcher: comfy.model_patcher.ModelPatcher) -> list[Source]:
 
 def sources_of_encoders(clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> list[Source]:
     """The tensors of CLIP and VAE under the names that they have in an all-in-one file. Those without a patch that this
-    package has loaded from a file are taken from there."""
+    package has loaded from a file are taken from there. Weights that have a scale are saved as dense ones."""
     entries: Mapping[str, TensorEntry] = getattr(clip.cond_stage_model, "nf4_entries", {})
+    if clip.patcher.patches and any(name.endswith(COMPANIONS) for name in entries):
+        entries = {}  # a weight that is patched has its scale in it
     encoders = {source.name: source for source in sources_of_entries(entries)}
-    for key, (original, *patches) in clip.patcher.get_key_patches().items():
+    found = _key_patches(clip.patcher, "")
+    for key, (original, *patches) in found.items():
+        if key.endswith(COMPANIONS) or _is_a_part(clip.cond_stage_model, key) or (entries and not patches):
+            continue
         name = f"text_encoders.{key}"
-        if patches or not (entries or _is_a_part(clip.cond_stage_model, key)):
-            encoders[name] = _source(name, key, original, patches)
+        is_scaled = f"{key.removesuffix('weight')}scale_weight" in found
+        as_it_is = _is_fp8(original[0]) and not is_scaled and not patches
+        encoders[name] = _stored(name, original[0]) if as_it_is else _source(name, key, original, patches)
     sources = list(encoders.values())
     vae_entries: Mapping[str, TensorEntry] = getattr(vae.first_stage_model, "nf4_entries", {})
     if vae_entries:
         return sources + sources_of_entries(vae_entries)
-    return sources + [
-        Source(f"vae.{name}", tuple(tensor.shape), functools.partial(_as_it_is, tensor), is_layer=False)
-        for name, tensor in vae.get_sd().items()
-    ]
+    return sources + [_stored(f"vae.{name}", tensor) for name, tensor in vae.get_sd().items()]
 
 
 _Original = tuple[torch.Tensor, Callable[..., torch.Tensor]]
@@ -63,6 +66,10 @@ def _source(name: str, key: str, original: _Original, patches: Sequence[Any]) ->
     weight, convert = original
     read = functools.partial(_merged, key, weight, convert, patches)
     return Source(name, _shape(weight), read, is_layer=not name.startswith("text_encoders."))
+
+
+def _stored(name: str, tensor: torch.Tensor) -> Source:
+    return Source(name, tuple(tensor.shape), functools.partial(_as_it_is, tensor), is_layer=False)
 
 
 def _as_it_is(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -106,12 +113,18 @@ def _merged(
     key: str, weight: torch.Tensor, convert: Callable[..., torch.Tensor], patches: Sequence[Any], device: torch.device
 ) -> torch.Tensor:
     values = _dense(weight, device)
-    if values.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+    if _is_fp8(values):
         values = convert(values.float(), inplace=True).bfloat16()
     if not patches:
         return values
     merged = comfy.lora.calculate_weight(patches, values.to(torch.float32, copy=True), key)
     return merged.to(values.dtype)
+
+
+def _is_fp8(weight: torch.Tensor) -> bool:
+    """Whether its values, or those that are to be scaled, are in fp8."""
+    is_wrapped = type(weight).__name__ == _QUANTISED
+    return not is_wrapped and weight.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def _dense(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -120,6 +133,6 @@ def _dense(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
     if kind is not None:
         raw = weight.detach().cpu().as_subclass(torch.Tensor)
         return dequantised_gguf(raw.numpy(), kind, _shape(weight)).to(device)
-    if type(weight).__name__ == "QuantizedTensor":
+    if type(weight).__name__ == _QUANTISED:
         weight = weight.dequantize()
     return weight.detach().to(device).as_subclass(torch.Tensor)

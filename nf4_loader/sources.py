@@ -8,14 +8,12 @@ from typing import Any
 import torch
 
 from . import layouts
-from .catalogue import SCALES, Catalogue, TransformerTensor, read_catalogue
+from .catalogue import COMPANIONS, SCALES, Catalogue, TransformerTensor, read_catalogue
 from .errors import CheckpointError
 from .header import TensorEntry
 from .identify import what_else_it_is
 from .parts import TORCH_DTYPES, read_dense
 from .save import Source
-
-_NOT_SAVED = (*SCALES, ".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
 
 
 def sources_of_file(path: Path, *, all_in_one: bool) -> list[Source]:
@@ -48,7 +46,7 @@ def sources_of_catalogue(catalogue: Catalogue) -> list[Source]:
         raise CheckpointError(catalogue.path, what_else_it_is(catalogue.header, is_flux=False))
     sources = []
     for name, tensor in catalogue.transformer.items():
-        if name.endswith(_NOT_SAVED):
+        if name.endswith(COMPANIONS):
             continue
         _require_values(catalogue, tensor)
         scales = _scales_of(catalogue, tensor)

@@ -14,9 +14,9 @@ from safetensors import safe_open
 from torch import nn
 
 from . import kernels
-from .catalogue import SCALES, TransformerTensor, Weight4bit, group_4bit
+from .catalogue import COMPANIONS, TransformerTensor, Weight4bit, group_4bit
 from .errors import CheckpointError
-from .header import TensorEntry
+from .header import Header, TensorEntry
 from .identify import quantised_otherwise
 from .linear4bit import Linear4bit
 from .parts import PackedMemory, memory_of_fused, read_parts
@@ -28,8 +28,9 @@ _MARKS = {
 }
 """A weight of each encoder, by the names of transformers."""
 
-_SCALES = (*SCALES, "scaled_fp8", ".comfy_quant")
-"""Ends of the names that come with quantised weights of ComfyUI's: scaled fp8, and its formats from 0.8 on."""
+
+_FORMATS = "_quantization_metadata"
+"""Where some files describe ComfyUI's formats, in place of tensors."""
 
 _READ_BY_ALL = "bf16, fp16 or plain fp8 (t5xxl_fp8_e4m3fn.safetensors)"
 
@@ -98,10 +99,12 @@ def load_dual_clip(paths: Sequence[Path], embedding_directory: Sequence[str]) ->
     """
     found: dict[str, Path] = {}
     states: dict[Path, State] = {}
+    headers: list[Header] = []
     weights: dict[str, Weight4bit] = {}
     entries: dict[str, TensorEntry] = {}
     for path in paths:
         header = read_checkpoint_header(path)
+        headers.append(header)
         tensors = header.tensors
         part = _encoder_of(path, tensors)
         if part in found:
@@ -131,7 +134,8 @@ def load_dual_clip(paths: Sequence[Path], embedding_directory: Sequence[str]) ->
             found["t5xxl"], f"ComfyUI does not take it with {found['clip_l'].name}: {error}"
         ) from error
     adopt_4bit(clip, weights)
-    clip.cond_stage_model.nf4_entries = entries
+    if not any(_FORMATS in header.metadata for header in headers):  # without which the tensors are not the model's
+        clip.cond_stage_model.nf4_entries = entries
     return clip
 
 
@@ -183,7 +187,7 @@ def require_computable(path: Path, state: Iterable[str], weights: Mapping[str, W
     Raises:
         CheckpointError: saying what is in the way.
     """
-    scales = [name for name in state if name.endswith(_SCALES)]
+    scales = [name for name in state if name.endswith(COMPANIONS)]
     if scales and weights:
         raise CheckpointError(
             path,

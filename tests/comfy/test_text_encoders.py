@@ -3,6 +3,7 @@
 import functools
 
 import checkpoint_layout as layout
+import comfy.sd
 import comfy.utils
 import pytest
 import torch
@@ -22,6 +23,7 @@ from flux_nf4.nf4_loader.model_sources import sources_of_encoders
 from flux_nf4.nf4_loader.parts import TORCH_DTYPES
 from flux_nf4.nf4_loader.text_encoders import load_dual_clip
 
+CPU = torch.device("cpu")
 LAYERS = 2
 T5 = {"d_model": 128, "d_ff": 256, "d_kv": 32, "num_heads": 4, "vocab_size": 500}
 CLIP_L = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2}
@@ -314,6 +316,52 @@ def test_it_is_saved_as_it_was_and_what_is_patched_is_merged(t5, clip_l):
     assert torch.equal(merged, (load_file(clip_l)[dense.partition("transformer.")[2]].float() + 1).half())
     tokens = {"l": [[(1, 1.0)] * 77], "t5xxl": [[(3, 1.0), (14, 1.0), (1, 1.0)]]}
     assert clip.encode_from_tokens(tokens).isfinite().all()
+
+
+@pytest.fixture
+def stock_clip(clip_l, tmp_path):
+    """A function: CLIP as ComfyUI's own loader makes it of these tensors of a T5."""
+
+    def load(t5):
+        paths = [str(clip_l), str(tmp_path / "stock_t5.safetensors")]
+        save_file(t5, paths[1])
+        options = text_encoders.options_for({}, 24)
+        return comfy.sd.load_clip(paths, clip_type=comfy.sd.CLIPType.FLUX, model_options=options)
+
+    return load
+
+
+@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize("loader", ["stock", "this package's"])
+def test_a_scaled_t5_is_saved_so_that_it_reads_as_before(loader, patched, scaled_t5, stock_clip, clip_l, tmp_path):
+    scaled, dense = scaled_t5
+    save_file(scaled, tmp_path / "t5.safetensors")
+    clip = stock_clip(scaled) if loader == "stock" else load_dual_clip([clip_l, tmp_path / "t5.safetensors"], [])
+    query = "encoder.block.0.layer.0.SelfAttention.q.weight"
+    if patched:
+        assert clip.patcher.add_patches({f"t5xxl.transformer.{query}": ("diff", (torch.ones(128, 128),))})
+    sources = {source.name: source for source in sources_of_encoders(clip, Vae())}
+    prefix = "text_encoders.t5xxl.transformer."
+    read = {name.removeprefix(prefix): source.read(CPU) for name, source in sources.items() if name.startswith(prefix)}
+    for name, value in dense.items():
+        got = read[name].float()
+        if f"{name.removesuffix('weight')}scale_weight" in read:
+            got = got * read[f"{name.removesuffix('weight')}scale_weight"]
+        torch.testing.assert_close(got, value.float() + (patched and name == query), rtol=1e-2, atol=1e-2)
+    assert not any(name.endswith(("comfy_quant", "weight_scale", "input_scale")) for name in read)
+    assert any(name.endswith("scale_weight") for name in read) == (loader != "stock" and not patched)
+
+
+def test_a_stock_t5_in_plain_fp8_is_saved_as_it_is(scaled_t5, stock_clip):
+    fp8 = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in scaled_t5[1].items()}
+    clip = stock_clip(fp8)
+    sources = {source.name: source for source in sources_of_encoders(clip, Vae())}
+    for name, tensor in fp8.items():
+        held = comfy.utils.get_attr(clip.cond_stage_model, f"t5xxl.transformer.{name}")
+        saved = sources[f"text_encoders.t5xxl.transformer.{name}"].read(CPU)
+        assert saved.dtype == held.dtype
+        assert torch.equal(saved.float(), tensor.float())
+    assert saved.dtype == torch.float8_e4m3fn
 
 
 def test_two_files_of_one_kind_are_refused(t5, clip_l):
