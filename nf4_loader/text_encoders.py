@@ -17,7 +17,7 @@ from . import kernels
 from .catalogue import COMPANIONS, TransformerTensor, Weight4bit, group_4bit
 from .errors import CheckpointError
 from .header import Header, TensorEntry
-from .identify import quantised_otherwise
+from .identify import of_another_kind
 from .linear4bit import Linear4bit
 from .parts import PackedMemory, memory_of_fused, read_parts
 from .shards import read_checkpoint_header
@@ -157,7 +157,7 @@ def read_encoders(path: Path, tensors: Mapping[str, TensorEntry]) -> tuple[State
     Raises:
         CheckpointError: they are quantised in another format, or a quant state does not fit.
     """
-    problem = quantised_otherwise(tensors)
+    problem = of_another_kind(tensors)
     if problem is not None:
         raise CheckpointError(path, f"of its text encoders: {problem}")
     grouped = group_4bit(path, tensors)
