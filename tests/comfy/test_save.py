@@ -150,6 +150,49 @@ def test_what_has_other_scales_is_refused_and_nothing_is_written(tensors, proble
     assert not list(tmp_path.iterdir())
 
 
+PARTS = {
+    "a LoRA": (
+        {"double_blocks.0.img_attn.qkv.lora_A.weight": torch.ones(4, HIDDEN)},
+        "it is a LoRA, not a checkpoint",
+    ),
+    "a LoRA of diffusers": (
+        {"transformer.single_transformer_blocks.0.proj_mlp.lora_A.weight": torch.ones(4, HIDDEN)},
+        "it is a LoRA, not a checkpoint",
+    ),
+    "a ControlNet": (
+        {name: tensor for name, tensor in values().items() if not name.startswith("final_layer")}
+        | {"controlnet_blocks.0.weight": torch.ones(HIDDEN, HIDDEN)},
+        "it is a ControlNet, not a checkpoint",
+    ),
+    "a part": (
+        {name: tensor for name, tensor in values().items() if name.startswith("double_blocks")},
+        r"it has blocks of a Flux model, but no img_in\.weight and no final_layer\.linear\.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize(("tensors", "problem"), PARTS.values(), ids=PARTS)
+def test_what_has_the_blocks_of_a_flux_model_and_is_none_is_refused(tensors, problem, tmp_path):
+    save_file(tensors, tmp_path / "part.safetensors")
+    with pytest.raises(CheckpointError, match=rf"^part\.safetensors: {problem}"):
+        sources_of_file(tmp_path / "part.safetensors", all_in_one=False)
+
+
+def test_gguf_without_the_rest_of_the_model_or_as_an_all_in_one_file_is_refused(tmp_path):
+    path = tmp_path / "flux.gguf"
+    write_gguf(path, gguf.GGMLQuantizationType.Q8_0)
+    with pytest.raises(CheckpointError, match=r"^flux\.gguf: it has no text encoders or no VAE"):
+        sources_of_file(path, all_in_one=True)
+    writer = gguf.GGUFWriter(path, "flux")
+    writer.add_tensor("double_blocks.0.img_attn.qkv.weight", torch.ones(8, 8).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match=r"^flux\.gguf: it has blocks of a Flux model, but no img_in"):
+        sources_of_file(path, all_in_one=False)
+
+
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "BF16", "F16"])
 def test_gguf_is_quantised_from_what_gguf_dequantises(kind, folder, tmp_path):
     expected = write_gguf(folder / "flux.gguf", gguf.GGMLQuantizationType[kind])
