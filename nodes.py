@@ -401,9 +401,9 @@ class FluxNF4QuantiseSave:
             )
         if (clip is None) != (vae is None):
             raise CheckpointError(path, "connect both CLIP and VAE for an all-in-one file, or neither.")
-        sources = sources_of_model(model) + (sources_of_encoders(clip, vae) if clip is not None else [])
         device = comfy.model_management.get_torch_device()
-        comfy.model_management.free_memory(_GIB, device)
+        comfy.model_management.free_memory(_GIB, device)  # first: what a source holds stays where it is
+        sources = sources_of_model(model) + (sources_of_encoders(clip, vae) if clip is not None else [])
         progress = comfy.utils.ProgressBar(sum(torch.Size(source.shape).numel() for source in sources))
         save_quantised(
             path,

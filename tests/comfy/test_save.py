@@ -11,9 +11,11 @@ import time
 from dataclasses import replace
 
 import comfy.model_detection
+import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import environment
+import folder_paths
 import gguf
 import pytest
 import quantise as quantise_command
@@ -28,6 +30,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from saved_files import HIDDEN, SHAPES, WEIGHTS, check, dequantised, requantised, values, write_gguf
 
+from flux_nf4 import nodes
 from flux_nf4.nf4_loader import layouts
 from flux_nf4.nf4_loader.errors import CheckpointError
 from flux_nf4.nf4_loader.model_sources import sources_of_model
@@ -321,6 +324,42 @@ def test_a_model_in_scaled_fp8_is_quantised_with_its_lora(tmp_path, one_block_of
     expected = with_lora(patcher, expected)
     save_quantised(tmp_path / "made.safetensors", sources_of_model(patcher), V2)
     check(load_file(tmp_path / "made.safetensors"), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "problem"),
+    [
+        ("weight", torch.ones(HIDDEN, 64, dtype=torch.int8), r"a Parameter of torch\.int8, of which"),
+        (
+            "weight",
+            torch.ones(HIDDEN * 32, 1, dtype=torch.uint8),
+            r"a Parameter of torch\.uint8, of which",
+        ),
+        ("pre_quant_scale", torch.ones(64), "its layer multiplies its input by these numbers"),
+    ],
+    ids=["of nunchaku", "of ComfyUI_bitsandbytes_NF4", "of NVFP4 with scaled inputs"],
+)
+def test_a_model_in_another_form_is_refused_with_what_to_do(name, tensor, problem, one_block_of_each):
+    patcher = comfy.sd.load_diffusion_model_state_dict(values())
+    patcher.model.diffusion_model.img_in.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+    with pytest.raises(CheckpointError, match=rf"^Flux: diffusion_model\.img_in\.{name}: {problem}.* GGUF"):
+        sources_of_model(patcher)
+
+
+def test_the_scale_of_inputs_is_not_saved(one_block_of_each, tmp_path):
+    patcher = comfy.sd.load_diffusion_model_state_dict(values())
+    patcher.model.diffusion_model.img_in.input_scale = torch.nn.Parameter(torch.ones(1))
+    assert not any("scale" in source.name for source in sources_of_model(patcher) if "img_in" in source.name)
+
+
+def test_models_leave_the_device_before_their_weights_are_taken(one_block_of_each, tmp_path, monkeypatch):
+    patcher, calls = comfy.sd.load_diffusion_model_state_dict(values()), []
+    monkeypatch.setattr(comfy.model_management, "free_memory", lambda *_: calls.append("free_memory"))
+    monkeypatch.setattr(nodes, "sources_of_model", lambda _: calls.append("sources_of_model") or [])
+    monkeypatch.setattr(nodes, "save_quantised", lambda path, *_, **__: path.touch())
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    nodes.FluxNF4QuantiseSave().save(patcher, "saved", "output", "nf4", "fp32", "")
+    assert calls == ["free_memory", "sources_of_model"]
 
 
 # Patches
