@@ -267,6 +267,18 @@ def test_nested_absmax_is_expanded_and_nothing_is_quantised_again(tmp_path):
         assert torch.equal(dequantised(tensors, name), dequantised(before, name))
 
 
+@pytest.mark.parametrize(("quant_type", "nested"), [("fp4", False), ("nf4", True)])
+def test_what_is_quantised_again_is_said(tmp_path, caplog, quant_type, nested):
+    path = tmp_path / "before.safetensors"
+    make_checkpoint(path, Recipe(quant_type=quant_type, nested=nested, hidden=HIDDEN, unet_only=True, prefix=""))
+    save(path, tmp_path / "made.safetensors", keep_dense=["img_in"])
+    said = [record.getMessage() for record in caplog.records if "quantised again" in record.getMessage()]
+    again = len(WEIGHTS) - 1 if quant_type == "fp4" else 0
+    assert len(said) == (again > 0)
+    for message in said:
+        assert message.startswith(f"NF4: made.safetensors: {again} weights that are in 4 bits already (fp4)")
+
+
 def test_a_file_that_changed_meanwhile_is_refused(tmp_path, dense):
     path = tmp_path / "changing.safetensors"
     path.write_bytes(dense.read_bytes())
