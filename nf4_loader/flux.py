@@ -11,13 +11,13 @@ import comfy.model_management
 import comfy.ops
 import comfy.sd
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from .catalogue import TEXT_ENCODERS_PREFIX, Catalogue, TransformerTensor, Weight4bit
 from .errors import CheckpointError
 from .header import natural_key
 from .linear4bit import Linear4bit
+from .parts import read_entries
 from .patched_linear import PatchedLinear4bit, PatchedLinearOfParts
 from .text_encoders import adopt_4bit, options_for, read_encoders, require_computable
 
@@ -211,8 +211,7 @@ def load_clip_and_vae(catalogue: Catalogue, embedding_directory: Sequence[str]) 
     require_computable(catalogue.path, encoders, packed)
     weights = {name.removeprefix(TEXT_ENCODERS_PREFIX): weight for name, weight in packed.items()}
     state |= encoders
-    with safe_open(catalogue.path, framework="pt") as file:
-        state.update({name: file.get_tensor(name) for name in catalogue.vae})
+    state |= read_entries(catalogue.vae.values())
     try:
         parts = comfy.sd.load_state_dict_guess_config(
             state,

@@ -10,7 +10,6 @@ import comfy.ops
 import comfy.sd
 import comfy.utils
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from . import kernels
@@ -19,7 +18,7 @@ from .errors import CheckpointError
 from .header import Header, TensorEntry
 from .identify import of_another_kind
 from .linear4bit import Linear4bit
-from .parts import PackedMemory, memory_of_fused, read_parts
+from .parts import PackedMemory, memory_of_fused, read_entries, read_parts
 from .shards import read_checkpoint_header
 
 _MARKS = {
@@ -163,10 +162,7 @@ def read_encoders(path: Path, tensors: Mapping[str, TensorEntry]) -> tuple[State
     grouped = group_4bit(path, tensors)
     weights = {name: part for name, part in grouped.items() if isinstance(part, Weight4bit)}
     state = {name: torch.empty(weight.shape, device="meta") for name, weight in weights.items()}
-    dense = [part for part in grouped.values() if isinstance(part, TensorEntry)]
-    for source in {entry.path for entry in dense}:
-        with safe_open(source, framework="pt") as file:
-            state.update({entry.name: file.get_tensor(entry.name) for entry in dense if entry.path == source})
+    state |= read_entries([part for part in grouped.values() if isinstance(part, TensorEntry)])
     return state, weights
 
 

@@ -242,20 +242,32 @@ def test_it_encodes_a_prompt_and_knows_its_size(t5, clip_l, monkeypatch):
     assert clip.patcher.model_size() > packed
 
 
-def all_in_one(path, clip_l, t5):
-    """A file with these text encoders beside a transformer and a VAE of the real layout, which are holes."""
+def all_in_one(path, clip_l, t5, vae_path=None):
+    """A file with these text encoders beside a transformer and a VAE (at ``vae_path``, if given) of the real layout,
+    which are holes."""
     tensors = {}
     for name, shape in layout.flux(1, 1, guidance=True).items():
         name = f"model.diffusion_model.{name}"
         tensors |= packed_tensors(name, shape, "nf4", 64) if len(shape) == 2 else {name: ("BF16", shape, None)}
-    tensors |= {f"vae.{name}": ("BF16", shape, None) for name, shape in layout.vae().items()}
+    vae = {f"vae.{name}": ("BF16", shape, None) for name, shape in layout.vae().items()}
     names = {dtype: name for name, dtype in TORCH_DTYPES.items()} | {torch.uint8: "U8"}
     for part, state in (("clip_l", clip_l), ("t5xxl", t5)):
         for name, tensor in state.items():
             raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
             tensors[f"text_encoders.{part}.transformer.{name}"] = (names[tensor.dtype], tuple(tensor.shape), raw)
-    write_sparse(path, tensors)
+    if vae_path is not None:
+        write_sparse(vae_path, vae)
+    write_sparse(path, tensors if vae_path is not None else tensors | vae)
     return path
+
+
+def test_an_all_in_one_file_may_be_in_shards(t5, clip_l, tmp_path):
+    one, other = (tmp_path / f"flux-0000{number}-of-00002.safetensors" for number in (1, 2))
+    all_in_one(one, load_file(clip_l), load_file(t5()[1]), vae_path=other)
+    catalogue = read_catalogue(one)
+    require_all_in_one(catalogue)
+    _, vae = flux.load_clip_and_vae(catalogue, [])
+    assert vae.get_sd().keys() == {name.removeprefix("vae.") for name in catalogue.vae}
 
 
 @pytest.mark.parametrize("options", [{}, {"double_quant": True}, {"quant_type": "fp4"}], ids=["nf4", "nested", "fp4"])
