@@ -381,8 +381,8 @@ class FluxNF4QuantiseSave:
                     "STRING",
                     {
                         "default": "",
-                        "tooltip": "Layers that stay as they are, with commas between them, such as: img_in, "
-                        "final_layer.*, double_blocks.0.*",
+                        "tooltip": "Layers whose weights are dense in the file, with commas between them, such as: "
+                        "img_in, final_layer.*, double_blocks.0.*",
                     },
                 ),
             },
@@ -399,7 +399,8 @@ class FluxNF4QuantiseSave:
     SEARCH_ALIASES: ClassVar = ["quantize", "nf4", "fp4", "bitsandbytes", "convert", "merge lora"]
     DESCRIPTION = (
         "Quantises a Flux model to NF4 or FP4, layer by layer, and saves it: the transformer alone, or with CLIP and "
-        "VAE as an all-in-one file. What is loaded from a file in 4 bits and has no LoRA is saved as it is."
+        "VAE as an all-in-one file. 4-bit weights of a file that have no LoRA keep their values if they are of the "
+        "type that is saved; those of the other type are quantised again, and the log says so."
     )
 
     def save(
@@ -422,9 +423,9 @@ class FluxNF4QuantiseSave:
             )
         if (clip is None) != (vae is None):
             raise CheckpointError(path, "connect both CLIP and VAE for an all-in-one file, or neither.")
-        sources = sources_of_model(model) + (sources_of_encoders(clip, vae) if clip is not None else [])
         device = comfy.model_management.get_torch_device()
-        comfy.model_management.free_memory(_GIB, device)
+        comfy.model_management.free_memory(_GIB, device)  # first: what a source holds stays where it is
+        sources = sources_of_model(model) + (sources_of_encoders(clip, vae) if clip is not None else [])
         progress = comfy.utils.ProgressBar(sum(torch.Size(source.shape).numel() for source in sources))
         save_quantised(
             path,

@@ -194,8 +194,8 @@ class _File:
     other_bytes: int
 
 
-_files: dict[tuple[Path, bool], tuple[tuple[int, int], _File | Problem]] = {}
-"""Each file that was asked about, as it was when it had this time of change in ns and this size."""
+_files: dict[tuple[Path, bool], tuple[tuple[int, int], _File]] = {}
+"""Each file that was asked about and can be loaded, as it was when it had this time of change in ns and this size."""
 
 
 async def _file_at(path: Path, is_all_in_one: bool) -> _File | Problem:
@@ -205,9 +205,12 @@ async def _file_at(path: Path, is_all_in_one: bool) -> _File | Problem:
         return Problem(f"{path.name}: it cannot be read ({error}). Refresh the page (key R) and pick another.")
     key, version = (path, is_all_in_one), (status.st_mtime_ns, status.st_size)
     known = _files.get(key)
-    if known is None or known[0] != version:
-        known = _files[key] = (version, await asyncio.to_thread(_read_file, path, is_all_in_one))
-    return known[1]
+    if known is not None and known[0] == version:
+        return known[1]
+    found = await asyncio.to_thread(_read_file, path, is_all_in_one)
+    if isinstance(found, _File):  # a problem may lie in another file than this one, such as a shard that is missing
+        _files[key] = (version, found)
+    return found
 
 
 def _read_file(path: Path, is_all_in_one: bool) -> _File | Problem:

@@ -27,6 +27,9 @@ VAE_PREFIX = "vae."
 SCALES = (".scale_weight", ".weight_scale")
 """Beside the fp8 weight of a layer: what its values are to be multiplied by (ComfyUI's scaled fp8)."""
 
+COMPANIONS = (*SCALES, ".scale_input", ".input_scale", "scaled_fp8", ".comfy_quant")
+"""Ends of all names that come with quantised weights of ComfyUI's: scaled fp8, and its formats from 0.8 on."""
+
 _QUANT_STATE = re.compile(r"(?P<weight>.+\.weight)\.quant_state\.bitsandbytes__(?P<type>\w+)$")
 _QUANT_FIELDS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _DAMAGED = "The file is damaged or was made by a tool that this node does not know."

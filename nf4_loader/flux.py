@@ -11,15 +11,15 @@ import comfy.model_management
 import comfy.ops
 import comfy.sd
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from .catalogue import TEXT_ENCODERS_PREFIX, Catalogue, TransformerTensor, Weight4bit
 from .errors import CheckpointError
 from .header import natural_key
 from .linear4bit import Linear4bit
+from .parts import read_entries
 from .patched_linear import PatchedLinear4bit, PatchedLinearOfParts
-from .text_encoders import adopt_4bit, options_for, read_encoders
+from .text_encoders import adopt_4bit, options_for, read_encoders, require_computable
 
 logger = logging.getLogger(__name__)
 
@@ -208,10 +208,10 @@ def load_clip_and_vae(catalogue: Catalogue, embedding_directory: Sequence[str]) 
     shapes = catalogue.logical_shapes
     state = {_CHECKPOINT_PREFIX + name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     encoders, packed = read_encoders(catalogue.path, catalogue.text_encoders)
+    require_computable(catalogue.path, encoders, packed)
     weights = {name.removeprefix(TEXT_ENCODERS_PREFIX): weight for name, weight in packed.items()}
     state |= encoders
-    with safe_open(catalogue.path, framework="pt") as file:
-        state.update({name: file.get_tensor(name) for name in catalogue.vae})
+    state |= read_entries(catalogue.vae.values())
     try:
         parts = comfy.sd.load_state_dict_guess_config(
             state,

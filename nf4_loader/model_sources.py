@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import comfy.lora
@@ -11,48 +12,61 @@ import comfy.utils
 import torch
 
 from . import layouts
-from .catalogue import Catalogue
+from .catalogue import COMPANIONS, Catalogue
+from .errors import CheckpointError
 from .header import TensorEntry
 from .linear4bit import Linear4bit
+from .parts import TORCH_DTYPES
 from .save import Source
 from .sources import dequantised_gguf, sources_of_catalogue, sources_of_entries
 
 _TRANSFORMER = "diffusion_model."
-_SCALES = (".scale_weight", ".scale_input", ".scaled_fp8", "scaled_fp8")
-"""Of ComfyUI's scaled fp8 Linears, which apply them in ``convert_weight``."""
 
 
 def sources_of_model(patcher: comfy.model_patcher.ModelPatcher) -> list[Source]:
     """The tensors of a Flux MODEL with its patches; those without a patch that this package has loaded from a file are
-    taken from there, byte by byte."""
+    taken from there, byte by byte.
+
+    Raises:
+        CheckpointError: a tensor is in a form whose values are not known here.
+    """
     catalogue: Catalogue | None = getattr(patcher.model, "nf4_catalogue", None)
     in_file = {source.name: source for source in sources_of_catalogue(catalogue)} if catalogue else {}
     sources: dict[str, Source] = dict(in_file)
     for key, (original, *patches) in _key_patches(patcher, _TRANSFORMER).items():
         name = layouts.place("Black Forest Labs", key.removeprefix(_TRANSFORMER)).name
-        if name.endswith(_SCALES) or _is_a_part(patcher.model, key) or (name in in_file and not patches):
+        if name.endswith(COMPANIONS) or _is_a_part(patcher.model, key) or (name in in_file and not patches):
             continue
+        _require_values(patcher.model, key, original[0])
         sources[name] = _source(name, key, original, patches)
     return list(sources.values())
 
 
 def sources_of_encoders(clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> list[Source]:
     """The tensors of CLIP and VAE under the names that they have in an all-in-one file. Those without a patch that this
-    package has loaded from a file are taken from there."""
+    package has loaded from a file are taken from there. Weights that have a scale are saved as dense ones.
+
+    Raises:
+        CheckpointError: a tensor is in a form whose values are not known here.
+    """
     entries: Mapping[str, TensorEntry] = getattr(clip.cond_stage_model, "nf4_entries", {})
+    if clip.patcher.patches and any(name.endswith(COMPANIONS) for name in entries):
+        entries = {}  # a weight that is patched has its scale in it
     encoders = {source.name: source for source in sources_of_entries(entries)}
-    for key, (original, *patches) in clip.patcher.get_key_patches().items():
+    found = _key_patches(clip.patcher, "")
+    for key, (original, *patches) in found.items():
+        if key.endswith(COMPANIONS) or _is_a_part(clip.cond_stage_model, key) or (entries and not patches):
+            continue
+        _require_values(clip.cond_stage_model, key, original[0])
         name = f"text_encoders.{key}"
-        if patches or not (entries or _is_a_part(clip.cond_stage_model, key)):
-            encoders[name] = _source(name, key, original, patches)
+        is_scaled = f"{key.removesuffix('weight')}scale_weight" in found
+        as_it_is = _is_fp8(original[0]) and not is_scaled and not patches
+        encoders[name] = _stored(name, original[0]) if as_it_is else _source(name, key, original, patches)
     sources = list(encoders.values())
     vae_entries: Mapping[str, TensorEntry] = getattr(vae.first_stage_model, "nf4_entries", {})
     if vae_entries:
         return sources + sources_of_entries(vae_entries)
-    return sources + [
-        Source(f"vae.{name}", tuple(tensor.shape), functools.partial(_as_it_is, tensor), is_layer=False)
-        for name, tensor in vae.get_sd().items()
-    ]
+    return sources + [_stored(f"vae.{name}", tensor) for name, tensor in vae.get_sd().items()]
 
 
 _Original = tuple[torch.Tensor, Callable[..., torch.Tensor]]
@@ -63,6 +77,10 @@ def _source(name: str, key: str, original: _Original, patches: Sequence[Any]) ->
     weight, convert = original
     read = functools.partial(_merged, key, weight, convert, patches)
     return Source(name, _shape(weight), read, is_layer=not name.startswith("text_encoders."))
+
+
+def _stored(name: str, tensor: torch.Tensor) -> Source:
+    return Source(name, tuple(tensor.shape), functools.partial(_as_it_is, tensor), is_layer=False)
 
 
 def _as_it_is(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -98,6 +116,20 @@ def _is_a_part(model: torch.nn.Module, key: str) -> bool:
     return name not in ("weight", "bias") and isinstance(comfy.utils.get_attr(model, path), Linear4bit)
 
 
+def _require_values(model: torch.nn.Module, key: str, weight: torch.Tensor) -> None:
+    if key.endswith(".pre_quant_scale"):
+        found = "its layer multiplies its input by these numbers, which a 4-bit layer does not"
+    elif not (_gguf_type(weight) is not None or _is_quantised(weight) or weight.dtype in TORCH_DTYPES.values()):
+        found = f"a {type(weight).__name__} of {weight.dtype}, of which the loader's package alone knows the values"
+    else:
+        return
+    raise CheckpointError(
+        Path(type(model).__name__),
+        f"{key}: {found}. Load the model from another file (bf16, fp8, GGUF, or NF4 with a node of this package), and "
+        "save that.",
+    )
+
+
 def _shape(weight: torch.Tensor) -> tuple[int, ...]:
     return tuple(getattr(weight, "tensor_shape", weight.shape))
 
@@ -106,7 +138,7 @@ def _merged(
     key: str, weight: torch.Tensor, convert: Callable[..., torch.Tensor], patches: Sequence[Any], device: torch.device
 ) -> torch.Tensor:
     values = _dense(weight, device)
-    if values.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+    if _is_fp8(values):
         values = convert(values.float(), inplace=True).bfloat16()
     if not patches:
         return values
@@ -114,12 +146,26 @@ def _merged(
     return merged.to(values.dtype)
 
 
+def _is_fp8(weight: torch.Tensor) -> bool:
+    """Whether its values, or those that are to be scaled, are in fp8."""
+    return not _is_quantised(weight) and weight.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def _is_quantised(weight: torch.Tensor) -> bool:
+    """Whether it is in a format of ComfyUI's own, with its scales; older ones have no class for that."""
+    return type(weight).__name__ == "QuantizedTensor"
+
+
+def _gguf_type(weight: torch.Tensor) -> Any:
+    return getattr(weight, "tensor_type", None)
+
+
 def _dense(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The values of what ComfyUI, this package or ComfyUI-GGUF keep in another form."""
-    kind = getattr(weight, "tensor_type", None)
+    """The values of what ComfyUI, this package or ComfyUI-GGUF keep in another form: of quantised weights in bf16."""
+    kind = _gguf_type(weight)
     if kind is not None:
         raw = weight.detach().cpu().as_subclass(torch.Tensor)
         return dequantised_gguf(raw.numpy(), kind, _shape(weight)).to(device)
-    if type(weight).__name__ == "QuantizedTensor":
-        weight = weight.dequantize()
+    if _is_quantised(weight):
+        weight = weight.dequantize().bfloat16()
     return weight.detach().to(device).as_subclass(torch.Tensor)

@@ -1,11 +1,12 @@
 """Parts of tensors, from their files into host memory: packed bytes, absmax in fp32, dense values in any dtype."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
+from safetensors import safe_open
 
 from . import kernels
 from .catalogue import TransformerTensor, Weight4bit
@@ -117,6 +118,15 @@ def read_dense(
     if tensor.halves_swapped:
         swap_halves(values)
     return values
+
+
+def read_entries(entries: Collection[TensorEntry]) -> dict[str, torch.Tensor]:
+    """Tensors of any dtype and of any number of files, by their names, as safetensors maps them."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in {entry.path for entry in entries}:
+        with safe_open(path, framework="pt") as file:
+            tensors |= {entry.name: file.get_tensor(entry.name) for entry in entries if entry.path == path}
+    return tensors
 
 
 def _read_part(

@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+import logging
 import math
 import shutil
 from collections import deque
@@ -18,8 +19,11 @@ from .catalogue import TransformerTensor, Weight4bit
 from .errors import CheckpointError
 from .header import TensorEntry, read_header
 from .parts import CPU, TORCH_DTYPES, read_fused
+from .quant_state import QuantState
 from .quantise import QuantSettings, described, quantise
 from .whole_file import remove_abandoned, whole_file
+
+logger = logging.getLogger(__name__)
 
 VERSION = "0.1.0"
 
@@ -73,7 +77,7 @@ def save_quantised(
 
     A few tensors at a time are in memory: what is quantised is written while the next ones are read. What is stored in
     4 bits of the same type already is not quantised again: the bytes are copied, nested absmax is expanded or fp32
-    absmax nested where ``settings`` say so.
+    absmax nested where ``settings`` say so. What is stored in another type is, and the log says so.
 
     Args:
         path: The new file. It is written beside itself first and replaced in one step, after all bytes are on disk.
@@ -91,6 +95,7 @@ def save_quantised(
     """
     _require_bitsandbytes(path)
     _require_layers(path, sources, keep_dense)
+    _say_what_is_quantised_again(path, sources, settings, keep_dense)
     metadata = _metadata(settings, keep_dense) | dict(metadata)
     tensors = _tensors(sources, settings, prefix, keep_dense, device, progress)
     try:
@@ -122,6 +127,23 @@ def _require_layers(path: Path, sources: Sequence[Source], keep_dense: Sequence[
                 f"no layer is called {pattern!r}, which shall stay dense. Layers have names such as {layers[0]}, and * "
                 "stands for any text.",
             )
+
+
+def _say_what_is_quantised_again(
+    path: Path, sources: Sequence[Source], settings: QuantSettings, keep_dense: Sequence[str]
+) -> None:
+    stored = [source.stored for source in sources if source.stored is not None and _is_quantised(source, keep_dense)]
+    again = [tensor for tensor in stored if tensor.weights4bit and _kept_state(tensor, settings) is None]
+    if again:
+        found = {weight.state.quant_type for tensor in again for weight in tensor.weights4bit}
+        logger.warning(
+            "NF4: %s: %d weights that are in 4 bits already (%s) are quantised again, to %s, which makes them less "
+            "exact. Save the model in its own type, or from a dense, fp8 or GGUF file.",
+            path.name,
+            len(again),
+            ", ".join(sorted(found)),
+            settings.quant_type,
+        )
 
 
 def _require_room(path: Path, sources: Sequence[Source], settings: QuantSettings, keep_dense: Sequence[str]) -> None:
@@ -169,8 +191,8 @@ def _tensors(
 
 def _in_4_bits(source: Source, name: str, settings: QuantSettings, device: torch.device) -> Iterator[_Tensor]:
     stored = source.stored
-    state = stored.fused if stored is not None else None
-    if stored is None or state is None or state.quant_type != settings.quant_type:
+    state = _kept_state(stored, settings) if stored is not None else None
+    if stored is None or state is None:
         for end, tensor in quantise(source.read(device), settings).items():
             yield name + end, tensor
         return
@@ -182,6 +204,12 @@ def _in_4_bits(source: Source, name: str, settings: QuantSettings, device: torch
     kept = replace(settings, blocksize=state.blocksize)
     for end, tensor in described(*read_fused(stored), state.shape, torch.bfloat16, kept).items():
         yield name + end, tensor
+
+
+def _kept_state(stored: TransformerTensor, settings: QuantSettings) -> QuantState | None:
+    """How its 4-bit values are read, if they stay what they are."""
+    state = stored.fused
+    return state if state is not None and state.quant_type == settings.quant_type else None
 
 
 def _is_as_it_is(stored: TransformerTensor) -> bool:

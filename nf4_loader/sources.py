@@ -1,21 +1,19 @@
 """Where the tensors of a model to be saved come from: a checkpoint, or a GGUF file."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import layouts
-from .catalogue import SCALES, Catalogue, TransformerTensor, read_catalogue
+from .catalogue import COMPANIONS, SCALES, Catalogue, TransformerTensor, read_catalogue
 from .errors import CheckpointError
 from .header import TensorEntry
-from .identify import what_else_it_is
+from .identify import of_another_kind, what_else_it_is
 from .parts import TORCH_DTYPES, read_dense
 from .save import Source
-
-_NOT_SAVED = (*SCALES, ".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
 
 
 def sources_of_file(path: Path, *, all_in_one: bool) -> list[Source]:
@@ -28,11 +26,11 @@ def sources_of_file(path: Path, *, all_in_one: bool) -> list[Source]:
     Raises:
         CheckpointError: there is no Flux transformer in it that can be read, or the encoders and the VAE are not there.
     """
-    if path.suffix == ".gguf":
-        return _sources_of_gguf(path)
-    catalogue = read_catalogue(path)
-    if all_in_one and not (catalogue.text_encoders and catalogue.vae):
+    catalogue = None if path.suffix == ".gguf" else read_catalogue(path)
+    if all_in_one and not (catalogue and catalogue.text_encoders and catalogue.vae):
         raise CheckpointError(path, "it has no text encoders or no VAE: only the transformer of it can be saved.")
+    if catalogue is None:
+        return _sources_of_gguf(path)
     return sources_of_catalogue(catalogue) + (
         sources_of_entries({**catalogue.text_encoders, **catalogue.vae}) if all_in_one else []
     )
@@ -46,9 +44,10 @@ def sources_of_catalogue(catalogue: Catalogue) -> list[Source]:
     """
     if catalogue.layout is None:
         raise CheckpointError(catalogue.path, what_else_it_is(catalogue.header, is_flux=False))
+    _require_whole(catalogue.path, catalogue.transformer, of_another_kind(catalogue.header.tensors))
     sources = []
     for name, tensor in catalogue.transformer.items():
-        if name.endswith(_NOT_SAVED):
+        if name.endswith(COMPANIONS):
             continue
         _require_values(catalogue, tensor)
         scales = _scales_of(catalogue, tensor)
@@ -64,6 +63,14 @@ def sources_of_entries(entries: Mapping[str, TensorEntry]) -> list[Source]:
         Source(name, tensor.shape, functools.partial(_read, tensor, {}), stored=tensor, is_layer=False)
         for name, tensor in tensors.items()
     ]
+
+
+def _require_whole(path: Path, names: Collection[str], other: str | None = None) -> None:
+    """Check that there is more than blocks, which additions to a model have, too; ``other`` says what it is if not."""
+    missing = [name for name in ("img_in.weight", "final_layer.linear.weight") if name not in names]
+    if missing:
+        incomplete = f"it has blocks of a Flux model, but no {' and no '.join(missing)}. Download a whole one."
+        raise CheckpointError(path, other or incomplete)
 
 
 def _require_values(catalogue: Catalogue, tensor: TransformerTensor) -> None:
@@ -108,13 +115,11 @@ def _sources_of_gguf(path: Path) -> list[Source]:
     prefix, layout = layouts.detect(tensors)
     if layout != "Black Forest Labs":
         raise CheckpointError(path, "it holds no Flux transformer ('double_blocks.0.*' is missing).")
+    placed = {layouts.place(layout, name.removeprefix(prefix)).name: tensor for name, tensor in tensors.items()}
+    _require_whole(path, placed)
     return [
-        Source(
-            layouts.place(layout, name.removeprefix(prefix)).name,
-            tuple(reversed(tensor.shape.tolist())),
-            functools.partial(_read_gguf, tensor),
-        )
-        for name, tensor in tensors.items()
+        Source(name, tuple(reversed(tensor.shape.tolist())), functools.partial(_read_gguf, tensor))
+        for name, tensor in placed.items()
     ]
 
 

@@ -1,24 +1,24 @@
 """CLIP-L and T5 through ComfyUI's own classes, with the Linears that a file has in 4 bits left in 4 bits."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 import comfy.ops
 import comfy.sd
+import comfy.utils
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from . import kernels
-from .catalogue import TransformerTensor, Weight4bit, group_4bit
+from .catalogue import COMPANIONS, TransformerTensor, Weight4bit, group_4bit
 from .errors import CheckpointError
-from .header import TensorEntry
-from .identify import quantised_otherwise
+from .header import Header, TensorEntry
+from .identify import of_another_kind
 from .linear4bit import Linear4bit
-from .parts import PackedMemory, memory_of_fused, read_parts
+from .parts import PackedMemory, memory_of_fused, read_entries, read_parts
 from .shards import read_checkpoint_header
 
 _MARKS = {
@@ -26,6 +26,12 @@ _MARKS = {
     "clip_l": re.compile(r"text_model\.encoder\.layers\.(\d+)\.mlp\.fc1\.weight$"),
 }
 """A weight of each encoder, by the names of transformers."""
+
+
+_FORMATS = "_quantization_metadata"
+"""Where some files describe ComfyUI's formats, in place of tensors."""
+
+_READ_BY_ALL = "bf16, fp16 or plain fp8 (t5xxl_fp8_e4m3fn.safetensors)"
 
 State = dict[str, torch.Tensor]
 
@@ -91,11 +97,14 @@ def load_dual_clip(paths: Sequence[Path], embedding_directory: Sequence[str]) ->
         CheckpointError: a file is none of the two, or ComfyUI does not take it.
     """
     found: dict[str, Path] = {}
-    states: list[State] = []
+    states: dict[Path, State] = {}
+    headers: list[Header] = []
     weights: dict[str, Weight4bit] = {}
     entries: dict[str, TensorEntry] = {}
     for path in paths:
-        tensors = read_checkpoint_header(path).tensors
+        header = read_checkpoint_header(path)
+        headers.append(header)
+        tensors = header.tensors
         part = _encoder_of(path, tensors)
         if part in found:
             raise CheckpointError(
@@ -103,15 +112,18 @@ def load_dual_clip(paths: Sequence[Path], embedding_directory: Sequence[str]) ->
             )
         found[part] = path
         state, packed = read_encoders(path, tensors)
-        states.append(state)
+        states[path] = _in_comfyuis_format(state, header.metadata)
         weights |= {f"{part}.transformer.{name}": weight for name, weight in packed.items()}
         entries |= {f"text_encoders.{part}.transformer.{name}": entry for name, entry in tensors.items()}
     if len(found) < len(_MARKS):
         raise CheckpointError(paths[0], "Flux needs two text encoders: CLIP-L and T5-XXL.")
-    layers = max(int(match[1]) for name in states[0] | states[1] if (match := _MARKS["t5xxl"].search(name))) + 1
+    for path, state in states.items():
+        require_computable(path, state, weights)
+    t5 = states[found["t5xxl"]]
+    layers = max(int(match[1]) for name in t5 if (match := _MARKS["t5xxl"].search(name))) + 1
     try:
         clip = comfy.sd.load_text_encoder_state_dicts(
-            states,
+            list(states.values()),
             embedding_directory=list(embedding_directory),
             clip_type=comfy.sd.CLIPType.FLUX,
             model_options=options_for(weights, layers),
@@ -121,7 +133,8 @@ def load_dual_clip(paths: Sequence[Path], embedding_directory: Sequence[str]) ->
             found["t5xxl"], f"ComfyUI does not take it with {found['clip_l'].name}: {error}"
         ) from error
     adopt_4bit(clip, weights)
-    clip.cond_stage_model.nf4_entries = entries
+    if not any(_FORMATS in header.metadata for header in headers):  # without which the tensors are not the model's
+        clip.cond_stage_model.nf4_entries = entries
     return clip
 
 
@@ -143,17 +156,47 @@ def read_encoders(path: Path, tensors: Mapping[str, TensorEntry]) -> tuple[State
     Raises:
         CheckpointError: they are quantised in another format, or a quant state does not fit.
     """
-    problem = quantised_otherwise(tensors)
+    problem = of_another_kind(tensors)
     if problem is not None:
         raise CheckpointError(path, f"of its text encoders: {problem}")
     grouped = group_4bit(path, tensors)
     weights = {name: part for name, part in grouped.items() if isinstance(part, Weight4bit)}
     state = {name: torch.empty(weight.shape, device="meta") for name, weight in weights.items()}
-    dense = [part for part in grouped.values() if isinstance(part, TensorEntry)]
-    for source in {entry.path for entry in dense}:
-        with safe_open(source, framework="pt") as file:
-            state.update({entry.name: file.get_tensor(entry.name) for entry in dense if entry.path == source})
+    state |= read_entries([part for part in grouped.values() if isinstance(part, TensorEntry)])
     return state, weights
+
+
+def _in_comfyuis_format(state: State, metadata: Mapping[str, str]) -> State:
+    """As ComfyUI's own loader hands it on: from 0.8 on, layers in scaled fp8 are described in another way there."""
+    convert = getattr(comfy.utils, "convert_old_quants", None)
+    return state if convert is None else convert(state, metadata=metadata)[0]
+
+
+def require_computable(path: Path, state: Iterable[str], weights: Mapping[str, Weight4bit]) -> None:
+    """Check that this ComfyUI computes with the scales of these text encoders, if they have any.
+
+    Args:
+        path: Of their file.
+        state: Their tensors' names.
+        weights: All that is packed in the encoders that are loaded together, for which the layers are `_Operations`.
+
+    Raises:
+        CheckpointError: saying what is in the way.
+    """
+    scales = [name for name in state if name.endswith(COMPANIONS)]
+    if scales and weights:
+        raise CheckpointError(
+            path,
+            f"{scales[0]}: a text encoder in ComfyUI's scaled fp8 or another format of its own does not go with 4-bit "
+            f"layers of text encoders. Pick another file of one of the two: {_READ_BY_ALL}.",
+        )
+    newer = next((name for name in scales if name.endswith((".comfy_quant", ".weight_scale"))), None)
+    if newer is not None and not hasattr(comfy.utils, "detect_layer_quantization"):
+        raise CheckpointError(
+            path,
+            f"{newer}: a text encoder in a format of ComfyUI's own that this ComfyUI does not read yet. Update ComfyUI "
+            f"to 0.8 or later, or load another T5 with 'DualCLIPLoader' (type flux): {_READ_BY_ALL}.",
+        )
 
 
 def options_for(weights: Mapping[str, Weight4bit], t5_layers: int) -> dict[str, Any]:

@@ -68,7 +68,9 @@ def _report(taken: int, skipped: Sequence[str], strength: float) -> None:
             "LoRA: %d patches applied at strength %g, %d skipped: %s%s", taken, strength, len(skipped), shown, more
         )
     elif taken:
-        logger.info("LoRA: %d patches applied at strength %g, none skipped", taken, strength)
+        logger.info(
+            "LoRA: %d patches applied at strength %g, all that ComfyUI recognised for this model", taken, strength
+        )
     else:
         logger.warning(
             "LoRA: none of its keys is of this Flux model, so the model stays as it is. Is the LoRA for another model "

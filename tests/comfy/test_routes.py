@@ -6,6 +6,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from sparse_checkpoint import make_sparse_checkpoint
 
 from flux_nf4 import routes
@@ -41,6 +43,16 @@ def test_a_question_that_was_answered_is_not_worked_out_again(full_size, monkeyp
     assert answers(full_size, [2 << 30])[0] == first
     with pytest.raises(TypeError):
         answers(full_size, [3 << 30])
+
+
+def test_a_shard_that_comes_later_is_noticed(full_size):
+    one, other = (full_size.with_name(f"flux-0000{number}-of-00002.safetensors") for number in (1, 2))
+    full_size.rename(one)
+    (missing,), _ = answers(one, [2 << 30])
+    assert "1 of the model's 2 files are missing" in missing["problem"]
+    save_file({"another": torch.ones(1)}, other)
+    (found,), _ = answers(one, [2 << 30])
+    assert found["blocks"]
 
 
 def test_another_budget_of_a_known_file_is_worked_out_while_it_is_dragged(full_size):

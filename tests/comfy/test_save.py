@@ -11,9 +11,11 @@ import time
 from dataclasses import replace
 
 import comfy.model_detection
+import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import environment
+import folder_paths
 import gguf
 import pytest
 import quantise as quantise_command
@@ -29,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from saved_files import HIDDEN, SHAPES, WEIGHTS, check, dequantised, requantised, values, write_gguf
 from scaled_fp8 import load_scaled_fp8
 
+from flux_nf4 import nodes
 from flux_nf4.nf4_loader import layouts
 from flux_nf4.nf4_loader.errors import CheckpointError
 from flux_nf4.nf4_loader.model_sources import sources_of_model
@@ -151,6 +154,49 @@ def test_what_has_other_scales_is_refused_and_nothing_is_written(tensors, proble
     assert not list(tmp_path.iterdir())
 
 
+PARTS = {
+    "a LoRA": (
+        {"double_blocks.0.img_attn.qkv.lora_A.weight": torch.ones(4, HIDDEN)},
+        "it is a LoRA, not a checkpoint",
+    ),
+    "a LoRA of diffusers": (
+        {"transformer.single_transformer_blocks.0.proj_mlp.lora_A.weight": torch.ones(4, HIDDEN)},
+        "it is a LoRA, not a checkpoint",
+    ),
+    "a ControlNet": (
+        {name: tensor for name, tensor in values().items() if not name.startswith("final_layer")}
+        | {"controlnet_blocks.0.weight": torch.ones(HIDDEN, HIDDEN)},
+        "it is a ControlNet, not a checkpoint",
+    ),
+    "a part": (
+        {name: tensor for name, tensor in values().items() if name.startswith("double_blocks")},
+        r"it has blocks of a Flux model, but no img_in\.weight and no final_layer\.linear\.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize(("tensors", "problem"), PARTS.values(), ids=PARTS)
+def test_what_has_the_blocks_of_a_flux_model_and_is_none_is_refused(tensors, problem, tmp_path):
+    save_file(tensors, tmp_path / "part.safetensors")
+    with pytest.raises(CheckpointError, match=rf"^part\.safetensors: {problem}"):
+        sources_of_file(tmp_path / "part.safetensors", all_in_one=False)
+
+
+def test_gguf_without_the_rest_of_the_model_or_as_an_all_in_one_file_is_refused(tmp_path):
+    path = tmp_path / "flux.gguf"
+    write_gguf(path, gguf.GGMLQuantizationType.Q8_0)
+    with pytest.raises(CheckpointError, match=r"^flux\.gguf: it has no text encoders or no VAE"):
+        sources_of_file(path, all_in_one=True)
+    writer = gguf.GGUFWriter(path, "flux")
+    writer.add_tensor("double_blocks.0.img_attn.qkv.weight", torch.ones(8, 8).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match=r"^flux\.gguf: it has blocks of a Flux model, but no img_in"):
+        sources_of_file(path, all_in_one=False)
+
+
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "BF16", "F16"])
 def test_gguf_is_quantised_from_what_gguf_dequantises(kind, folder, tmp_path):
     expected = write_gguf(folder / "flux.gguf", gguf.GGMLQuantizationType[kind])
@@ -222,6 +268,18 @@ def test_nested_absmax_is_expanded_and_nothing_is_quantised_again(tmp_path):
         assert torch.equal(dequantised(tensors, name), dequantised(before, name))
 
 
+@pytest.mark.parametrize(("quant_type", "nested"), [("fp4", False), ("nf4", True)])
+def test_what_is_quantised_again_is_said(tmp_path, caplog, quant_type, nested):
+    path = tmp_path / "before.safetensors"
+    make_checkpoint(path, Recipe(quant_type=quant_type, nested=nested, hidden=HIDDEN, unet_only=True, prefix=""))
+    save(path, tmp_path / "made.safetensors", keep_dense=["img_in"])
+    said = [record.getMessage() for record in caplog.records if "quantised again" in record.getMessage()]
+    again = len(WEIGHTS) - 1 if quant_type == "fp4" else 0
+    assert len(said) == (again > 0)
+    for message in said:
+        assert message.startswith(f"NF4: made.safetensors: {again} weights that are in 4 bits already (fp4)")
+
+
 def test_a_file_that_changed_meanwhile_is_refused(tmp_path, dense):
     path = tmp_path / "changing.safetensors"
     path.write_bytes(dense.read_bytes())
@@ -270,6 +328,42 @@ def test_a_model_in_scaled_fp8_is_quantised_with_its_lora(tmp_path, one_block_of
     expected = with_lora(patcher, expected)
     save_quantised(tmp_path / "made.safetensors", sources_of_model(patcher), V2)
     check(load_file(tmp_path / "made.safetensors"), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "problem"),
+    [
+        ("weight", torch.ones(HIDDEN, 64, dtype=torch.int8), r"a Parameter of torch\.int8, of which"),
+        (
+            "weight",
+            torch.ones(HIDDEN * 32, 1, dtype=torch.uint8),
+            r"a Parameter of torch\.uint8, of which",
+        ),
+        ("pre_quant_scale", torch.ones(64), "its layer multiplies its input by these numbers"),
+    ],
+    ids=["of nunchaku", "of ComfyUI_bitsandbytes_NF4", "of NVFP4 with scaled inputs"],
+)
+def test_a_model_in_another_form_is_refused_with_what_to_do(name, tensor, problem, one_block_of_each):
+    patcher = comfy.sd.load_diffusion_model_state_dict(values())
+    patcher.model.diffusion_model.img_in.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+    with pytest.raises(CheckpointError, match=rf"^Flux: diffusion_model\.img_in\.{name}: {problem}.* GGUF"):
+        sources_of_model(patcher)
+
+
+def test_the_scale_of_inputs_is_not_saved(one_block_of_each, tmp_path):
+    patcher = comfy.sd.load_diffusion_model_state_dict(values())
+    patcher.model.diffusion_model.img_in.input_scale = torch.nn.Parameter(torch.ones(1))
+    assert not any("scale" in source.name for source in sources_of_model(patcher) if "img_in" in source.name)
+
+
+def test_models_leave_the_device_before_their_weights_are_taken(one_block_of_each, tmp_path, monkeypatch):
+    patcher, calls = comfy.sd.load_diffusion_model_state_dict(values()), []
+    monkeypatch.setattr(comfy.model_management, "free_memory", lambda *_: calls.append("free_memory"))
+    monkeypatch.setattr(nodes, "sources_of_model", lambda _: calls.append("sources_of_model") or [])
+    monkeypatch.setattr(nodes, "save_quantised", lambda path, *_, **__: path.touch())
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    nodes.FluxNF4QuantiseSave().save(patcher, "saved", "output", "nf4", "fp32", "")
+    assert calls == ["free_memory", "sources_of_model"]
 
 
 # Patches

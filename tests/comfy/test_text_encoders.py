@@ -3,6 +3,8 @@
 import functools
 
 import checkpoint_layout as layout
+import comfy.sd
+import comfy.utils
 import pytest
 import torch
 from bitsandbytes import functional as bnb
@@ -18,8 +20,10 @@ from flux_nf4.nf4_loader.catalogue import read_catalogue, require_all_in_one
 from flux_nf4.nf4_loader.errors import CheckpointError
 from flux_nf4.nf4_loader.linear4bit import Linear4bit
 from flux_nf4.nf4_loader.model_sources import sources_of_encoders
+from flux_nf4.nf4_loader.parts import TORCH_DTYPES
 from flux_nf4.nf4_loader.text_encoders import load_dual_clip
 
+CPU = torch.device("cpu")
 LAYERS = 2
 T5 = {"d_model": 128, "d_ff": 256, "d_kv": 32, "num_heads": 4, "vocab_size": 500}
 CLIP_L = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2}
@@ -144,6 +148,88 @@ def test_a_t5_in_another_format_is_refused(name, tensor, answer, t5, clip_l, tmp
         load_dual_clip([tmp_path / "t5.safetensors", clip_l], [])
 
 
+@pytest.fixture(scope="module")
+def scaled_t5(tmp_path_factory):
+    """A T5 in ComfyUI's scaled fp8: its tensors, and those of its dense twin."""
+    torch.manual_seed(0)
+    # ComfyUI looks at the last of 24 layers to see what a T5 is made of.
+    config = T5Config(**T5, num_layers=24, feed_forward_proj="gated-gelu", is_encoder_decoder=False)
+    model = T5EncoderModel(config).half()
+    dense = {name: tensor.clone() for name, tensor in model.state_dict().items() if "embed_tokens" not in name}
+    scaled = dense | {"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}
+    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    for number, name in enumerate(f"{linear}.weight" for linear in linears):
+        scale = torch.tensor(0.01 * (1 + number % 3))
+        scaled[name] = (dense[name].float() / scale).to(torch.float8_e4m3fn)
+        dense[name] = (scaled[name].float() * scale).half()
+        scaled[name.removesuffix("weight") + "scale_weight"] = scale
+    return scaled, dense
+
+
+PROMPT = {"l": [[(1, 1.0)] * 77], "t5xxl": [[(3, 1.0), (14, 1.2), (159, 1.0), (1, 1.0)]]}
+
+
+def test_a_t5_in_scaled_fp8_encodes_as_its_dense_twin(scaled_t5, clip_l, tmp_path):
+    encoded = []
+    for name, state in zip(("scaled", "dense"), scaled_t5, strict=True):
+        path = tmp_path / f"{name}.safetensors"
+        save_file(state, path)
+        encoded.append(load_dual_clip([path, clip_l], []).encode_from_tokens(PROMPT))
+    got, wanted = encoded
+    assert wanted.std() > 0.1
+    torch.testing.assert_close(got, wanted, rtol=0, atol=5e-3 * wanted.abs().max().item())
+
+
+def in_todays_format(state):
+    """The scaled fp8 of ``state`` as ComfyUI has described it since 0.8."""
+    layer = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+    layers = [name.removesuffix("scale_weight") for name in state if name.endswith(".scale_weight")]
+    return {name.replace("scale_weight", "weight_scale"): state[name] for name in state if name != "scaled_fp8"} | {
+        f"{name}comfy_quant": layer.clone() for name in layers
+    }
+
+
+def test_a_t5_in_todays_format_of_comfyui_encodes_where_comfyui_reads_it(scaled_t5, clip_l, tmp_path):
+    """From a file of its own, and inside an all-in-one file."""
+    scaled, dense = scaled_t5
+    save_file(dense, tmp_path / "dense.safetensors")
+    wanted = load_dual_clip([tmp_path / "dense.safetensors", clip_l], []).encode_from_tokens(PROMPT)
+    path = tmp_path / "t5.safetensors"
+    save_file(in_todays_format(scaled), path)
+    catalogue = read_catalogue(all_in_one(tmp_path / "flux.safetensors", load_file(clip_l), load_file(path)))
+    for load in (lambda: load_dual_clip([path, clip_l], []), lambda: flux.load_clip_and_vae(catalogue, [])[0]):
+        if hasattr(comfy.utils, "detect_layer_quantization"):
+            got = load().encode_from_tokens(PROMPT)
+            torch.testing.assert_close(got, wanted, rtol=0, atol=5e-3 * wanted.abs().max().item())
+        else:
+            with pytest.raises(CheckpointError, match=r"of ComfyUI's own .* Update ComfyUI .* 'DualCLIPLoader'"):
+                load()
+
+
+def test_a_t5_in_scaled_fp8_beside_4_bits_is_refused(t5, scaled_t5, clip_l, tmp_path):
+    """In one file with them, and with a CLIP-L in 4 bits."""
+    _, path = t5()
+    in_4_bits = load_file(path)
+    scale = next(name for name in scaled_t5[0] if name.endswith(".scale_weight"))
+    mixed = in_4_bits | {"encoder.final_layer_norm.scale_weight": scaled_t5[0][scale]}
+    save_file(mixed, tmp_path / "mixed.safetensors")
+    with pytest.raises(CheckpointError, match=r"^mixed\.safetensors: .*: a text encoder in ComfyUI's scaled fp8"):
+        load_dual_clip([tmp_path / "mixed.safetensors", clip_l], [])
+    catalogue = read_catalogue(all_in_one(tmp_path / "flux.safetensors", load_file(clip_l), mixed))
+    with pytest.raises(CheckpointError, match=r"^flux\.safetensors: .*: a text encoder in ComfyUI's scaled fp8"):
+        flux.load_clip_and_vae(catalogue, [])
+    linear = "text_model.encoder.layers.0.mlp.fc1"
+    packed = {
+        name.replace("encoder.block.0.layer.0.SelfAttention.q", linear): tensor
+        for name, tensor in in_4_bits.items()
+        if name.startswith("encoder.block.0.layer.0.SelfAttention.q.")
+    }
+    save_file(load_file(clip_l) | packed, tmp_path / "clip_l.safetensors")
+    save_file(scaled_t5[0], tmp_path / "t5.safetensors")
+    with pytest.raises(CheckpointError, match=r"^t5\.safetensors: .*: a text encoder in ComfyUI's scaled fp8"):
+        load_dual_clip([tmp_path / "t5.safetensors", tmp_path / "clip_l.safetensors"], [])
+
+
 def test_it_encodes_a_prompt_and_knows_its_size(t5, clip_l, monkeypatch):
     _, path = t5()
     clip = load_dual_clip([clip_l, path], [])
@@ -156,20 +242,32 @@ def test_it_encodes_a_prompt_and_knows_its_size(t5, clip_l, monkeypatch):
     assert clip.patcher.model_size() > packed
 
 
-def all_in_one(path, clip_l, t5):
-    """A file with these text encoders beside a transformer and a VAE of the real layout, which are holes."""
+def all_in_one(path, clip_l, t5, vae_path=None):
+    """A file with these text encoders beside a transformer and a VAE (at ``vae_path``, if given) of the real layout,
+    which are holes."""
     tensors = {}
     for name, shape in layout.flux(1, 1, guidance=True).items():
         name = f"model.diffusion_model.{name}"
         tensors |= packed_tensors(name, shape, "nf4", 64) if len(shape) == 2 else {name: ("BF16", shape, None)}
-    tensors |= {f"vae.{name}": ("BF16", shape, None) for name, shape in layout.vae().items()}
-    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
+    vae = {f"vae.{name}": ("BF16", shape, None) for name, shape in layout.vae().items()}
+    names = {dtype: name for name, dtype in TORCH_DTYPES.items()} | {torch.uint8: "U8"}
     for part, state in (("clip_l", clip_l), ("t5xxl", t5)):
         for name, tensor in state.items():
             raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
             tensors[f"text_encoders.{part}.transformer.{name}"] = (names[tensor.dtype], tuple(tensor.shape), raw)
-    write_sparse(path, tensors)
+    if vae_path is not None:
+        write_sparse(vae_path, vae)
+    write_sparse(path, tensors if vae_path is not None else tensors | vae)
     return path
+
+
+def test_an_all_in_one_file_may_be_in_shards(t5, clip_l, tmp_path):
+    one, other = (tmp_path / f"flux-0000{number}-of-00002.safetensors" for number in (1, 2))
+    all_in_one(one, load_file(clip_l), load_file(t5()[1]), vae_path=other)
+    catalogue = read_catalogue(one)
+    require_all_in_one(catalogue)
+    _, vae = flux.load_clip_and_vae(catalogue, [])
+    assert vae.get_sd().keys() == {name.removeprefix("vae.") for name in catalogue.vae}
 
 
 @pytest.mark.parametrize("options", [{}, {"double_quant": True}, {"quant_type": "fp4"}], ids=["nf4", "nested", "fp4"])
@@ -230,6 +328,52 @@ def test_it_is_saved_as_it_was_and_what_is_patched_is_merged(t5, clip_l):
     assert torch.equal(merged, (load_file(clip_l)[dense.partition("transformer.")[2]].float() + 1).half())
     tokens = {"l": [[(1, 1.0)] * 77], "t5xxl": [[(3, 1.0), (14, 1.0), (1, 1.0)]]}
     assert clip.encode_from_tokens(tokens).isfinite().all()
+
+
+@pytest.fixture
+def stock_clip(clip_l, tmp_path):
+    """A function: CLIP as ComfyUI's own loader makes it of these tensors of a T5."""
+
+    def load(t5):
+        paths = [str(clip_l), str(tmp_path / "stock_t5.safetensors")]
+        save_file(t5, paths[1])
+        options = text_encoders.options_for({}, 24)
+        return comfy.sd.load_clip(paths, clip_type=comfy.sd.CLIPType.FLUX, model_options=options)
+
+    return load
+
+
+@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize("loader", ["stock", "this package's"])
+def test_a_scaled_t5_is_saved_so_that_it_reads_as_before(loader, patched, scaled_t5, stock_clip, clip_l, tmp_path):
+    scaled, dense = scaled_t5
+    save_file(scaled, tmp_path / "t5.safetensors")
+    clip = stock_clip(scaled) if loader == "stock" else load_dual_clip([clip_l, tmp_path / "t5.safetensors"], [])
+    query = "encoder.block.0.layer.0.SelfAttention.q.weight"
+    if patched:
+        assert clip.patcher.add_patches({f"t5xxl.transformer.{query}": ("diff", (torch.ones(128, 128),))})
+    sources = {source.name: source for source in sources_of_encoders(clip, Vae())}
+    prefix = "text_encoders.t5xxl.transformer."
+    read = {name.removeprefix(prefix): source.read(CPU) for name, source in sources.items() if name.startswith(prefix)}
+    for name, value in dense.items():
+        got = read[name].float()
+        if f"{name.removesuffix('weight')}scale_weight" in read:
+            got = got * read[f"{name.removesuffix('weight')}scale_weight"]
+        torch.testing.assert_close(got, value.float() + (patched and name == query), rtol=1e-2, atol=1e-2)
+    assert not any(name.endswith(("comfy_quant", "weight_scale", "input_scale")) for name in read)
+    assert any(name.endswith("scale_weight") for name in read) == (loader != "stock" and not patched)
+
+
+def test_a_stock_t5_in_plain_fp8_is_saved_as_it_is(scaled_t5, stock_clip):
+    fp8 = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in scaled_t5[1].items()}
+    clip = stock_clip(fp8)
+    sources = {source.name: source for source in sources_of_encoders(clip, Vae())}
+    for name, tensor in fp8.items():
+        held = comfy.utils.get_attr(clip.cond_stage_model, f"t5xxl.transformer.{name}")
+        saved = sources[f"text_encoders.t5xxl.transformer.{name}"].read(CPU)
+        assert saved.dtype == held.dtype
+        assert torch.equal(saved.float(), tensor.float())
+    assert saved.dtype == torch.float8_e4m3fn
 
 
 def test_two_files_of_one_kind_are_refused(t5, clip_l):

@@ -269,6 +269,30 @@ OTHERS = {
         of_other_models("transformer.single_transformer_blocks.0.proj_mlp.lora_A.weight"),
         ("it is a LoRA",),
     ),
+    "a LoRA of XLabs": (
+        of_other_models("double_blocks.0.processor.proj_lora1.down.weight"),
+        ("it is a LoRA", "models/loras", "'LoraLoaderModelOnly'"),
+    ),
+    "a ControlNet of XLabs": (
+        of_other_models("double_blocks.0.img_attn.qkv.weight", "controlnet_blocks.0.weight", "img_in.weight"),
+        ("it is a ControlNet", "'Load ControlNet Model'"),
+    ),
+    "a ControlNet of InstantX": (
+        of_other_models(
+            *(f"single_transformer_blocks.0.{layer}.weight" for layer in ("attn.to_q", "attn.to_k", "attn.to_v")),
+            "single_transformer_blocks.0.proj_mlp.weight",
+            "controlnet_mode_embedder.weight",
+        ),
+        ("it is a ControlNet", "'Load ControlNet Model'"),
+    ),
+    "an IP-adapter": (
+        of_other_models("double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight"),
+        ("it is an IP-adapter", "x-flux-comfyui"),
+    ),
+    "a VAE of diffusers": (
+        of_other_models("encoder.down_blocks.0.resnets.0.conv1.weight", "decoder.conv_in.weight"),
+        ("it is a VAE", "'Load VAE'"),
+    ),
     "a VAE": (of_other_models("decoder.conv_in.weight"), ("it is a VAE", "'Load VAE'")),
     "the VAE of an all-in-one file": (VAE, ("it is a VAE", "'Load VAE'")),
     "a T5": (
@@ -302,6 +326,12 @@ OTHERS = {
     "fp8 or NVFP4 of ComfyUI": (
         of_other_models("double_blocks.0.img_attn.qkv.weight", "double_blocks.0.img_attn.qkv.comfy_quant"),
         ("in a format of ComfyUI's own", "'Load Diffusion Model'"),
+    ),
+    "a T5 in a format of ComfyUI": (
+        of_other_models(
+            "encoder.block.0.layer.0.SelfAttention.q.weight", "encoder.block.0.layer.0.SelfAttention.q.comfy_quant"
+        ),
+        ("in a format of ComfyUI's own", "Load it with 'DualCLIPLoader' (type flux), of a ComfyUI that is new enough"),
     ),
     "a language model": (of_other_models("model.layers.0.mlp.up_proj.weight"), ("it is a language model",)),
 }

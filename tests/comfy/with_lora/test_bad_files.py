@@ -79,7 +79,7 @@ def test_so_is_one_of_any_other_kind(kind, load, with_lora, log):
     file = loras.adapters(BAD, SHAPE)[kind]
     fitting = with_lora(load(), file).patches
     (message,) = log(logging.INFO)
-    assert message == f"LoRA: {len(fitting)} patches applied at strength 1, none skipped"
+    assert message == f"LoRA: {len(fitting)} patches applied at strength 1, all that ComfyUI recognised for this model"
     patched = with_lora(load(), replaced(file, OTHER_KINDS[kind], lambda tensor: tensor[:-1].contiguous()))
     message = log(logging.WARNING)[0]
     assert f"{len(patched.patches)} patches applied at strength 1, 1 skipped: {BAD}.weight (" in message
@@ -126,7 +126,7 @@ def test_a_lora_that_comes_after_one_that_widens_a_layer_must_fit_the_wider_one(
     with_lora(widened, narrow)
     assert "diffusion_model.img_in.weight (ERROR lora shape" in log(logging.WARNING)[-1]
     with_lora(widened, wide)
-    assert log(logging.INFO)[-1] == "LoRA: 1 patches applied at strength 1, none skipped"
+    assert log(logging.INFO)[-1] == "LoRA: 1 patches applied at strength 1, all that ComfyUI recognised for this model"
 
 
 def test_the_other_messages_of_the_log_are_kept(load, shapes, with_lora, caplog):
