@@ -6,7 +6,8 @@
 Starts a real ComfyUI server on the CPU with a small checkpoint and a short prompt, for quick steps. A prompt of 20
 steps gets 1,000 questions for plans of a file of the real size, none asked before, as from a page whose widgets are
 dragged: the next one when the last is answered. Each disturbed step is held against the mean of the two beside it, so
-that what else the machine does hits both alike. Needs Linux and no GPU. Prints medians, and the processor time of a
+that what else the machine does hits both alike. After each such prompt comes one with as many of a question of
+ComfyUI's own, which is what any question costs. Needs Linux and no GPU. Prints medians, and the processor time of a
 question while nothing runs; fails if a prompt gets slower by more than 2 %. Writes ``page.json``.
 """
 
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count, repeat
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import environment
 
 STEPS, QUESTIONS = 20, 1000
+PLAN, STATS = "the plan", "/system_stats"
 MOST_PERCENT = 2.0
 FULL_SIZE = "flux1-full-size.safetensors"
 WORKFLOW = ROOT / "example_workflows" / "api" / "flux_nf4_text_to_image.json"
@@ -43,17 +46,23 @@ def main() -> None:
     comfyui = environment.enter(Path(os.environ["COMFYUI_PATH"]) if "COMFYUI_PATH" in os.environ else None)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is ended then, too
     with tempfile.TemporaryDirectory(prefix="flux-nf4-") as base:
-        prompts, idle_us = measure(comfyui, Path(base), given.prompts, given.pixels)
-    step = statistics.median(itertools.chain(*prompts))
-    slower = statistics.median(itertools.chain(*map(differences, prompts)))
-    percent = 100 * slower / step / 2  # every other step
-    print(f"a step                  {1000 * step:8.1f} ms")
-    print(f"with {2 * QUESTIONS // STEPS} questions       {1000 * slower:+8.1f} ms")
-    print(f"{QUESTIONS} in {STEPS} steps        {percent:+8.2f} %")
-    print(f"a question, idle server {idle_us:8.0f} us of processor time")
-    figures = {"step_seconds": prompts, "slower_percent": percent, "idle_us": idle_us}
+        measured = measure(comfyui, Path(base), given.prompts, given.pixels)
+    percent = {}
+    for name, (prompts, idle_us) in measured.items():
+        step = statistics.median(itertools.chain(*prompts))
+        slower = statistics.median(itertools.chain(*map(differences, prompts)))
+        percent[name] = 100 * slower / step / 2  # every other step
+        print(
+            f"{name}: a step takes {1000 * step:.0f} ms, with {2 * QUESTIONS // STEPS} questions {1000 * slower:+.1f}"
+        )
+        print(f"{name}: {QUESTIONS} in {STEPS} steps, {STEPS * step:.0f} s: {percent[name]:+.2f} %")
+        print(f"{name}: one, idle server: {idle_us:.0f} us of processor time")
+    figures = {
+        name: {"step_seconds": prompts, "slower_percent": percent[name], "idle_us": idle_us}
+        for name, (prompts, idle_us) in measured.items()
+    }
     (given.output / "page.json").write_text(json.dumps(figures, indent=2), "utf-8")
-    if percent > MOST_PERCENT:
+    if percent[PLAN] > MOST_PERCENT:
         raise SystemExit(f"slower by more than {MOST_PERCENT} %")
 
 
@@ -63,8 +72,9 @@ def differences(steps: Sequence[float]) -> Iterator[float]:
         yield steps[index] - (steps[index - 1] + steps[index + 1]) / 2
 
 
-def measure(comfyui: Path, base: Path, prompts: int, pixels: int) -> tuple[list[list[float]], float]:
-    """Seconds of the steps of each prompt, and microseconds of the idle server's processors for a question."""
+def measure(comfyui: Path, base: Path, prompts: int, pixels: int) -> dict[str, tuple[list[list[float]], float]]:
+    """For each kind of question: seconds of the steps of each prompt, and microseconds of the idle server's processors
+    for one."""
     from comfy_server import ComfyServer, drop_package, link_model
     from make_checkpoint import Recipe, cached_checkpoint
     from sparse_checkpoint import make_sparse_checkpoint
@@ -74,25 +84,34 @@ def measure(comfyui: Path, base: Path, prompts: int, pixels: int) -> tuple[list[
     link_model(checkpoint, base, "checkpoints")
     make_sparse_checkpoint(base / "models" / "checkpoints" / FULL_SIZE)
     with ComfyServer(comfyui, base, ("--cpu",)) as server:
-        questions = Questions(server.port)
-        questions.ask(1)  # reads the header
-        measured = [run(server, checkpoint.name, pixels, seed, questions) for seed in range(prompts)]
-        before = processor_seconds(server.pid)
-        questions.ask(QUESTIONS)
-        return measured, 1e6 * (processor_seconds(server.pid) - before) / QUESTIONS
+        # A plan for a budget, each other than the last, as when that widget is dragged.
+        plans = (f"/flux_nf4/plan?folder=checkpoints&file={FULL_SIZE}&budget={1 + n / 10_000:.4f}" for n in count(1))
+        kinds = {PLAN: Questions(server.port, plans), "ComfyUI's system_stats": Questions(server.port, repeat(STATS))}
+        for questions in kinds.values():
+            questions.ask(1)  # reads the header
+        steps: dict[str, list[list[float]]] = {name: [] for name in kinds}
+        for seed in range(prompts):
+            for name, questions in kinds.items():
+                steps[name].append(run(server, checkpoint.name, pixels, seed, questions))
+        return {name: (steps[name], idle_cost_us(server.pid, questions)) for name, questions in kinds.items()}
+
+
+def idle_cost_us(pid: int, questions: "Questions") -> float:
+    before = processor_seconds(pid)
+    questions.ask(QUESTIONS)
+    return 1e6 * (processor_seconds(pid) - before) / QUESTIONS
 
 
 class Questions:
-    """Asks for plans over one connection: of a budget, each other than the last, as when that widget is dragged."""
+    """Asks for one address after the other over one connection."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, addresses: Iterator[str]) -> None:
         self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        self.budgets = itertools.count(1)
+        self.addresses = addresses
 
-    def ask(self, count: int) -> None:
-        for budget in itertools.islice(self.budgets, count):
-            query = f"folder=checkpoints&file={FULL_SIZE}&budget={1 + budget / 10_000:.4f}"
-            self.connection.request("GET", f"/flux_nf4/plan?{query}")
+    def ask(self, number: int) -> None:
+        for address in itertools.islice(self.addresses, number):
+            self.connection.request("GET", address)
             answer = self.connection.getresponse()
             text = answer.read()
             if answer.status != 200:
