@@ -1,6 +1,7 @@
 """A T5 in 4 bits, quantised and saved by transformers, through ComfyUI's own T5."""
 
 import functools
+import json
 
 import checkpoint_layout as layout
 import comfy.sd
@@ -180,9 +181,12 @@ def test_a_t5_in_scaled_fp8_encodes_as_its_dense_twin(scaled_t5, clip_l, tmp_pat
     torch.testing.assert_close(got, wanted, rtol=0, atol=5e-3 * wanted.abs().max().item())
 
 
+FP8 = {"format": "float8_e4m3fn"}
+
+
 def in_todays_format(state):
     """The scaled fp8 of ``state`` as ComfyUI has described it since 0.8."""
-    layer = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+    layer = torch.tensor(list(json.dumps(FP8).encode()), dtype=torch.uint8)
     layers = [name.removesuffix("scale_weight") for name in state if name.endswith(".scale_weight")]
     return {name.replace("scale_weight", "weight_scale"): state[name] for name in state if name != "scaled_fp8"} | {
         f"{name}comfy_quant": layer.clone() for name in layers
@@ -362,6 +366,24 @@ def test_a_scaled_t5_is_saved_so_that_it_reads_as_before(loader, patched, scaled
         torch.testing.assert_close(got, value.float() + (patched and name == query), rtol=1e-2, atol=1e-2)
     assert not any(name.endswith(("comfy_quant", "weight_scale", "input_scale")) for name in read)
     assert any(name.endswith("scale_weight") for name in read) == (loader != "stock" and not patched)
+
+
+@pytest.mark.skipif(
+    not hasattr(comfy.utils, "detect_layer_quantization"), reason="this ComfyUI does not read such files"
+)
+def test_a_t5_whose_formats_are_in_the_header_is_saved_as_a_dense_one(scaled_t5, clip_l, tmp_path):
+    """The new file's header does not have them."""
+    scaled, dense = scaled_t5
+    stored = {name: tensor for name, tensor in in_todays_format(scaled).items() if not name.endswith("comfy_quant")}
+    layers = {name.removesuffix(".weight_scale"): FP8 for name in stored if name.endswith(".weight_scale")}
+    path = tmp_path / "t5.safetensors"
+    save_file(stored, path, {"_quantization_metadata": json.dumps({"layers": layers})})
+    clip = load_dual_clip([clip_l, path], [])
+    sources = {source.name: source for source in sources_of_encoders(clip, Vae())}
+    assert not any(name.endswith("weight_scale") for name in sources)
+    for name, value in dense.items():
+        read = sources[f"text_encoders.t5xxl.transformer.{name}"].read(CPU)
+        torch.testing.assert_close(read.float(), value.float(), rtol=1e-2, atol=1e-2)
 
 
 def test_a_stock_t5_in_plain_fp8_is_saved_as_it_is(scaled_t5, stock_clip):
