@@ -243,8 +243,8 @@ class StreamModelBlocks:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         tooltip = (
-            "A model built of blocks (Flux, Chroma and others), in bf16, fp16 or fp8; before LoRAs or after them, before "
-            "bypass LoRAs and torch.compile."
+            "A model built of blocks (Flux, Chroma and others), in bf16, fp16 or fp8; before LoRAs or after them, "
+            "before bypass LoRAs and torch.compile."
         )
         return {"required": {"model": ("MODEL", {"tooltip": tooltip})}, "optional": _RESIDENCY, "hidden": _HIDDEN}
 
