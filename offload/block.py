@@ -66,14 +66,18 @@ class HostRecord:
         """Bind to ``buffer``, a copy of `sources_for`."""
         self.buffer = buffer
         start = 0 if resident else self.small.tile.offset
-        for part in (*self.tiles, self.small) if resident else (self.small,):
+        for part in self.every_tile if resident else (self.small,):
             part.bind(views_of(part.tile, buffer[part.tile.offset - start :]))
 
     def drop(self) -> None:
         """Give the device's bytes up: back to host memory."""
         self.buffer = None
-        for part in (*self.tiles, self.small):
+        for part in self.every_tile:
             part.bind(part.home)
+
+    @property
+    def every_tile(self) -> tuple[BoundTile, ...]:
+        return (*self.tiles, self.small)
 
     def remove(self) -> None:
         """Take the extras away from their modules."""
@@ -101,24 +105,24 @@ class MappedRecord:
             )
             for tile in layout.tiles
         )
-        self._every = tuple(itertools.chain.from_iterable(self._of_layers))
+        self.every_tile = tuple(itertools.chain.from_iterable(self._of_layers))
         self.pieces = self._of_layers
 
     def cut(self, *, whole: bool) -> None:
-        self.pieces = (self._every,) if whole else self._of_layers
+        self.pieces = (self.every_tile,) if whole else self._of_layers
 
     def sources_for(self, resident: bool) -> Sources:
-        return tuple((piece.tile.nbytes, piece.source) for piece in self._every) if resident else ()
+        return tuple((piece.tile.nbytes, piece.source) for piece in self.every_tile) if resident else ()
 
     def take(self, buffer: torch.Tensor, resident: bool) -> None:
         self.buffer = buffer
-        for piece in self._every:
+        for piece in self.every_tile:
             piece.bind(views_of(piece.tile, buffer))
             buffer = buffer[piece.tile.nbytes :]
 
     def drop(self) -> None:
         self.buffer = None
-        for piece in self._every:
+        for piece in self.every_tile:
             piece.bind(piece.home)
 
 
@@ -152,6 +156,12 @@ class Block:
     def tiles(self) -> tuple[BoundTile, ...]:
         """Of its own tensors."""
         return self.own.tiles
+
+    @property
+    def replaced(self) -> str | None:
+        """A layer of which a tensor was replaced from outside, while none of its tiles computes."""
+        every = (tile for record in self.records for tile in record.every_tile if not tile.is_bound)
+        return next((tile.tile.module or "a layer" for tile in every), None)
 
     @property
     def device_bytes(self) -> int:

@@ -259,8 +259,14 @@ class BoundTile:
 
     def bind(self, views: Views) -> None:
         """Make the modules use ``views``."""
+        self._bound = views
         for (tensors, name), view in zip(self._targets, views, strict=True):
             tensors[name] = view
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether nobody has put other tensors in the place of those that `bind` was last given."""
+        return all(tensors.get(name) is view for (tensors, name), view in zip(self._targets, self._bound, strict=True))
 
     def swaps(self, views: Views) -> Iterable[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]]:
         """For each tensor: where its module has it, its name there, and what is bound at home and under ``views``."""

@@ -211,7 +211,12 @@ class Streamer:
 
         Raises:
             torch.OutOfMemoryError: not even streaming every block fits. Nothing is left on the device then.
+            RuntimeError: tensors of a block were replaced from outside.
         """
+        self._release()
+        for index, block in enumerate(self.blocks):
+            if block.replaced is not None:
+                raise _replaced(block.replaced, index)
         if (self._copies, self._asked, self.whole_blocks) == (copies, plan, whole_blocks):
             return
         if self._copies is not copies or self.whole_blocks != whole_blocks:
@@ -382,11 +387,7 @@ class Streamer:
         telemetry.tile(position)
         staged = self._staged[position]
         if not staged.is_home:
-            layer = staged.parts[0].tile.tile.module or "a block"
-            raise RuntimeError(
-                f"the tensors of {layer} in streamed block {key[0]} were replaced from outside. Change weights with a "
-                "patch (LoRA and the like), or load the model again."
-            )
+            raise _replaced(staged.parts[0].tile.tile.module or "a layer", key[0])
         if not staged.present:
             telemetry.missed()
             self._fetch_all((position, *self._ring.beside[position]))
@@ -465,6 +466,13 @@ class Streamer:
     def _require_copies(self) -> Copies:
         assert self._copies is not None
         return self._copies
+
+
+def _replaced(layer: str, index: int) -> RuntimeError:
+    return RuntimeError(
+        f"the tensors of {layer} in streamed block {index} were replaced from outside. Change weights with a patch "
+        "(LoRA and the like), or load the model again."
+    )
 
 
 def _label(verb: str, staged: Staged) -> AbstractContextManager[Any]:

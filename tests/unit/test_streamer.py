@@ -293,6 +293,15 @@ def test_tensors_replaced_from_outside_are_an_error_that_names_them():
         model(X)
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_tensors_of_a_resident_replaced_from_outside_are_an_error_before_they_are_lost(name):
+    model, streamer, copies, plan = streamed(double=3, single=5)
+    layer = model.doubles[plan.resident[0]].second
+    setattr(layer, name, nn.Parameter(torch.zeros_like(getattr(layer, name))))
+    with pytest.raises(RuntimeError, match=f"in streamed block {plan.resident[0]} were replaced"):
+        streamer.start(plan_by_counts(streamer.sizes(), {}, plan.staging_bytes), copies)
+
+
 def test_blocks_that_share_a_tensor_are_refused():
     model = Model()
     model.singles[1].first.weight = model.singles[0].first.weight
