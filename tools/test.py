@@ -15,7 +15,7 @@ from pathlib import Path
 import environment
 
 _TOOLS = (Path("tools"), Path("benchmarks"), Path("commands"))
-_BESIDE = ("tests/browser", "tests/server", "tests/benchmarks")
+_BESIDE = ("tests/browser", "tests/server")
 """Tests that mostly wait for processes of their own: they run beside all others."""
 
 _ALIAS = environment.CACHE / "typecheck" / "flux_nf4"
