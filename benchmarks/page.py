@@ -90,9 +90,10 @@ def measure(comfyui: Path, base: Path, prompts: int, pixels: int) -> dict[str, t
         for questions in kinds.values():
             questions.ask(1)  # reads the header
         steps: dict[str, list[list[float]]] = {name: [] for name in kinds}
-        for seed in range(prompts):
+        seeds = count()  # ComfyUI does not run the same prompt again
+        for _ in range(prompts):
             for name, questions in kinds.items():
-                steps[name].append(run(server, checkpoint.name, pixels, seed, questions))
+                steps[name].append(run(server, checkpoint.name, pixels, next(seeds), questions))
         return {name: (steps[name], idle_cost_us(server.pid, questions)) for name, questions in kinds.items()}
 
 

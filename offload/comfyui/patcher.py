@@ -294,14 +294,15 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     def _plan_within(self, room: float) -> ResidencyPlan:
         """The best plan for ``room`` bytes of the device, and as the settings say; the least one if nothing fits."""
         budget, counts = self.residency.budget_bytes, self.residency.counts
-        taken = self._streaming.other_bytes + self._streaming.patching.device_bytes
+        patching = self._streaming.patching
+        taken = self._streaming.other_bytes + patching.device_bytes + patching.scratch_bytes
         limit = min(room, math.inf if budget is None else budget) - taken
         sizes = self._sizes
         return plan_by_budget(sizes, max(limit, least_device_bytes(sizes)), self.staging_bytes, counts)
 
     def _stream(self, device: torch.device, plan: ResidencyPlan) -> None:
         streamer = self._streaming.streamer
-        limit_bytes, limited_by = pin_limit()
+        limit_bytes, limited_by = pin_limit(streamer.host_bytes - streamer.pinned_bytes)
         streamer.pin(limit_bytes, device, limited_by, first=plan.streamed)
         copies = copies_to(device)
         if not streamer.all_pinned:

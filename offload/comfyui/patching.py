@@ -27,6 +27,10 @@ _CASTS = ("comfy_cast_weights", "comfy_force_cast_weights")
 """What makes a layer of ComfyUI's compute in its input's dtype: each, and those whose weights are quantised."""
 
 
+_COPIES_TO_PATCH = 2
+"""Of a weight, as ComfyUI estimates what its patches take beside it (``LOWVRAM_PATCH_ESTIMATE_MATH_FACTOR``)."""
+
+
 class TakesPatches(Protocol):
     """A layer that can compute with some patches of its weight without a dense copy of it."""
 
@@ -51,6 +55,8 @@ class Patching:
         self._takers: set[Any] = set()
         self._shadows: list[tuple[nn.Module, str]] = []
         self._outside: list[tuple[nn.Module, str]] = []
+        self.scratch_bytes = 0
+        """What a forward takes for a while to patch its largest dense weight."""
 
     def apply(
         self,
@@ -68,6 +74,7 @@ class Patching:
         buffers.
         """
         self._remove()
+        self.scratch_bytes = 0
         self._prepare(wrappers, device, casts)
         takers: set[Any] = set()
         extras: dict[nn.Module, dict[str, torch.Tensor]] = {}
@@ -79,7 +86,7 @@ class Patching:
                 continue
             tensors = self._taken(module, name, of_key, dtype, takers) if key not in wrappers else None
             if tensors is None:
-                tensors = self._dense(module, name, key, active)
+                tensors = self._dense(module, name, key, active, dtype)
             if module in self._in_blocks:
                 extras.setdefault(module, {}).update(tensors)
             else:
@@ -140,10 +147,14 @@ class Patching:
             takers.add(module)
         return tensors
 
-    def _dense(self, module: Any, name: str, key: str, patches: Sequence[Patch]) -> Mapping[str, torch.Tensor]:
+    def _dense(
+        self, module: Any, name: str, key: str, patches: Sequence[Patch], dtype: torch.dtype
+    ) -> Mapping[str, torch.Tensor]:
         """Have ``module`` patch a fresh dense copy in each forward."""
         if not patches:
             return {}
+        scratch = getattr(module, name).numel() * dtype.itemsize * _COPIES_TO_PATCH
+        self.scratch_bytes = max(self.scratch_bytes, scratch)
         dense, buffers = DensePatches(key, patches, module), module._buffers
         getattr(module, f"{name}_function").insert(0, lambda weight: dense.apply(weight, buffers))
         if hasattr(module, "patched_shape"):

@@ -23,11 +23,16 @@ def _count_pins() -> None:
 watch_pins(_count_pins)
 
 
-def pin_limit() -> tuple[int, Shortfall]:
-    """How much this package may pin: a share of the RAM, less what ComfyUI pinned, none if forbidden; and why."""
+def pin_limit(wanted_bytes: int) -> tuple[int, Shortfall]:
+    """How much this package may pin: a share of the RAM, less what ComfyUI pinned, none if forbidden; and why.
+
+    ``wanted_bytes``: what shall be pinned beside what is. Where ComfyUI can, it gives up pins of models that rest.
+    """
     if getattr(comfy_args, "disable_pinned_memory", False):
         return 0, Shortfall("--disable-pinned-memory forbids it", "Start ComfyUI without it for full speed.")
     management = comfy.model_management
+    if wanted_bytes and hasattr(management, "ensure_pin_registerable"):
+        management.ensure_pin_registerable(wanted_bytes, evict_active=False)
     share = 0.45 if management.WINDOWS else 0.9
     limit = psutil.virtual_memory().total * share
     comfy_limit = getattr(management, "MAX_PINNED_MEMORY", limit)

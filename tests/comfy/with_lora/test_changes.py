@@ -9,15 +9,17 @@ import pytest
 import torch
 
 from flux_nf4.offload.comfyui.patching import Patching
+from flux_nf4.offload.comfyui.streaming import Residency
 
 NAME = "double_blocks.1.img_mlp.0"
+DENSE = NAME, "single_blocks.0.linear1", "single_blocks.1.linear2", "double_blocks.0.txt_attn.proj"
 
 
 @pytest.fixture
 def files(shapes, config, twin_model):
     """LoRA files of every way in which a patch is computed."""
     mixed = {}
-    for name in (NAME, "single_blocks.0.linear1", "single_blocks.1.linear2", "double_blocks.0.txt_attn.proj"):
+    for name in DENSE:
         mixed |= loras.adapters(f"diffusion_model.{name}", shapes[name])["dora"]
     return {
         "low rank": loras.kohya(shapes),
@@ -163,3 +165,27 @@ def test_what_patches_put_on_the_device_is_in_the_size_that_comfyui_sees(files, 
     shadows = sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
     assert shadows > 0
     assert patched.loaded_size() - patched.model.streaming.streamer.device_bytes >= before + shadows
+
+
+@pytest.mark.parametrize("kind", ["all layers, biases and norms", "dense"])
+def test_what_patches_take_is_not_there_for_residents(kind, files, load, with_lora, copies, shapes):
+    """Neither what they put on the device nor what they take for a while to patch a dense weight."""
+    patched = with_lora(load(), files[kind])
+    patched.residency = Residency()
+    comfy.model_management.load_models_gpu([patched])
+    patching = patched.model.streaming.patching
+    assert patching.device_bytes + patching.scratch_bytes > 0
+    if kind == "dense":
+        assert patching.scratch_bytes == 2 * 4 * max(shapes[name][0] * shapes[name][1] for name in DENSE)
+    room = patched.loaded_size() - 1
+    patched.load(torch.device("cpu"), lowvram_model_memory=room)
+    assert patched.loaded_size() + patching.scratch_bytes <= room
+
+
+def test_comfyui_is_asked_to_give_up_pins_that_rest(load, copies, monkeypatch):
+    asked = []
+    give_up = lambda size, evict_active: asked.append((size, evict_active))  # noqa: E731
+    monkeypatch.setattr(comfy.model_management, "ensure_pin_registerable", give_up, raising=False)
+    patcher = load(0, 0)
+    comfy.model_management.load_models_gpu([patcher])
+    assert asked == [(patcher.model.streaming.streamer.host_bytes, False)]
