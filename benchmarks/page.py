@@ -4,11 +4,11 @@
     COMFYUI_PATH=~/ComfyUI python3 benchmarks/page.py --prompts 10 --output results
 
 Starts a real ComfyUI server on the CPU with a small checkpoint and a short prompt, for quick steps. A prompt of 20
-steps gets 1,000 questions for plans of a file of the real size, none asked before, as from a page whose widgets are
-dragged: the next one when the last is answered. Each disturbed step is held against the mean of the two beside it, so
-that what else the machine does hits both alike. After each such prompt comes one with as many of a question of
-ComfyUI's own, which is what any question costs. Needs Linux and no GPU. Prints medians, and the processor time of a
-question while nothing runs; fails if a prompt gets slower by more than 2 %. Writes ``page.json``.
+steps gets 1,000 questions for plans of a file of the real size, as from a page whose budget is dragged: the next one
+when the last is answered. Each disturbed step is held against the mean of the two beside it, so that what else the
+machine does hits both alike. After each such prompt comes one with as many of a question of ComfyUI's own, which is
+what any question costs. Needs Linux and no GPU. Prints medians, and the processor time of a question while nothing
+runs; fails if a prompt gets slower by more than 2 %. Writes ``page.json``.
 """
 
 import http.client
@@ -41,7 +41,7 @@ WORKFLOW = ROOT / "example_workflows" / "api" / "flux_nf4_text_to_image.json"
 def main() -> None:
     parser = parser_for(__doc__)
     parser.add_argument("--prompts", type=int, default=3)
-    parser.add_argument("--pixels", type=int, default=64, help="width and height of the picture")
+    parser.add_argument("--pixels", type=int, default=192, help="width and height of the picture")
     given = parse(parser)
     comfyui = environment.enter(Path(os.environ["COMFYUI_PATH"]) if "COMFYUI_PATH" in os.environ else None)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is ended then, too
@@ -84,8 +84,9 @@ def measure(comfyui: Path, base: Path, prompts: int, pixels: int) -> dict[str, t
     link_model(checkpoint, base, "checkpoints")
     make_sparse_checkpoint(base / "models" / "checkpoints" / FULL_SIZE)
     with ComfyServer(comfyui, base, ("--cpu",)) as server:
-        # A plan for a budget, each other than the last, as when that widget is dragged.
-        plans = (f"/flux_nf4/plan?folder=checkpoints&file={FULL_SIZE}&budget={1 + n / 10_000:.4f}" for n in count(1))
+        # The widget of the budget, dragged up to 24 GiB and again, in its steps of 0.1.
+        budgets = (1 + n % 230 / 10 for n in count())
+        plans = (f"/flux_nf4/plan?folder=checkpoints&file={FULL_SIZE}&budget={budget:.1f}" for budget in budgets)
         kinds = {PLAN: Questions(server.port, plans), "ComfyUI's system_stats": Questions(server.port, repeat(STATS))}
         for questions in kinds.values():
             questions.ask(1)  # reads the header
