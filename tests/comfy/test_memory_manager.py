@@ -7,6 +7,7 @@ thousands of steps.
 
 import contextlib
 import gc
+import inspect
 import os
 import weakref
 
@@ -191,6 +192,13 @@ def test_two_integers_are_kept_where_there_is_room_and_the_size_is_theirs(world)
     world.check()
 
 
+asks_for_less = pytest.mark.skipif(
+    "max(0.1, lowvram_model_memory - loaded_memory)" in inspect.getsource(comfy.model_management.load_models_gpu),
+    reason="this ComfyUI (before 0.3.75) never asks a model that is loaded to take less",
+)
+
+
+@asks_for_less
 def test_a_big_picture_lowers_residency_and_a_small_one_takes_it_again(world, caplog):
     (patcher,) = world.clones[0]
     patcher.residency = Residency((("double", 3), ("single", 4)))
@@ -207,6 +215,7 @@ def test_a_big_picture_lowers_residency_and_a_small_one_takes_it_again(world, ca
     assert caplog.text.count("there is room for") == 1
 
 
+@asks_for_less
 def test_a_budget_is_kept_and_the_automatic_one_takes_what_there_is(world):
     (patcher,) = world.clones[0]
     full = patcher.model.streaming.streamer.host_bytes
