@@ -17,10 +17,11 @@ import nodes as comfy_nodes
 from .loaded import key_of, load_all_in_one, load_transformer, streamed
 from .nf4_loader.catalogue import Catalogue, read_catalogue, require_all_in_one, require_transformer
 from .nf4_loader.errors import CheckpointError
+from .nf4_loader.header import read_header
 from .nf4_loader.model_sources import sources_of_encoders, sources_of_model
 from .nf4_loader.quant_state import QuantType
 from .nf4_loader.quantise import QuantSettings
-from .nf4_loader.save import save_quantised
+from .nf4_loader.save import layer_patterns, save_quantised
 from .nf4_loader.text_encoders import load_dual_clip
 from .offload.comfyui.adopt import stream_model
 from .offload.comfyui.patcher import StreamedModelPatcher
@@ -277,6 +278,16 @@ class _OldNode:
     DESCRIPTION = "For graphs that were made with the package FluxExt-MZ. In new ones use Stream Model Blocks."
 
 
+def _refuse_4_bits(path: Path, right: str) -> None:
+    """ComfyUI's own loader would take packed shapes for the model's, and fail far from here."""
+    try:
+        names = read_header(path).tensors if path.suffix == ".safetensors" else ()
+    except CheckpointError:
+        return  # what ComfyUI reads is its own matter
+    if any(".quant_state.bitsandbytes__" in name for name in names):
+        raise CheckpointError(path, f"its weights are in 4 bits of bitsandbytes. Load it with {right}.")
+
+
 class OldPartialLoad(_OldNode):
     """The node that old graphs know as ``MZ_Flux1PartialLoad_Patch``."""
 
@@ -320,7 +331,9 @@ class OldCheckpointLoader(_OldNode, _Loader):
         single_blocks_cuda_size: int = 7,
         unique_id: str | None = None,
     ) -> tuple[Any, Any, Any]:
-        key = ckpt_name, _path("checkpoints", ckpt_name).stat().st_mtime_ns
+        path = _path("checkpoints", ckpt_name)
+        _refuse_4_bits(path, "'Load Flux NF4 (streamed)'")
+        key = ckpt_name, path.stat().st_mtime_ns
         load = comfy_nodes.CheckpointLoaderSimple().load_checkpoint
         model, clip, vae = self._once(key, lambda: load(ckpt_name=ckpt_name))
         residency = _residency(double=double_blocks_cuda_size, single=single_blocks_cuda_size)
@@ -349,7 +362,9 @@ class OldUNETLoader(_OldNode, _Loader):
         unique_id: str | None = None,
         **loader: Any,
     ) -> tuple[Any]:
-        key = loader, _path("diffusion_models", loader["unet_name"]).stat().st_mtime_ns
+        path = _path("diffusion_models", loader["unet_name"])
+        _refuse_4_bits(path, "'Load Flux NF4 UNet (streamed)'")
+        key = loader, path.stat().st_mtime_ns
         (model,) = self._once(key, lambda: comfy_nodes.UNETLoader().load_unet(**loader))
         residency = _residency(double=double_blocks_cuda_size, single=single_blocks_cuda_size)
         return (_stream(model, residency, unique_id),)
@@ -435,7 +450,7 @@ class FluxNF4QuantiseSave:
             sources,
             QuantSettings(quant_type, nested=absmax == "nested"),
             prefix="model.diffusion_model." if clip is not None else "",
-            keep_dense=[layer.strip() for layer in keep_dense.split(",") if layer.strip()],
+            keep_dense=layer_patterns(keep_dense),
             metadata=_origin(model),
             device=device,
             progress=progress.update,

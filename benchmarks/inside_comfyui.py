@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,10 @@ ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 
 def enter_comfyui() -> None:
     """Make ComfyUI importable, as its own ``main.py`` does: on the GPU if there is one, with dynamic VRAM if it can."""
-    sys.path[:0] = [os.environ["COMFYUI_PATH"], str(ROOT / "tools")]
+    tree = Path(os.environ.get("COMFYUI_PATH", "."))
+    if not (tree / "comfy").is_dir():
+        raise SystemExit(f"{tree}: no ComfyUI there. Set COMFYUI_PATH to ComfyUI's folder.")
+    sys.path[:0] = [str(tree), str(ROOT / "tools")]
     arguments, sys.argv = sys.argv, [sys.argv[0], *([] if torch.cuda.is_available() else ["--cpu"])]
     import comfy.options
 

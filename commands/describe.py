@@ -7,6 +7,7 @@ Nothing but headers is read. Run it with the Python that runs ComfyUI (it needs 
 """
 
 import argparse
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from flux_nf4.nf4_loader.catalogue import (
     require_transformer,
 )
 from flux_nf4.nf4_loader.errors import CheckpointError
+from flux_nf4.offload.plan import least_device_bytes
 
 _MIB, _GIB = 2**20, 2**30
 _DTYPE = torch.bfloat16  # what tensors that are not packed are on a GPU
@@ -36,6 +38,8 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="a .safetensors file, any one shard, an index or a folder")
     parser.add_argument("--budget", type=float, metavar="GiB", help="of VRAM for the transformer")
     given = parser.parse_args()
+    if given.budget is not None and given.budget <= 0:
+        parser.error("argument --budget: it is a number of GiB above 0")
     try:
         catalogue = read_catalogue(given.model)
         require_transformer(catalogue)
@@ -66,7 +70,7 @@ def describe(catalogue: Catalogue) -> Iterator[str]:
     for part, prefix in (("CLIP-L", CLIP_L_PREFIX), ("T5-XXL", T5_PREFIX), ("VAE", VAE_PREFIX)):
         yield f"{part:<14}{_summary(catalogue, prefix)}"
     for key, value in catalogue.header.metadata.items():
-        yield f"{key}: {value}"
+        yield f"{key:<14}{value}"
 
 
 def _model(shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -108,6 +112,10 @@ def plan(catalogue: Catalogue, budget_gib: float) -> Iterator[str]:
         ValueError: the budget is too small; the message says what is needed.
     """
     sizes, others = block_sizes(catalogue, _DTYPE), other_bytes(catalogue, _DTYPE)
+    least = others + least_device_bytes(sizes)
+    if budget_gib * _GIB < least:
+        takes = math.ceil(least / _GIB * 100) / 100
+        raise ValueError(f"a budget of {budget_gib:g} GiB is too small: streaming every block takes {takes:.2f}.")
     made = make_plan(sizes, others, Wanted((), int(budget_gib * _GIB)))
     assert made is not None
     stays = set(made.resident)

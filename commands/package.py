@@ -1,8 +1,15 @@
 """Makes this package importable as ``flux_nf4`` for the commands in this folder, whatever its folder is called."""
 
+import importlib.util
 import sys
 import types
 from pathlib import Path
+
+if importlib.util.find_spec("torch") is None:
+    raise SystemExit(
+        "This Python has no PyTorch. Run the command with the Python that runs ComfyUI (portable build: "
+        "python_embeded\\python.exe)."
+    )
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -16,8 +16,8 @@ import torch
 
 from flux_nf4.nf4_loader.errors import CheckpointError
 from flux_nf4.nf4_loader.quantise import QuantSettings
-from flux_nf4.nf4_loader.save import save_quantised
-from flux_nf4.nf4_loader.sources import sources_of_file
+from flux_nf4.nf4_loader.save import layer_patterns, save_quantised
+from flux_nf4.nf4_loader.sources import has_others, sources_of_file
 
 
 def main() -> None:
@@ -30,15 +30,19 @@ def main() -> None:
     )
     parser.add_argument("--all-in-one", action="store_true", help="keep the text encoders and the VAE of the file")
     parser.add_argument(
-        "--keep-dense", nargs="*", default=[], metavar="LAYER", help="such as img_in or 'final_layer.*'"
+        "--keep-dense", default="", metavar="LAYERS", help="with commas between them, such as 'img_in, final_layer.*'"
     )
     parser.add_argument("--device", type=torch.device, default="cpu", help="where to quantise, such as cuda")
     parser.add_argument("--force", action="store_true", help="replace a file that exists")
     given = parser.parse_args()
-    if given.output.exists() and not given.force:
-        raise SystemExit(f"{given.output}: it exists already. Choose another name, or add --force to replace it.")
     if given.output.is_dir():
         raise SystemExit(f"{given.output}: it is a folder. Give the new file's name.")
+    if given.output.suffix != ".safetensors":
+        raise SystemExit(f"{given.output}: it becomes a safetensors file, so end its name in .safetensors.")
+    if given.output.exists() and given.model.exists() and given.output.samefile(given.model):
+        raise SystemExit(f"{given.output}: it would replace the file that it is made of. Choose another name.")
+    if given.output.exists() and not given.force:
+        raise SystemExit(f"{given.output}: it exists already. Choose another name, or add --force to replace it.")
     try:
         torch.empty(0, device=given.device)
     except (RuntimeError, AssertionError) as error:  # whatever torch says of what is not there
@@ -66,12 +70,14 @@ def _quantise(given: argparse.Namespace) -> None:
         sources,
         QuantSettings(given.type, given.nested),
         prefix="model.diffusion_model." if given.all_in_one else "",
-        keep_dense=given.keep_dense,
+        keep_dense=layer_patterns(given.keep_dense),
         metadata={"flux_nf4.source": given.model.name},
         device=given.device,
         progress=progress,
     )
     print(f"\n{given.output}: {given.output.stat().st_size / 2**30:.2f} GiB")
+    if not given.all_in_one and has_others(given.model):
+        print("It is the transformer only, for models/diffusion_models: --all-in-one keeps text encoders and VAE, too.")
 
 
 if __name__ == "__main__":

@@ -90,8 +90,8 @@ def save_quantised(
         progress: Called with the number of elements after each tensor. What it raises ends the saving.
 
     Raises:
-        CheckpointError: no room on the disk, it cannot be written, bitsandbytes is missing, a source has changed, or
-            no layer is called as one of ``keep_dense`` says.
+        CheckpointError: no room on the disk, it cannot be written, bitsandbytes is missing, a source has changed or
+            would be replaced, or no layer is called as one of ``keep_dense`` says.
     """
     _require_bitsandbytes(path)
     _require_layers(path, sources, keep_dense)
@@ -105,6 +105,11 @@ def save_quantised(
             _write(file, tensors, _room(sources, prefix, metadata), metadata)
     except OSError as error:
         raise CheckpointError(path, f"writing it failed ({error}). Nothing was changed there.") from error
+
+
+def layer_patterns(text: str) -> list[str]:
+    """``keep_dense`` of `save_quantised` from what a user types: layers with commas between them."""
+    return [layer.strip() for layer in text.split(",") if layer.strip()]
 
 
 def _require_bitsandbytes(path: Path) -> None:

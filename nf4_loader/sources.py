@@ -36,6 +36,14 @@ def sources_of_file(path: Path, *, all_in_one: bool) -> list[Source]:
     )
 
 
+def has_others(path: Path) -> bool:
+    """Whether `sources_of_file` gives more of it as an all-in-one file."""
+    if path.suffix == ".gguf":
+        return False
+    catalogue = read_catalogue(path)
+    return bool(catalogue.text_encoders and catalogue.vae)
+
+
 def sources_of_catalogue(catalogue: Catalogue) -> list[Source]:
     """The tensors of the transformer.
 

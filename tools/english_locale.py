@@ -5,6 +5,7 @@
 Translators begin with these files: a language is the same files, with the same keys, in ``locales/<language>``.
 """
 
+import argparse
 import json
 import re
 import sys
@@ -20,6 +21,8 @@ _SETTING = re.compile(
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     comfyui = environment.enter(None)
     sys.path[:0] = [str(comfyui), str(environment.ROOT / "commands")]
     sys.argv[1:] = ["--cpu"]

@@ -6,6 +6,7 @@ The page's pictures are taken of the real page in Debian's Chromium, before a re
 checkpoint is a header of the real size over a hole, so the plan in them is real; no speed is shown.
 """
 
+import argparse
 import io
 import json
 import shutil
@@ -33,6 +34,8 @@ _READY = "() => window.app?.graph && app.extensions?.some(({ name }) => name ===
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     environment.enter(None)
     from comfy_server import ComfyServer, drop_package, link_model
     from PIL import Image

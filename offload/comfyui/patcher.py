@@ -98,10 +98,11 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         budget = self.residency.budget_bytes
         least = self._streaming.other_bytes + least_device_bytes(self._sizes)
         if budget is not None and budget < least:
+            takes = math.ceil(least / _GIB * 100) / 100
             raise ValueError(
                 f"a VRAM budget of {budget / _GIB:.2f} GiB is too small: with every block streamed this model takes "
-                f"{least / _GIB:.2f} GiB, and a picture of 1024x1024 about 0.5 GiB more while it is made. Set the "
-                f"budget to {math.ceil(least / _GIB * 100) / 100:.2f} or more, or to 0 (automatic)."
+                f"{takes:.2f} GiB, and a picture of 1024x1024 about 0.5 GiB more while it is made. Set the budget to "
+                f"{takes:.2f} or more, or to 0 (automatic)."
             )
 
     def model_size(self) -> int:

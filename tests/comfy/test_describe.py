@@ -65,8 +65,11 @@ def test_the_bar_shows_what_a_budget_keeps(tmp_path, monkeypatch, capsys):
 
 
 def test_a_budget_that_is_too_small_says_what_is_needed(tiny_file, monkeypatch, capsys):
-    with pytest.raises(SystemExit, match="streaming all of them takes"):
+    with pytest.raises(SystemExit, match=r"^a budget of 0\.0001 GiB is too small: streaming every block takes 0\.\d\d"):
         lines(tiny_file, monkeypatch, capsys, "--budget", "0.0001")
+    with pytest.raises(SystemExit):
+        lines(tiny_file, monkeypatch, capsys, "--budget", "0")
+    assert "a number of GiB above 0" in capsys.readouterr().err
 
 
 def test_another_file_is_named(tmp_path, monkeypatch, capsys):

@@ -14,6 +14,7 @@ from make_checkpoint import Recipe, make_checkpoint, make_twin
 from safetensors.torch import load_file
 
 from flux_nf4 import nodes
+from flux_nf4.nf4_loader.errors import CheckpointError
 from flux_nf4.nf4_loader.kernels import dequantise_by_table
 
 OLD_NODE = "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload"
@@ -78,6 +79,21 @@ def test_other_counts_of_an_old_node_read_the_dense_file_no_more(node, load, den
     os.utime(file, ns=(1, 1))
     assert load(node, file.name, 3) != first
     assert len(reads) == 2
+
+
+@pytest.mark.parametrize(
+    ("node", "load", "right"),
+    [
+        (nodes.OldCheckpointLoader, load_checkpoint, r"'Load Flux NF4 \(streamed\)'"),
+        (nodes.OldUNETLoader, load_unet, r"'Load Flux NF4 UNet \(streamed\)'"),
+    ],
+)
+def test_a_file_in_4_bits_is_sent_to_the_node_that_loads_it(node, load, right, dense_file):
+    file, reads = dense_file
+    make_checkpoint(file, Recipe(hidden=256, unet_only=True))
+    with pytest.raises(CheckpointError, match=f"its weights are in 4 bits of bitsandbytes. Load it with {right}"):
+        load(node(), file.name, 7)
+    assert not reads
 
 
 @pytest.mark.parametrize("gives_up", ["by callback", "by option"])

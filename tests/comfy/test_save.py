@@ -535,8 +535,9 @@ def test_the_command_makes_the_same_file_and_replaces_none(dense, tmp_path, monk
         (["{folder}", "--force"], "{folder}: it is a folder"),
         (["{folder}/made.safetensors", "--device", "vulkan"], "--device vulkan: it cannot be used"),
         (["{folder}/none/made.safetensors"], "made.safetensors: writing it failed .*No such file"),
+        (["{folder}/made.gguf"], "{folder}/made.gguf: it becomes a safetensors file"),
     ],
-    ids=["a folder", "a device that is not there", "in no folder"],
+    ids=["a folder", "a device that is not there", "in no folder", "another format"],
 )
 def test_the_command_says_what_is_wrong_with_what_it_was_given(arguments, problem, dense, tmp_path, monkeypatch):
     given = [argument.format(folder=tmp_path) for argument in arguments]
@@ -544,6 +545,30 @@ def test_the_command_says_what_is_wrong_with_what_it_was_given(arguments, proble
     with pytest.raises(SystemExit, match=f"^{problem.format(folder=tmp_path)}"):
         quantise_command.main()
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_never_replaces_what_it_reads(dense, tmp_path, monkeypatch):
+    path = tmp_path / "dense.safetensors"
+    path.write_bytes(dense.read_bytes())
+    monkeypatch.setattr(sys, "argv", ["quantise.py", str(path), str(path), "--force"])
+    with pytest.raises(SystemExit, match="it would replace the file that it is made of"):
+        quantise_command.main()
+    assert path.read_bytes() == dense.read_bytes()
+
+
+@pytest.mark.parametrize("options", [[], ["--all-in-one"]])
+def test_the_command_takes_layers_with_commas_and_says_what_is_left_out(options, tmp_path, monkeypatch, capsys):
+    made = tmp_path / "made.safetensors"
+    others = {"text_encoders.clip_l.x": torch.ones(8), "vae.decoder.x": torch.ones(8)}
+    save_file({f"model.diffusion_model.{n}": v for n, v in values().items()} | others, tmp_path / "dense.safetensors")
+    command = ["quantise.py", "--keep-dense", "img_in, final_layer.*", str(tmp_path / "dense.safetensors"), str(made)]
+    monkeypatch.setattr(sys, "argv", [*command, *options])
+    quantise_command.main()
+    tensors = load_file(made)
+    prefix = "model.diffusion_model." if options else ""
+    assert torch.equal(tensors[f"{prefix}img_in.weight"], values()["img_in.weight"])
+    assert (tensors.keys() >= others.keys()) == bool(options)
+    assert ("It is the transformer only" in capsys.readouterr().out) != bool(options)
 
 
 def test_the_command_says_what_a_wrong_file_is(tmp_path, monkeypatch):
