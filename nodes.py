@@ -491,10 +491,12 @@ class FluxNF4DualCLIPLoader:
 
 _OLD_NAME = "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload"
 
-if _OLD_NAME in getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {}):
+_other = getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {}).get(_OLD_NAME)
+if _other is not None:
     logger.warning(
-        "NF4: another package has registered the node %s already; this one takes its place. To keep the other, "
+        "NF4: another package (%s) has registered the node %s already; this one takes its place. To keep the other, "
         "remove or disable one of the two in custom_nodes.",
+        getattr(_other, "RELATIVE_PYTHON_MODULE", None) or _other.__module__,
         _OLD_NAME,
     )
 

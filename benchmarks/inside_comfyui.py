@@ -38,6 +38,11 @@ def allocator_of_comfyui() -> str:
     return ended.stdout.strip()
 
 
+def require_gpu() -> None:
+    if not torch.cuda.is_available():
+        raise SystemExit("This measures a GPU, and PyTorch sees none here (torch.cuda.is_available() is False).")
+
+
 def import_package() -> None:
     """Make this package importable as ``flux_nf4``, whatever its folder is called, inside ComfyUI."""
     enter_comfyui()

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from arguments import ROOT
-from inside_comfyui import import_package
+from inside_comfyui import import_package, require_gpu
 from streaming import Forward, checkpoint_file
 from timing import milliseconds
 
@@ -118,6 +118,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=8)
     given = parser.parse_args()
     chosen = {name: loras for name, loras in LORAS.items() if not loras or re.search(given.only, name)}
+    require_gpu()
     import_package()
     sys.path.insert(0, str(ROOT / "tests" / "support"))
     with checkpoint_file(given.checkpoint) as path, torch.inference_mode():

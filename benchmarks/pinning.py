@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from inside_comfyui import import_package
+from inside_comfyui import import_package, require_gpu
 from streaming import Forward, checkpoint_file
 from timing import copy_gbps, milliseconds
 
@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=6)
     given = parser.parse_args()
+    require_gpu()
     import_package()
     with checkpoint_file(given.checkpoint) as path, torch.inference_mode():
         results = measure(path, given.rounds, given.repeats)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from inside_comfyui import import_package
+from inside_comfyui import import_package, require_gpu
 from timing import copy_gbps, milliseconds
 from weights import Files
 
@@ -204,6 +204,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=8)
     given = parser.parse_args()
     settings = {name: setting for name, setting in SETTINGS.items() if re.search(given.only, name)}
+    require_gpu()
     import_package()
     with checkpoint_file(given.checkpoint) as path, torch.inference_mode():
         results = measure(path, settings, given.pixels, given.rounds, given.repeats)

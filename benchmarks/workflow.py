@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from arguments import parse, parser_for
-from inside_comfyui import import_package
+from inside_comfyui import import_package, require_gpu
 from memory import GIB, Use, Watch, capped
 
 STAGES = ("encode", "sample", "decode")
@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--single", type=int, default=0, help="single blocks that stay")
     parser.add_argument("--rounds", type=int, default=3)
     given = parse(parser)
+    require_gpu()
     import_package()
     from flux_nf4.loaded import load_all_in_one, streamed
     from flux_nf4.nf4_loader.catalogue import read_catalogue

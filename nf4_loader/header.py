@@ -83,7 +83,7 @@ def read_header(path: Path) -> Header:
     try:
         raw, size = _read_raw(path)
     except FileNotFoundError:
-        problem = f"there is no such file ({path}). Refresh the page (key R) and pick another."
+        problem = f"there is no such file ({path}). In the page, refresh (key R) and pick another."
         raise CheckpointError(path, problem) from None
     except OSError as error:
         raise CheckpointError(path, f"it cannot be read ({error}). This node needs a readable file.") from error

@@ -120,14 +120,15 @@ def _dense_flux(header: Header) -> str:
         )
     return (
         f"it is a Flux model with dense {dtype} weights: no tensor ends in '.weight.quant_state.bitsandbytes__nf4' or "
-        f"'__fp4'. Load it with {_loader_of_dense(header.tensors)}, or make an NF4 file of it with "
-        "'Quantise Flux to NF4 and Save'."
+        f"'__fp4'. Load it with {_loader_of_dense(header.tensors)} and stream it with 'Stream Model Blocks', or make "
+        "an NF4 file of it with 'Quantise Flux to NF4 and Save'."
     )
 
 
 def _loader_of_dense(names: Iterable[str]) -> str:
     all_in_one = any(name.startswith("text_encoders.") for name in names)
-    return "'Load Checkpoint'" if all_in_one else "'Load Diffusion Model' (folder diffusion_models)"
+    loader, folder = ("Load Checkpoint", "checkpoints") if all_in_one else ("Load Diffusion Model", "diffusion_models")
+    return f"'{loader}' (folder {folder})"
 
 
 _A_LARGE_WEIGHT = r"(double_blocks\.0\.img_attn\.qkv|single_transformer_blocks\.0\.proj_mlp)\.weight$"

@@ -108,7 +108,8 @@ def load_dual_clip(paths: Sequence[Path], embedding_directory: Sequence[str]) ->
         part = _encoder_of(path, tensors)
         if part in found:
             raise CheckpointError(
-                path, f"it is of the same kind ({part}) as {found[part].name}: pick CLIP-L and T5-XXL."
+                path,
+                f"it is of the same kind ({part}) as {found[part].name} in the other input: pick CLIP-L and T5-XXL.",
             )
         found[part] = path
         state, packed = read_encoders(path, tensors)

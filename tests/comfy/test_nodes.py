@@ -22,11 +22,11 @@ OLD_NODE = "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload"
 
 def test_a_name_that_another_package_has_is_said_in_the_log(monkeypatch, caplog):
     other = types.ModuleType("nodes")
-    other.NODE_CLASS_MAPPINGS = {OLD_NODE: object}
+    other.NODE_CLASS_MAPPINGS = {OLD_NODE: type("Node", (), {"RELATIVE_PYTHON_MODULE": "custom_nodes.FluxExt"})}
     monkeypatch.setitem(sys.modules, "nodes", other)
     with caplog.at_level(logging.WARNING):
         importlib.reload(nodes)
-    assert f"another package has registered the node {OLD_NODE}" in caplog.text
+    assert f"another package (custom_nodes.FluxExt) has registered the node {OLD_NODE}" in caplog.text
     other.NODE_CLASS_MAPPINGS = {}
     caplog.clear()
     importlib.reload(nodes)

@@ -400,7 +400,8 @@ def test_a_stock_t5_in_plain_fp8_is_saved_as_it_is(scaled_t5, stock_clip):
 
 def test_two_files_of_one_kind_are_refused(t5, clip_l):
     with pytest.raises(
-        CheckpointError, match=r"of the same kind \(clip_l\) as clip_l\.safetensors: pick CLIP-L and T5"
+        CheckpointError,
+        match=r"same kind \(clip_l\) as clip_l\.safetensors in the other input: pick CLIP-L",
     ):
         load_dual_clip([clip_l, clip_l], [])
 

@@ -222,13 +222,16 @@ def dense_flux(dtype, prefix=PREFIX):
 )
 @pytest.mark.parametrize(
     ("rest", "loader"),
-    [(ENCODERS | VAE, "'Load Checkpoint'"), ({}, "'Load Diffusion Model' (folder diffusion_models)")],
+    [
+        (ENCODERS | VAE, "'Load Checkpoint' (folder checkpoints)"),
+        ({}, "'Load Diffusion Model' (folder diffusion_models)"),
+    ],
 )
 @pytest.mark.parametrize("prefix", [PREFIX, ""], ids=["prefix", "no prefix"])
 def test_a_dense_flux_is_refused_with_its_loader(refusal, dtype, name, rest, loader, prefix):
     message = refusal(dense_flux(dtype, prefix) | rest)
     assert f"it is a Flux model with dense {name} weights" in message
-    assert message.endswith(f"Load it with {loader}, or make an NF4 file of it with 'Quantise Flux to NF4 and Save'.")
+    assert f"Load it with {loader} and stream it with 'Stream Model Blocks', or make an NF4 file of it" in message
 
 
 def test_a_gguf_file_is_refused_with_its_loader(tmp_path):
