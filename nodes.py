@@ -418,7 +418,8 @@ class FluxNF4QuantiseSave:
     DESCRIPTION = (
         "Quantises a Flux model to NF4 or FP4, layer by layer, and saves it: the transformer alone, or with CLIP and "
         "VAE as an all-in-one file. 4-bit weights of a file that have no LoRA keep their values if they are of the "
-        "type that is saved; those of the other type are quantised again, and the log says so."
+        "type that is saved (fp32 absmax that is nested changes a little); those of the other type are quantised "
+        "again, and the log says so."
     )
 
     def save(

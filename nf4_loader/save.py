@@ -95,6 +95,7 @@ def save_quantised(
     """
     _require_bitsandbytes(path)
     _require_layers(path, sources, keep_dense)
+    _require_unchanged(path, sources)
     _say_what_is_quantised_again(path, sources, settings, keep_dense)
     metadata = _metadata(settings, keep_dense) | dict(metadata)
     tensors = _tensors(sources, settings, prefix, keep_dense, device, progress)
@@ -181,7 +182,6 @@ def _tensors(
     device: torch.device,
     progress: Callable[[int], None],
 ) -> Iterator[_Tensor]:
-    _require_unchanged(sources)
     for source in sources:
         name = prefix + source.name if source.is_layer else source.name
         stored = source.stored
@@ -222,12 +222,14 @@ def _is_as_it_is(stored: TransformerTensor) -> bool:
     return len(stored.parts) == 1 and not stored.halves_swapped
 
 
-def _require_unchanged(sources: Sequence[Source]) -> None:
+def _require_unchanged(path: Path, sources: Sequence[Source]) -> None:
     headers: dict[Path, Mapping[str, TensorEntry]] = {}
     parts = [part for source in sources if source.stored is not None for part in source.stored.parts]
     for entry in [entry for part in parts for entry in (part.entries if isinstance(part, Weight4bit) else (part,))]:
         if entry.path not in headers:
             headers[entry.path] = read_header(entry.path).tensors
+            if path.exists() and path.samefile(entry.path):
+                raise CheckpointError(path, "it would replace a file that it is made of. Choose another name.")
         if headers[entry.path].get(entry.name) != entry:
             raise CheckpointError(entry.path, "the file has changed since it was loaded. Load it again, then save.")
 

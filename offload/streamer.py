@@ -213,10 +213,16 @@ class Streamer:
             torch.OutOfMemoryError: not even streaming every block fits. Nothing is left on the device then.
             RuntimeError: tensors of a block were replaced from outside.
         """
+        if (error := self._find_replaced()) is not None:
+            raise error
+        self._start(plan, copies, whole_blocks=whole_blocks)
+
+    def _find_replaced(self) -> RuntimeError | None:
         self._release()
-        for index, block in enumerate(self.blocks):
-            if block.replaced is not None:
-                raise _replaced(block.replaced, index)
+        found = ((block.replaced, index) for index, block in enumerate(self.blocks))
+        return next((_replaced(layer, index) for layer, index in found if layer is not None), None)
+
+    def _start(self, plan: ResidencyPlan, copies: Copies, *, whole_blocks: bool) -> None:
         if (self._copies, self._asked, self.whole_blocks) == (copies, plan, whole_blocks):
             return
         if self._copies is not copies or self.whole_blocks != whole_blocks:
@@ -244,8 +250,12 @@ class Streamer:
             )
 
     def change(self, plan: ResidencyPlan) -> None:
-        """`start` again with ``plan``, the rest as it is. Giving residents up copies nothing and frees their memory."""
-        self.start(plan, self._require_copies(), whole_blocks=self.whole_blocks)
+        """`start` again with ``plan``, the rest as it is. Giving residents up copies nothing and frees their memory.
+
+        Others may need that memory: that tensors were replaced from outside is only said here."""
+        if (error := self._find_replaced()) is not None:
+            logger.error("Streaming: %s", error)
+        self._start(plan, self._require_copies(), whole_blocks=self.whole_blocks)
 
     def stop(self) -> None:
         """Bind every block to host memory and free everything on the device. Idempotent."""

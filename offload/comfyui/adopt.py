@@ -56,6 +56,9 @@ def stream_model(
 def _adopt(patcher: comfy.model_patcher.ModelPatcher) -> StreamedModelPatcher:
     _refuse_what_is_bound_to_modules(patcher)
     root = patcher.model.__dict__.get(_ROOT)
+    if root is None:
+        _lists_of_blocks(patcher.model)  # refused before a file is read for it
+        _unload(patcher)
     clone = _without_dynamic(patcher, root)
     if root is None:
         root = patcher.model.__dict__[_ROOT] = _make_root(clone)
@@ -86,7 +89,6 @@ def _make_root(patcher: Any) -> StreamedModelPatcher:
     """A streamed model of the same values as that of ``patcher``."""
     lists = _lists_of_blocks(patcher.model)
     _refuse_what_is_no_plain_tensor(lists)
-    _unload(patcher)
     _say_what_is_short(lists)
     model = _with_own_modules(patcher.model)
     blocks = _lists_of_blocks(model)
@@ -102,12 +104,12 @@ def _make_root(patcher: Any) -> StreamedModelPatcher:
 def _refuse_what_is_bound_to_modules(patcher: Any) -> None:
     """The streamed model has other modules: what was made for those of ``patcher`` would compute beside it."""
     bound = [
-        *(["a LoRA by bypass, or another injection"] if any(getattr(patcher, "injections", {}).values()) else []),
+        *(["a LoRA by bypass, or another injection"] if any(patcher.injections.values()) else []),
         *(["torch.compile"] if any("torch.compile" in keyed for keyed in patcher.wrappers.values()) else []),
         *(
             f"{type(patch).__name__} in the place of {key}"
             for key, patch in patcher.object_patches.items()
-            if key.startswith("diffusion_model.") and isinstance(patch, nn.Module)
+            if key.split(".")[0] == "diffusion_model" and isinstance(getattr(patch, "__self__", patch), nn.Module)
         ),
     ]
     if bound:

@@ -15,9 +15,13 @@ _NEEDED = {
             )
         ),
         "CallbacksMP.ON_LOAD",
+        "LowVramPatch",
     ),
+    "comfy.float": ("stochastic_rounding",),
     "comfy.patcher_extension": ("WrappersMP.APPLY_MODEL",),
-    "comfy.model_management": ("current_loaded_models", "get_free_memory", "get_torch_device", "unet_offload_device"),
+    "comfy.model_management": (
+        *("cast_to_device", "current_loaded_models", "get_free_memory", "get_torch_device", "unet_offload_device"),
+    ),
     "comfy.lora": ("calculate_weight",),
     "comfy.weight_adapter": ("LoRAAdapter",),
 }

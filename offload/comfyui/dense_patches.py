@@ -70,19 +70,17 @@ def patched_copy(
     tensor: torch.Tensor, key: str, patches: Sequence[Sequence[Any]], module: torch.nn.Module, device: torch.device
 ) -> torch.Tensor:
     """``tensor``, which is ``key`` of ``module``, with ``patches``, on ``device``: made as ``patch_weight_to_device``
-    makes it where a model fits."""
+    makes it where a model fits, in fp32."""
     convert, set_to = _functions_of(module, key)
     weight = comfy.model_management.cast_to_device(tensor, device, torch.float32, copy=True)
     if convert is not None:
         weight = convert(weight, inplace=True)
     original = {key: [(weight.clone(), None)]}
     patched = comfy.lora.calculate_weight(patches, weight, key, original_weights=original)
+    string_to_seed = getattr(comfy.utils, "string_to_seed", None) or comfy.model_patcher.string_to_seed
     if set_to is not None:
-        return set_to(patched, seed=_string_to_seed(key), return_weight=True)
-    return comfy.float.stochastic_rounding(patched, tensor.dtype, seed=_string_to_seed(key))
-
-
-_string_to_seed = getattr(comfy.utils, "string_to_seed", None) or comfy.model_patcher.string_to_seed
+        return set_to(patched, seed=string_to_seed(key), return_weight=True)
+    return comfy.float.stochastic_rounding(patched, tensor.dtype, seed=string_to_seed(key))
 
 
 def _functions_of(module: torch.nn.Module, key: str) -> tuple[Any, Any]:

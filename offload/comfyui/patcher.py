@@ -14,6 +14,7 @@ import comfy.model_patcher
 import comfy.patcher_extension
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..bounce import through_bounce_buffers
 from ..copies import copies_to
@@ -234,8 +235,9 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         """Each weight as it is without patches, in host memory, and its patches."""
         weights = self.model_state_dict(filter_prefix)
         # Whoever merges models keeps them, and a view of a resident would keep its block on the device.
-        plain = (torch.Tensor, nn.Parameter)
-        weights = {key: weight.cpu() if type(weight) in plain else weight for key, weight in weights.items()}
+        for key, weight in weights.items():
+            if type(weight) in (torch.Tensor, nn.Parameter) or is_traceable_wrapper_subclass(weight):
+                weights[key] = weight.cpu()
         found = super().get_key_patches(filter_prefix)
         return {key: [(weights[key], unpatched[1]), *patches] for key, (unpatched, *patches) in found.items()}
 

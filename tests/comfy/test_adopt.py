@@ -138,9 +138,20 @@ def replaced(patcher):
     patcher.add_object_patch("diffusion_model.double_blocks.1", nn.Identity())
 
 
+def whole(patcher):
+    patcher.add_object_patch("diffusion_model", nn.Identity())
+
+
+def method(patcher):
+    layer = patcher.model.diffusion_model.double_blocks[0].img_attn
+    patcher.add_object_patch("diffusion_model.double_blocks.0.img_attn.forward", layer.forward)
+
+
 @pytest.mark.parametrize(
     ("bind", "what"),
     [
+        (whole, "Identity in the place of diffusion_model"),
+        (method, "method in the place of diffusion_model.double_blocks.0.img_attn.forward"),
         (by_bypass, "a LoRA by bypass, or another injection"),
         (compiled, "torch.compile"),
         (replaced, "Identity in the place of diffusion_model.double_blocks.1"),

@@ -556,6 +556,15 @@ def test_the_command_never_replaces_what_it_reads(dense, tmp_path, monkeypatch):
     assert path.read_bytes() == dense.read_bytes()
 
 
+def test_no_shard_of_the_source_is_replaced(diffusers_model, tmp_path):
+    diffusers_model.save_pretrained(tmp_path, max_shard_size="4MB")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    shard = next(path for path in before if "00002-of" in path.name)
+    with pytest.raises(CheckpointError, match="it would replace a file that it is made of"):
+        save(tmp_path, shard)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 @pytest.mark.parametrize("options", [[], ["--all-in-one"]])
 def test_the_command_takes_layers_with_commas_and_says_what_is_left_out(options, tmp_path, monkeypatch, capsys):
     made = tmp_path / "made.safetensors"
