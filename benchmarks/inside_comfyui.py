@@ -16,10 +16,7 @@ ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 
 def enter_comfyui() -> None:
     """Make ComfyUI importable, as its own ``main.py`` does: on the GPU if there is one, with dynamic VRAM if it can."""
-    tree = Path(os.environ.get("COMFYUI_PATH", "."))
-    if not (tree / "comfy").is_dir():
-        raise SystemExit(f"{tree}: no ComfyUI there. Set COMFYUI_PATH to ComfyUI's folder.")
-    sys.path[:0] = [str(tree), str(ROOT / "tools")]
+    sys.path[:0] = [str(_tree()), str(ROOT / "tools")]
     arguments, sys.argv = sys.argv, [sys.argv[0], *([] if torch.cuda.is_available() else ["--cpu"])]
     import comfy.options
 
@@ -34,8 +31,22 @@ def allocator_of_comfyui() -> str:
     """What ComfyUI's start sets PYTORCH_CUDA_ALLOC_CONF to on this machine; it must be set before torch is imported."""
     code = "import comfy.options as o; o.enable_args_parsing(); import cuda_malloc, os; print(os.environ.get(NAME, ''))"
     command = [sys.executable, "-c", f"NAME = {ALLOCATOR!r}; {code}"]
-    ended = subprocess.run(command, cwd=os.environ["COMFYUI_PATH"], capture_output=True, text=True, check=False)
+    ended = subprocess.run(command, cwd=_tree(), capture_output=True, text=True, check=False)
     return ended.stdout.strip()
+
+
+def use_allocator_of_comfyui() -> None:
+    """Start this script anew with it in the environment, where there is none: torch reads that when it is imported."""
+    if ALLOCATOR not in os.environ:
+        os.environ[ALLOCATOR] = allocator_of_comfyui()
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
+def _tree() -> Path:
+    tree = Path(os.environ.get("COMFYUI_PATH", "."))
+    if not (tree / "comfy").is_dir():
+        raise SystemExit(f"{tree}: no ComfyUI there. Set COMFYUI_PATH to ComfyUI's folder.")
+    return tree
 
 
 def require_gpu() -> None:

@@ -65,10 +65,12 @@ class Watch:
             self.peak = Use(self.peak.device - self._before.device, allocated)
 
     def _sample(self) -> None:
+        # Not torch's own figures: asking for them needs the lock of its allocator while this thread has Python's, and
+        # with dynamic VRAM the allocator calls into Python.
         while not self._over.wait(self._every_s):
-            used = Use.now(self._device).device
-            if used > self.peak.device:
-                self.peak = Use(used)
+            free, total = torch.cuda.mem_get_info(self._device)
+            if total - free > self.peak.device:
+                self.peak = Use(total - free)
 
 
 @contextmanager

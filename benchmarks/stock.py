@@ -21,13 +21,16 @@ from weights import Files
 class Stock:
     """A patcher that ComfyUI keeps in VRAM as far as it has room, or not at all."""
 
-    def __init__(self, patcher: Any) -> None:
+    def __init__(self, patcher: Any, *, is_gguf: bool = False) -> None:
         self._patcher = patcher
+        self._is_gguf = is_gguf
 
     @contextmanager
     def at_work(self, setting: str, case: Case) -> Iterator[ComfyModel]:
         if setting == "offloaded" and has_dynamic_vram():
             raise Unavailable("with dynamic VRAM ComfyUI has no such setting")
+        if self._is_gguf and case.bus_gbps:
+            raise Unavailable("its tensors' class does not work while copies are padded")
         management = comfy.model_management
         state = management.vram_state
         if setting == "offloaded":
@@ -59,7 +62,7 @@ def gguf(files: Files, pack: Path | None) -> Stock:
 
     folder_paths.add_model_folder_path("diffusion_models", str(path.parent))
     loader = _import_folder(pack).UnetLoaderGGUF()
-    return Stock(loader.load_unet(path.name)[0])
+    return Stock(loader.load_unet(path.name)[0], is_gguf=True)
 
 
 def _import_folder(pack: Path) -> Any:

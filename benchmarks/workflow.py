@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from arguments import parse, parser_for
-from inside_comfyui import import_package, require_gpu
+from inside_comfyui import import_package, require_gpu, use_allocator_of_comfyui
 from memory import GIB, Use, Watch, capped
+from timing import Clock
 
 STAGES = ("encode", "sample", "decode")
 
@@ -53,7 +54,7 @@ def checkpoint(folder: Path, *, is_small: bool) -> Path:
 
 
 def run(model: Any, clip: Any, vae: Any, pixels: int, steps: int) -> tuple[dict[str, float], torch.Tensor]:
-    """Seconds of each stage, and the picture, (1, pixels, pixels, 3)."""
+    """Seconds of each stage, ms of the steps after the first, and the picture, (1, pixels, pixels, 3)."""
     import comfy.sample
 
     stages = Stages()
@@ -61,13 +62,25 @@ def run(model: Any, clip: Any, vae: Any, pixels: int, steps: int) -> tuple[dict[
         positive = clip.encode_from_tokens_scheduled(clip.tokenize("a lighthouse in a storm, oil on canvas"))
     latent = torch.zeros(1, 16, pixels // 8, pixels // 8)
     noise = comfy.sample.prepare_noise(latent, 0)
+    clock = Clock(model.load_device)
     with stages.stage("sample"):
         latent = comfy.sample.sample(
-            model, noise, steps, 1.0, "euler", "simple", positive, positive, latent, disable_pbar=True, seed=0
+            model,
+            noise,
+            steps,
+            1.0,
+            "euler",
+            "simple",
+            positive,
+            positive,
+            latent,
+            callback=lambda *_: clock.tick(),
+            disable_pbar=True,
+            seed=0,
         )
     with stages.stage("decode"):
         picture = vae.decode(latent)
-    return stages.seconds, picture
+    return stages.seconds | {"step_ms": statistics.median(clock.milliseconds())}, picture
 
 
 def measure(parts: tuple[Any, Any, Any], cap_gib: float, pixels: int, steps: int) -> dict[str, Any]:
@@ -85,12 +98,15 @@ def measure(parts: tuple[Any, Any, Any], cap_gib: float, pixels: int, steps: int
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| card | " + " | ".join(f"{stage} s" for stage in STAGES) + " | peak VRAM GiB |", "|---" * 5 + "|"]
+    stages = " | ".join(f"{stage} s" for stage in STAGES)
+    lines = [f"| card | {stages} | of it a step, ms | peak VRAM GiB |", "|---" * 6 + "|"]
     for cap in dict.fromkeys(row["cap_gib"] for row in rows):
         runs = [row for row in rows if row["cap_gib"] == cap]
         times = [f"{statistics.median(run[stage] for run in runs):.2f}" for stage in STAGES]
         card = f"as small as {cap:g} GiB" if cap else "as it is"
-        lines.append(f"| {card} | {' | '.join(times)} | {max(run['peak_gib'] for run in runs):.2f} |")
+        step = statistics.median(run["step_ms"] for run in runs)
+        peak = max(run["peak_gib"] for run in runs)
+        lines.append(f"| {card} | {' | '.join(times)} | {step:.1f} | {peak:.2f} |")
     return "\n".join(lines)
 
 
@@ -104,6 +120,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     given = parse(parser)
     require_gpu()
+    use_allocator_of_comfyui()
     import_package()
     from flux_nf4.loaded import load_all_in_one, streamed
     from flux_nf4.nf4_loader.catalogue import read_catalogue

@@ -79,7 +79,8 @@ def linear(
 
 
 @functools.cache
-def _code_table(quant_type: QuantType, device: torch.device) -> torch.Tensor:
+def code_table(quant_type: QuantType, device: torch.device) -> torch.Tensor:
+    """The sixteen values of a code, fp32 (16,)."""
     # Once a device: making it copies from the host, which waits.
     with torch.inference_mode(False):
         return torch.tensor(CODES[quant_type], dtype=torch.float32, device=device)
@@ -95,7 +96,7 @@ def dequantise_by_table(
 ) -> torch.Tensor:
     """`dequantise` in plain torch, for any device; in chunks, so that the fp32 intermediate stays small."""
     numel = shape[0] * shape[1]
-    code = _code_table(quant_type, packed.device)
+    code = code_table(quant_type, packed.device)
     out = torch.empty(numel, dtype=dtype, device=packed.device)
     for start in range(0, packed.numel(), _CHUNK_BYTES):
         chunk = packed[start : start + _CHUNK_BYTES]

@@ -1,15 +1,18 @@
 """LoRA beside a 4-bit weight: ``output[:, rows] += (input @ down.T * scale) @ up.T``.
 
-The packed weight stays as it is, and what a LoRA costs is its own rank. The formula is that of ComfyUI's
+The packed weight stays as it is, and what a LoRA costs is its own rank, or less: where the weight is expanded for many
+rows of input anyway, the LoRA may be added to it on the way (`patches`). The formula is that of ComfyUI's
 ``LoRAAdapter.calculate_weight`` (comfy/weight_adapter/lora.py): ``weight += strength * alpha / rank * up @ down``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from comfy.weight_adapter import LoRAAdapter
+
+from .patched_weight import Patch
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +110,18 @@ class LowRank:
         """Whether every one of so many rows of the weight is patched, by one piece."""
         ends = [0, *(piece.rows.stop for piece in self._pieces)]
         return ends[-1] == rows and all(piece.rows.start == end for piece, end in zip(self._pieces, ends, strict=False))
+
+    @property
+    def pieces(self) -> Sequence[tuple[int, int]]:
+        """Rows and ranks of each piece."""
+        sizes = [(piece.rows, piece.ranks) for piece in self._pieces]
+        return [(rows.stop - rows.start, ranks.stop - ranks.start) for rows, ranks in sizes]
+
+    def patches(self, tensors: Mapping[str, Any]) -> Iterator[Patch]:
+        """What the pieces add to the weight; ``tensors`` as in `add_to`."""
+        for piece in self._pieces:
+            down, scale = tensors["lora_down"][piece.ranks], tensors["lora_scale"][piece.ranks]
+            yield Patch(piece.rows.start, tensors[piece.name], down, scale)
 
     def product(self, input: torch.Tensor, bias: torch.Tensor | None, tensors: Mapping[str, Any]) -> torch.Tensor:
         """The branch of ``input`` (n, in), and ``bias`` (out,), if all rows are covered; ``tensors`` as in `add_to`."""

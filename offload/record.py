@@ -9,6 +9,7 @@ for them by torch's protocol for such (``__tensor_flatten__`` and ``__tensor_unf
 """
 
 import dataclasses
+import functools
 import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -116,13 +117,18 @@ def extras_layouts(
     The first has the large ones of modules that have a tile, and as many tiles as ``own``; the second the others, in
     its small part. ``extras`` maps a module's path, then a name, to the tensor.
     """
+    fields = [_field(path, name, False, tensor) for path, tensors in extras.items() for name, tensor in tensors.items()]
+    return _extras_layouts(own, tuple(fields))
+
+
+@functools.lru_cache(maxsize=64)
+def _extras_layouts(own: RecordLayout, extras: tuple[Field, ...]) -> tuple[RecordLayout, RecordLayout]:
+    # Kept for the next time: blocks of one structure get extras of the same shapes, after a change of strength again.
     tiles: dict[str, list[Field]] = {tile.module: [] for tile in own.tiles}
     staying: list[Field] = []
-    for path, tensors in extras.items():
-        for name, tensor in tensors.items():
-            extra = _field(path, name, False, tensor)
-            travels = tiles.get(path if path in tiles else "") if extra.nbytes >= SMALL_BYTES else None
-            (staying if travels is None else travels).append(extra)
+    for extra in extras:
+        travels = tiles.get(extra.module if extra.module in tiles else "") if extra.nbytes >= SMALL_BYTES else None
+        (staying if travels is None else travels).append(extra)
     return _in_a_row(tiles.items(), ()), _in_a_row((), staying)
 
 

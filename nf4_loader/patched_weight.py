@@ -1,0 +1,128 @@
+"""A 4-bit weight expanded with low-rank patches in it, by one Triton kernel.
+
+Beside a matmul with thousands of rows a low-rank product costs what it moves: its input read, its output written and
+read again. Added to the weight while that is expanded it moves only its factors. Where Triton does not work (it is not
+on every platform, and needs a compiler) `works_on` says so once, and the product stays beside the matmul.
+"""
+
+import functools
+import logging
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+
+from .kernels import code_table, dequantise_by_table
+from .quant_state import QuantType
+
+try:
+    from .patched_weight_kernel import kernel
+except ImportError:  # of Triton
+    kernel = None
+
+logger = logging.getLogger(__name__)
+
+MAX_RANK = 16
+"""With 32 it takes as long as the product beside the matmul, with more longer (measured on an H100)."""
+
+_ROWS, _BYTES, _WARPS = 16, 32, 4
+"""What one program expands: rows, and packed bytes of each. Measured best of ten on an H100."""
+
+
+class Patch(NamedTuple):
+    """Adds ``(up * scale) @ down`` to the rows from ``start`` on: up (rows, R), down (R, in), scale fp32 (R,)."""
+
+    start: int
+    up: torch.Tensor
+    down: torch.Tensor
+    scale: torch.Tensor
+
+
+def takes(shape: tuple[int, int], dtype: torch.dtype, rows: Iterable[int], ranks: Iterable[int]) -> bool:
+    """Whether the kernel can expand a weight of ``shape`` to ``dtype`` with patches of so many rows and ranks."""
+    whole = shape[1] % (2 * _BYTES) == 0 and all(count % _ROWS == 0 for count in rows)
+    return whole and max(ranks) <= MAX_RANK and dtype in (torch.bfloat16, torch.float16)
+
+
+def expand(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    shape: tuple[int, int],
+    blocksize: int,
+    quant_type: QuantType,
+    dtype: torch.dtype,
+    patches: Iterable[Patch],
+) -> torch.Tensor:
+    """Dequantise a 4-bit weight (arguments as in `kernels.dequantise`) and add ``patches``, which cover every row once.
+
+    Returns:
+        A fresh tensor of ``shape`` and ``dtype`` on the device of ``packed``: the sum in fp32, rounded once.
+    """
+    assert kernel is not None
+    columns = shape[1]
+    weight = torch.empty(shape, dtype=dtype, device=packed.device)
+    code = code_table(quant_type, packed.device)
+    with _current(packed.device):
+        for start, up, down, scale in patches:
+            rows, ranks = up.shape
+            kernel[columns // 2 // _BYTES, rows // _ROWS](
+                packed,
+                absmax,
+                code,
+                up,
+                down,
+                scale,
+                weight,
+                start,
+                columns // 2,
+                RANKS=ranks,
+                BLOCK_BYTES=blocksize // 2,
+                ROWS=_ROWS,
+                BYTES=_BYTES,
+                MOST=MAX_RANK,
+                num_warps=_WARPS,
+            )
+    return weight
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, wherever the tensors are."""
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device.type).device(device)
+
+
+@functools.cache
+def works_on(device_type: str) -> bool:
+    """Whether `expand` can be used on a device: tried with a small weight, which compiles the kernel."""
+    problem = _problem(device_type)
+    if problem is not None:
+        logger.info("LoRA: it takes a few percent longer, because Triton cannot be used here (%s)", problem)
+    return problem is None
+
+
+def _problem(device_type: str) -> str | None:
+    if kernel is None:
+        return "it is not installed"
+    if device_type == "cpu":
+        return "it is for GPUs"
+    try:
+        return _trial(device_type)
+    except Exception as error:  # whatever a missing compiler, an old driver or a new GPU leads to
+        return f"{type(error).__name__}: {error}"
+
+
+def _trial(device_type: str) -> str | None:
+    shape, ranks = (2 * _ROWS, 4 * _BYTES), MAX_RANK
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.randint(256, (shape[0] * shape[1] // 2,), generator=generator, dtype=torch.uint8).to(device_type)
+    absmax = torch.rand(shape[0] * shape[1] // 64, generator=generator).to(device_type)
+    up, down = (torch.randn(size, generator=generator) for size in ((shape[0], ranks), (ranks, shape[1])))
+    for strength in (0.0, 0.5):
+        scale = torch.full((ranks,), strength, device=device_type)
+        patch = Patch(0, up.to(device_type, torch.bfloat16), down.to(device_type, torch.bfloat16), scale)
+        found = expand(packed, absmax, shape, 64, "nf4", torch.bfloat16, [patch])
+        plain = dequantise_by_table(packed, absmax, shape, 64, "nf4", torch.float32)
+        expected = plain + (patch.up.float() * strength) @ patch.down.float()
+        if not torch.allclose(found.float(), expected, rtol=2**-7, atol=2**-5):
+            return "its kernel gives other values"
+    return None

@@ -1,0 +1,99 @@
+"""A LoRA that is added to the weight while that is expanded: when, and that it is the LoRA beside the weight."""
+
+import pytest
+import torch
+from comfy.weight_adapter import LoRAAdapter
+from interpreted_kernel import interpreted
+from torch import nn
+
+from flux_nf4.nf4_loader import patched_weight
+from flux_nf4.nf4_loader.patched_linear import PatchedLinear4bit
+
+SHAPE = OUT, IN = 96, 128
+
+
+@pytest.fixture
+def expanded(monkeypatch):
+    """The shapes that the interpreted kernel has expanded so far, in a world in which it works on the CPU."""
+    shapes = []
+    with interpreted() as module:
+        expand = module.expand
+        monkeypatch.setattr(module, "works_on", lambda _: True)
+        monkeypatch.setattr(module, "expand", lambda *args: shapes.append(args[2]) or expand(*args))
+        yield shapes
+
+
+def layer(dtype=torch.float16, shape=SHAPE, rank=8, strength=0.5):
+    """With LoRA of q, k and v, a third of the rows each."""
+    torch.manual_seed(0)
+    made = PatchedLinear4bit(shape, "nf4", 64, bias=True, dtype=dtype)
+    made.packed.copy_(torch.randint(256, made.packed.shape))
+    made.absmax.uniform_()
+    nn.init.normal_(made.bias)
+    made.give = lambda strength: give(made, dtype, rank, strength)
+    made.give(strength)
+    return made
+
+
+def give(made, dtype, rank, strength):
+    torch.manual_seed(1)
+    rows = made.out_features // 3
+    patches = []
+    for start in range(0, made.out_features, rows):
+        up, down = torch.randn(rows, rank), torch.randn(rank, made.in_features)
+        adapter = LoRAAdapter(set(), (up, down, float(rank), None, None, None))
+        patches.append((strength, adapter, 1.0, (0, start, rows), None))
+    for name, tensor in made.take_patches(patches, dtype).items():
+        made.register_buffer(name, tensor, persistent=False)
+
+
+def output(made, rows=300):
+    generator = torch.Generator().manual_seed(2)
+    input = torch.randn(1, rows, made.in_features, generator=generator).to(made.dtype)
+    with torch.inference_mode():
+        return made(input).float()
+
+
+@pytest.mark.parametrize("strength", [0.5, -1.25])
+def test_it_is_the_lora_beside_the_weight(expanded, monkeypatch, strength):
+    made = layer(strength=strength)
+    found = output(made)
+    assert expanded == [SHAPE]
+    monkeypatch.setattr(patched_weight, "works_on", lambda _: False)
+    beside = output(made)
+    assert expanded == [SHAPE]
+    assert (found - beside).norm() / beside.norm() < 2e-3  # fp16, rounded at other places
+
+
+def test_another_strength_counts(expanded):
+    made = layer(strength=0.5)
+    before = output(made)
+    made.give(0.7)
+    after = output(made)
+    made.give(0.5)
+    assert torch.equal(output(made), before)
+    assert not torch.equal(after, before)
+    assert len(expanded) == 3
+
+
+@pytest.mark.parametrize(
+    ("made", "rows"),
+    [
+        ({}, 200),
+        ({"shape": (768, 1024)}, 400),
+        ({"rank": 17}, 300),
+        ({"dtype": torch.float32}, 300),
+        ({"shape": (120, 128)}, 300),
+    ],
+    ids=["few rows", "a weight larger than what it saves", "many ranks", "fp32", "rows that are no whole tiles"],
+)
+def test_else_it_is_beside_the_weight(expanded, made, rows):
+    output(layer(**made), rows)
+    assert expanded == []
+
+
+def test_a_function_of_the_weight_comes_after_nothing(expanded):
+    made = layer()
+    made.weight_function.append(lambda weight: weight)
+    output(made)
+    assert expanded == []

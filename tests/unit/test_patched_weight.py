@@ -1,0 +1,115 @@
+"""The kernel that expands a weight with a LoRA in it: its arithmetic, by Triton's interpreter, and that it compiles."""
+
+import logging
+
+import pytest
+import torch
+from interpreted_kernel import interpreted
+
+from flux_nf4.nf4_loader import kernels, patched_weight
+from flux_nf4.nf4_loader.patched_weight import Patch
+
+SHAPE = (48, 128)
+
+
+@pytest.fixture(name="interpreted")
+def _interpreted():
+    with interpreted() as module:
+        yield module
+
+
+def weight(quant_type="nf4", blocksize=64, shape=SHAPE):
+    generator = torch.Generator().manual_seed(0)
+    numel = shape[0] * shape[1]
+    packed = torch.randint(256, (numel // 2,), generator=generator, dtype=torch.uint8)
+    return packed, torch.rand(numel // blocksize, generator=generator), shape, blocksize, quant_type
+
+
+def patches(ranks, dtype, strength=0.5):
+    """For a third of the rows each, of different ranks."""
+    generator = torch.Generator().manual_seed(1)
+    for index, rank in enumerate(ranks):
+        up = torch.randn(SHAPE[0] // len(ranks), rank, generator=generator).to(dtype)
+        down = torch.randn(rank, SHAPE[1], generator=generator).to(dtype)
+        yield Patch(index * len(up), up, down, torch.linspace(strength, 2 * strength, rank))
+
+
+def expected(args, added):
+    plain = kernels.dequantise_by_table(*args, torch.float32)
+    for start, up, down, scale in added:
+        plain[start : start + len(up)] += (up.float() * scale) @ down.float()
+    return plain
+
+
+@pytest.mark.parametrize("ranks", [(16,), (4, 10, 16)], ids=["one patch", "q k v apart"])
+@pytest.mark.parametrize("blocksize", [32, 64, 4096 // 32])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_the_patches_are_in_the_weight(interpreted, quant_type, blocksize, ranks):
+    args, added = weight(quant_type, blocksize), list(patches(ranks, torch.float16))
+    assert interpreted.takes(SHAPE, torch.float16, [len(patch.up) for patch in added], ranks)
+    found = interpreted.expand(*args, torch.float16, added)
+    wanted = expected(args, added)
+    assert (found.float() - wanted).norm() / wanted.norm() < 5e-4  # scaled factors and the sum are fp16
+
+
+def test_at_no_strength_it_is_the_plain_weight(interpreted):
+    args = weight()
+    found = interpreted.expand(*args, torch.float16, patches((16,), torch.float16, strength=0.0))
+    assert torch.equal(found, kernels.dequantise_by_table(*args, torch.float16))
+
+
+@pytest.mark.parametrize("capability", [75, 80, 89, 90, 120])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_it_compiles_for_gpus_of(capability, dtype, tmp_path, monkeypatch):
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from flux_nf4.nf4_loader.patched_weight_kernel import kernel
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    sizes = {"RANKS": 12, "BLOCK_BYTES": 32, "ROWS": 16, "BYTES": 32, "MOST": 16}
+    signature = {"packed": "*u8"} | dict.fromkeys(("absmax", "code", "scale"), "*fp32")
+    signature |= dict.fromkeys(("up", "down", "out"), f"*{dtype}")
+    signature |= dict.fromkeys(("start", "row_bytes"), "i32") | dict.fromkeys(sizes, "constexpr")
+    made = triton.compile(ASTSource(kernel, signature, sizes), target=GPUTarget("cuda", capability, 32))
+    assert "cubin" in made.asm
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "rows", "ranks", "takes"),
+    [
+        ((48, 128), torch.bfloat16, (48,), (16,), True),
+        ((48, 128), torch.bfloat16, (48,), (17,), False),
+        ((48, 128), torch.float32, (48,), (16,), False),
+        ((48, 96), torch.bfloat16, (48,), (16,), False),
+        ((48, 128), torch.bfloat16, (24, 24), (16, 16), False),
+    ],
+    ids=["fits", "many ranks", "fp32", "odd columns", "odd rows"],
+)
+def test_what_it_takes(shape, dtype, rows, ranks, takes):
+    assert patched_weight.takes(shape, dtype, rows, ranks) == takes
+
+
+def test_where_triton_fails_it_is_said_once_and_not_used(monkeypatch, caplog):
+    def no_compiler(_):
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(patched_weight, "_trial", no_compiler)
+    patched_weight.works_on.cache_clear()
+    with caplog.at_level(logging.INFO):
+        assert not patched_weight.works_on("a new device")
+        assert not patched_weight.works_on("a new device")
+    assert [record.getMessage() for record in caplog.records] == [
+        "LoRA: it takes a few percent longer, because Triton cannot be used here (RuntimeError: no C compiler)"
+    ]
+
+
+def test_the_trial_passes_with_the_kernel_and_fails_without_its_patches(interpreted, monkeypatch):
+    monkeypatch.setattr(torch, "bfloat16", torch.float16)  # the interpreter cuts bf16 off where a GPU rounds
+    assert interpreted._trial("cpu") is None
+    whole = interpreted.expand
+    monkeypatch.setattr(
+        interpreted, "expand", lambda *args: whole(*args[:-1], [args[-1][0]._replace(scale=torch.zeros(16))])
+    )
+    assert interpreted._trial("cpu") == "its kernel gives other values"
