@@ -96,9 +96,9 @@ class LowRank:
             return False
         if not all(new.differ_only_in_scale(old) for new, old in zip(factors, self._factors, strict=True)):
             return False
-        scales = self._scales(factors)
-        if not torch.equal(scales, self.tensors["lora_scale"]):
-            self.tensors["lora_scale"] = scales
+        if [factor.scale for factor in factors] != [factor.scale for factor in self._factors]:
+            self._factors = factors
+            self.tensors["lora_scale"] = self._scales(factors)
         return True
 
     def _scales(self, factors: Sequence[Factors]) -> torch.Tensor:

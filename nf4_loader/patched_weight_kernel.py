@@ -44,6 +44,6 @@ def kernel(  # type: ignore[no-untyped-def]  # Triton would look for the names o
     downs = tl.load(down + rank[:, None] * columns + column[None, :], mask=is_rank[:, None], other=0.0)
     delta = tl.dot((ups.to(tl.float32) * scales[None, :]).to(ups.dtype), downs)
 
-    # Rounded, or the compiler brings the weight into the product's order, in three steps, and not that into the weight's.
+    # Rounded, or the compiler brings the weight into the product's order, in three steps, and not the product.
     weight = tl.reshape(tl.join(high, low), (ROWS, 2 * BYTES)) + delta.to(downs.dtype).to(tl.float32)
     tl.store(out + (start + row)[:, None] * columns + column[None, :], weight.to(out.dtype.element_ty))

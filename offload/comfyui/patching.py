@@ -75,11 +75,12 @@ class Patching:
         """
         self._remove()
         self.scratch_bytes = 0
-        self._prepare(wrappers, device, casts)
+        modules = dict(self._model.named_modules(remove_duplicate=False))
+        _prepare(modules, wrappers, device, casts)
         takers: set[Any] = set()
         extras: dict[nn.Module, dict[str, torch.Tensor]] = {}
         for key, of_key in patches.items():
-            module, name = self._find(key)
+            module, name = _find(modules, key)
             active = [patch for patch in of_key if patch[0] is not None]
             if self._can_shadow(module, name):
                 self._shadow(module, name, key, active, device)
@@ -108,28 +109,6 @@ class Patching:
         model = self._model_of()
         assert model is not None
         return model
-
-    def _find(self, key: str) -> tuple[Any, str]:
-        path, _, name = key.rpartition(".")
-        return self._model.get_submodule(path), name
-
-    def _prepare(self, wrappers: Mapping[str, Sequence[Function]], device: torch.device, casts: bool) -> None:
-        # A change of strength comes by here: what is as it should be is left alone, setting it takes longer.
-        for module in self._model.modules():
-            if _has(module, "weight_function") and (module.weight_function or module.bias_function):
-                module.weight_function, module.bias_function = [], []  # type: ignore[assignment]
-            if _has(module, "comfy_cast_weights"):
-                for switch in _CASTS:  # without one a layer does what its class says
-                    module.__dict__.pop(switch, None)
-                    if casts:
-                        setattr(module, switch, True)
-            if _has(module, "take_patches"):
-                if module.computes_on != device:
-                    module.computes_on = device  # type: ignore[assignment]
-                module.patched_shape = module.shape
-        for key, functions in wrappers.items():
-            module, name = self._find(key)
-            _add_functions(module, name, functions)
 
     def _can_shadow(self, module: nn.Module, name: str) -> bool:
         tensor = _own_tensor(module, name)
@@ -185,6 +164,33 @@ class Patching:
             delattr(module, name)
         self._shadows.clear()
         self._outside.clear()
+
+
+def _prepare(
+    modules: Mapping[str, Any], wrappers: Mapping[str, Sequence[Function]], device: torch.device, casts: bool
+) -> None:
+    """Have the layers compute on ``device`` with ``wrappers`` and nothing else."""
+    # A change of strength comes by here: what is as it should be is left alone, setting it takes longer.
+    for module in modules.values():
+        if _has(module, "weight_function") and (module.weight_function or module.bias_function):
+            module.weight_function, module.bias_function = [], []
+        if _has(module, "comfy_cast_weights"):
+            for switch in _CASTS:  # without one a layer does what its class says
+                module.__dict__.pop(switch, None)
+                if casts:
+                    setattr(module, switch, True)
+        if _has(module, "take_patches"):
+            if module.computes_on != device:
+                module.computes_on = device
+            module.patched_shape = module.shape
+    for key, functions in wrappers.items():
+        module, name = _find(modules, key)
+        _add_functions(module, name, functions)
+
+
+def _find(modules: Mapping[str, Any], key: str) -> tuple[Any, str]:
+    path, _, name = key.rpartition(".")
+    return modules[path], name
 
 
 def _has(module: nn.Module, name: str) -> bool:
