@@ -66,6 +66,21 @@ def test_scaled_fp8_is_as_in_stock_comfyui(resident, scaled, sample, with_lora, 
     assert torch.equal(sample(stream_model(patched, residency, None)), expected)
 
 
+@torch.inference_mode()
+def test_scaled_fp8_outside_of_blocks_is_patched_as_stock_comfyui_patches_what_it_loads_whole(
+    scaled, sample, with_lora, twin_model, copies
+):
+    layers = {name: twin_model.diffusion_model.get_submodule(name) for name in ("img_in", "final_layer.linear")}
+    file = loras.kohya({name: (layer.out_features, layer.in_features) for name, layer in layers.items()})
+    patched = with_lora(scaled, file, 0.8)
+    plain, expected = sample(scaled), sample(patched)
+    assert not torch.equal(expected, plain)
+    comfy.model_management.unload_all_models()
+    streamed = stream_model(patched, Residency((("double", 0), ("single", 1))), None)
+    assert torch.equal(sample(streamed), expected)
+    assert copies.nbytes > 0
+
+
 def test_patched_weights_take_no_more_of_the_device_than_their_factors(streamed, with_lora, shapes):
     patched = with_lora(streamed, loras.kohya(shapes))
     comfy.model_management.load_models_gpu([streamed])
