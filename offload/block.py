@@ -163,6 +163,12 @@ class Block:
         every = (tile for record in self.records for tile in record.every_tile if not tile.is_bound)
         return next((tile.tile.module or "a layer" for tile in every), None)
 
+    def in_host_memory(self, path: str, name: str) -> torch.Tensor | None:
+        """Tensor ``name`` of the module at ``path``, wherever that is bound now."""
+        tiles = (part for record in self.records for part in record.every_tile)
+        fields = ((field, home) for part in tiles for field, home in zip(part.tile.fields, part.home, strict=True))
+        return next((home for field, home in fields if (field.module, field.name) == (path, name)), None)
+
     @property
     def device_bytes(self) -> int:
         return sum(record.buffer.nbytes for record in self.records if record.buffer is not None)

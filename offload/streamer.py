@@ -153,6 +153,13 @@ class Streamer:
             if small.nbytes:
                 self._stay(block, small, extras_in(given, small))
 
+    def in_host_memory(self, module: nn.Module, name: str) -> torch.Tensor | None:
+        """Tensor ``name`` of a module of the blocks as it is in host memory; None if there is none."""
+        if module not in self._places:
+            return None
+        index, path = self._places[module]
+        return self.blocks[index].in_host_memory(path, name)
+
     def _by_block(self, given: Mapping[nn.Module, Mapping[str, torch.Tensor]], count: int) -> list[Extras]:
         by_block: list[dict[str, Mapping[str, torch.Tensor]]] = [{} for _ in range(count)]
         for module, tensors in given.items():

@@ -235,9 +235,12 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         """Each weight as it is without patches, in host memory, and its patches."""
         weights = self.model_state_dict(filter_prefix)
         # Whoever merges models keeps them, and a view of a resident would keep its block on the device.
+        modules = dict(self.model.named_modules())
         for key, weight in weights.items():
             if type(weight) in (torch.Tensor, nn.Parameter) or is_traceable_wrapper_subclass(weight):
-                weights[key] = weight.cpu()
+                path, _, name = key.rpartition(".")
+                host = self._streaming.streamer.in_host_memory(modules[path], name) if path in modules else None
+                weights[key] = weight.cpu() if host is None else host
         found = super().get_key_patches(filter_prefix)
         return {key: [(weights[key], unpatched[1]), *patches] for key, (unpatched, *patches) in found.items()}
 

@@ -81,6 +81,23 @@ def test_scaled_fp8_outside_of_blocks_is_patched_as_stock_comfyui_patches_what_i
     assert copies.nbytes > 0
 
 
+def test_what_nodes_read_of_a_resident_block_is_in_host_memory(streamed, with_lora, shapes):
+    """Not a copy, nor what would keep the block on the device."""
+    streamed.residency = Residency()
+    patched = with_lora(streamed, loras.kohya(shapes))
+    comfy.model_management.load_models_gpu([patched])
+    streamer = streamed.model.streaming.streamer
+    assert len(streamer.plan.resident) == len(streamer.blocks)
+    arena = {record.untyped_storage().data_ptr() for record in streamer.arena.records}
+    read = patched.get_key_patches("diffusion_model.double_blocks")
+    assert len(read) == sum(1 for _ in streamed.model.diffusion_model.double_blocks.parameters())
+    for key, ((weight, _), *_) in read.items():
+        bound = streamed.model.get_parameter(key)
+        assert weight.untyped_storage().data_ptr() in arena
+        assert bound.untyped_storage().data_ptr() not in arena
+        assert torch.equal(weight, bound)
+
+
 def test_patched_weights_take_no_more_of_the_device_than_their_factors(streamed, with_lora, shapes):
     patched = with_lora(streamed, loras.kohya(shapes))
     comfy.model_management.load_models_gpu([streamed])
