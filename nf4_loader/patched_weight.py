@@ -107,6 +107,8 @@ def _problem(device_type: str) -> str | None:
         return "it is for GPUs"
     try:
         return _trial(device_type)
+    except torch.OutOfMemoryError:
+        raise  # says nothing of Triton, and whoever can make room may call again
     except Exception as error:  # whatever a missing compiler, an old driver or a new GPU leads to
         return f"{type(error).__name__}: {error}"
 

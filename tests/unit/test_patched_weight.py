@@ -105,6 +105,19 @@ def test_where_triton_fails_it_is_said_once_and_not_used(monkeypatch, caplog):
     ]
 
 
+def test_a_lack_of_memory_is_no_answer(interpreted, monkeypatch):
+    def no_room(_):
+        raise torch.OutOfMemoryError
+
+    interpreted.works_on.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(interpreted, "_trial", no_room)
+        with pytest.raises(torch.OutOfMemoryError):
+            interpreted.works_on("another device")
+        patch.setattr(interpreted, "_trial", lambda _: None)
+        assert interpreted.works_on("another device")
+
+
 def test_the_trial_passes_with_the_kernel_and_fails_without_its_patches(interpreted, monkeypatch):
     monkeypatch.setattr(torch, "bfloat16", torch.float16)  # the interpreter cuts bf16 off where a GPU rounds
     assert interpreted._trial("cpu") is None
