@@ -114,7 +114,7 @@ def main() -> None:
     parser = parser_for(__doc__)
     parser.add_argument("--cap", type=float, default=4.0, help="GiB of the small card")
     parser.add_argument("--pixels", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=20, help="2 or more")
     parser.add_argument("--double", type=int, default=0, help="double blocks that stay")
     parser.add_argument("--single", type=int, default=0, help="single blocks that stay")
     parser.add_argument("--rounds", type=int, default=3)

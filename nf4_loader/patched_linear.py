@@ -76,11 +76,12 @@ class PatchedLinear4bit(Linear4bit):
         twice, two thirds as much for each (measured on an H100).
         """
         assert self._low_rank is not None
+        if torch.compiler.is_compiling():
+            return False  # first: it would guard on what is looked at here
         moved = rows * (self.in_features + 2 * self.out_features)
         return (
             3 * self.out_features * self.in_features < 2 * moved
-            and not torch.compiler.is_compiling()
-            and patched_weight.works_on(input.device.type)
+            and patched_weight.works_on(input.device, input.dtype)
             and patched_weight.takes(self.shape, input.dtype, *zip(*self._low_rank.pieces, strict=True))
         )
 

@@ -1,8 +1,11 @@
 """A 4-bit weight expanded with low-rank patches in it, by one Triton kernel.
 
 Beside a matmul with thousands of rows a low-rank product costs what it moves: its input read, its output written and
-read again. Added to the weight while that is expanded it moves only its factors. Where Triton does not work (it is not
-on every platform, and needs a compiler) `works_on` says so once, and the product stays beside the matmul.
+read again. Added to the weight while that is expanded it moves only its factors. The output is as close to that of
+exact arithmetic; what the LoRA changes in it is less so than beside the matmul, for it is rounded with the weight.
+
+Where Triton does not work (it is not on every platform, and needs a compiler) `works_on` says so once, and the product
+stays beside the matmul.
 """
 
 import functools
@@ -18,7 +21,7 @@ from .quant_state import QuantType
 
 try:
     from .patched_weight_kernel import kernel
-except ImportError:  # of Triton
+except ImportError:  # of Triton; where importing it fails in other ways, PyTorch's compiler does not load either
     kernel = None
 
 logger = logging.getLogger(__name__)
@@ -57,7 +60,8 @@ def expand(
     """Dequantise a 4-bit weight (arguments as in `kernels.dequantise`) and add ``patches``, which cover every row once.
 
     Returns:
-        A fresh tensor of ``shape`` and ``dtype`` on the device of ``packed``: the sum in fp32, rounded once.
+        A fresh tensor of ``shape`` and ``dtype`` on the device of ``packed``: the sum in fp32, rounded, of the weight
+        and the product, which is of fp32, too, but rounded before (as are the scaled factors).
     """
     assert kernel is not None
     columns = shape[1]
@@ -92,39 +96,49 @@ def _current(device: torch.device) -> AbstractContextManager[Any]:
 
 
 @functools.cache
-def works_on(device_type: str) -> bool:
-    """Whether `expand` can be used on a device: tried with a small weight, which compiles the kernel."""
-    problem = _problem(device_type)
+def works_on(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `expand` can be used: tried with a small weight, which compiles the kernel.
+
+    Raises:
+        RuntimeError: there is too little memory for that; another time there may be enough.
+    """
+    problem = _problem(device, dtype)
     if problem is not None:
         logger.info("LoRA: it takes a few percent longer, because Triton cannot be used here (%s)", problem)
     return problem is None
 
 
-def _problem(device_type: str) -> str | None:
+def _problem(device: torch.device, dtype: torch.dtype) -> str | None:
     if kernel is None:
         return "it is not installed"
-    if device_type == "cpu":
+    if device.type == "cpu":
         return "it is for GPUs"
     try:
-        return _trial(device_type)
-    except torch.OutOfMemoryError:
-        raise  # says nothing of Triton, and whoever can make room may call again
+        return _trial(device, dtype)
     except Exception as error:  # whatever a missing compiler, an old driver or a new GPU leads to
+        if "out of memory" in str(error).lower():
+            raise
         return f"{type(error).__name__}: {error}"
 
 
-def _trial(device_type: str) -> str | None:
-    shape, ranks = (2 * _ROWS, 4 * _BYTES), MAX_RANK
+def _trial(device: torch.device, dtype: torch.dtype) -> str | None:
+    """With ranks that fill what the kernel adds at a time, and ranks that do not."""
     generator = torch.Generator().manual_seed(0)
-    packed = torch.randint(256, (shape[0] * shape[1] // 2,), generator=generator, dtype=torch.uint8).to(device_type)
-    absmax = torch.rand(shape[0] * shape[1] // 64, generator=generator).to(device_type)
-    up, down = (torch.randn(size, generator=generator) for size in ((shape[0], ranks), (ranks, shape[1])))
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator, device="cpu").to(device)
+
+    rows, columns = shape = 4 * _ROWS, 4 * _BYTES
+    packed, absmax = (256 * random(rows * columns // 2)).to(torch.uint8), random(rows * columns // 64)
+    weight: tuple[torch.Tensor, torch.Tensor, tuple[int, int], int, QuantType] = (packed, absmax, shape, 64, "nf4")
     for strength in (0.0, 0.5):
-        scale = torch.full((ranks,), strength, device=device_type)
-        patch = Patch(0, up.to(device_type, torch.bfloat16), down.to(device_type, torch.bfloat16), scale)
-        found = expand(packed, absmax, shape, 64, "nf4", torch.bfloat16, [patch])
-        plain = dequantise_by_table(packed, absmax, shape, 64, "nf4", torch.float32)
-        expected = plain + (patch.up.float() * strength) @ patch.down.float()
-        if not torch.allclose(found.float(), expected, rtol=2**-7, atol=2**-5):
+        patches = [
+            Patch(start, random(rows // 2, rank).to(dtype), random(rank, columns).to(dtype), strength * random(rank))
+            for start, rank in ((0, MAX_RANK), (rows // 2, MAX_RANK - 4))
+        ]
+        expected = dequantise_by_table(*weight, torch.float32)
+        for start, up, down, scale in patches:
+            expected[start : start + len(up)] += (up.float() * scale) @ down.float()
+        if not torch.allclose(expand(*weight, dtype, patches).float(), expected, rtol=2**-6, atol=2**-6):
             return "its kernel gives other values"
     return None

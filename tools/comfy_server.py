@@ -26,6 +26,11 @@ Message = Mapping[str, Any]
 
 _START_SECONDS = 180.0
 
+_SMALL_WORKFLOW: Workflow = {
+    "1": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0}},
+    "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}},
+}
+
 
 class ComfyServer:
     """``main.py`` of a ComfyUI tree as a subprocess, with a base directory of its own; a context manager.
@@ -97,6 +102,14 @@ class ComfyServer:
         except urllib.error.HTTPError as error:
             raise RuntimeError(f"{path}: {error.code}: {error.read().decode()}") from None
         return json.loads(text) if text else None
+
+    def free(self, *, models: bool = True) -> None:
+        """Have ComfyUI forget cached outputs and unload models, and wait until it has.
+
+        It does so between two prompts: maybe not before one that is queued at once, but before the one after that.
+        """
+        self.post("/free", {"unload_models": models, "free_memory": True})
+        self.run(_SMALL_WORKFLOW)
 
     def run(self, workflow: Workflow, on_message: Callable[[Message], None] = lambda _: None) -> dict[str, Any]:
         """Queue a workflow, follow it over the websocket to its end, and return its entry in the history."""

@@ -75,12 +75,16 @@ class Patching:
         """
         self._remove()
         self.scratch_bytes = 0
-        modules = dict(self._model.named_modules(remove_duplicate=False))
-        _prepare(modules, wrappers, device, casts)
+        model = self._model
+        modules = dict(model.named_modules(remove_duplicate=False))
+        _prepare(modules.values(), device, casts)
+        for key, functions in wrappers.items():
+            module, name = _find(model, modules, key)
+            _add_functions(module, name, functions)
         takers: set[Any] = set()
         extras: dict[nn.Module, dict[str, torch.Tensor]] = {}
         for key, of_key in patches.items():
-            module, name = _find(modules, key)
+            module, name = _find(model, modules, key)
             active = [patch for patch in of_key if patch[0] is not None]
             if self._can_shadow(module, name):
                 self._shadow(module, name, key, active, device)
@@ -166,13 +170,11 @@ class Patching:
         self._outside.clear()
 
 
-def _prepare(
-    modules: Mapping[str, Any], wrappers: Mapping[str, Sequence[Function]], device: torch.device, casts: bool
-) -> None:
-    """Have the layers compute on ``device`` with ``wrappers`` and nothing else."""
+def _prepare(modules: Iterable[Any], device: torch.device, casts: bool) -> None:
+    """Have the layers compute on ``device`` and patch nothing."""
     # A change of strength comes by here: what is as it should be is left alone, setting it takes longer.
-    for module in modules.values():
-        if _has(module, "weight_function") and (module.weight_function or module.bias_function):
+    for module in modules:
+        if _has(module, "weight_function") and not _has_empty_lists(module):
             module.weight_function, module.bias_function = [], []
         if _has(module, "comfy_cast_weights"):
             for switch in _CASTS:  # without one a layer does what its class says
@@ -183,14 +185,17 @@ def _prepare(
             if module.computes_on != device:
                 module.computes_on = device
             module.patched_shape = module.shape
-    for key, functions in wrappers.items():
-        module, name = _find(modules, key)
-        _add_functions(module, name, functions)
 
 
-def _find(modules: Mapping[str, Any], key: str) -> tuple[Any, str]:
+def _has_empty_lists(module: Any) -> bool:
+    """Of its own: ComfyUI's layers begin with lists that all of a class share."""
+    return module.__dict__.get("weight_function") == [] and module.__dict__.get("bias_function") == []
+
+
+def _find(model: nn.Module, modules: Mapping[str, Any], key: str) -> tuple[Any, str]:
     path, _, name = key.rpartition(".")
-    return modules[path], name
+    # What torch.compile has wrapped is among them under another path, but is found under its own.
+    return modules.get(path) or model.get_submodule(path), name
 
 
 def _has(module: nn.Module, name: str) -> bool:

@@ -279,7 +279,7 @@ def test_too_little_ram_is_said_before_anything_is_read(server, checkpoint, work
     def set_free_ram(nbytes):
         server.run({"1": {"class_type": "TestSetFreeRam", "inputs": {"nbytes": nbytes}}})
 
-    server.post("/free", {"unload_models": True, "free_memory": True})  # what is in memory needs no more of it
+    server.free()  # what is in memory needs no more of it
     set_free_ram(2**28)
     message = error_of(workflow(single_blocks_cuda_size=20))
     set_free_ram(0)

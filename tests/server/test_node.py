@@ -26,7 +26,7 @@ def test_every_file_of_the_checkpoints_folder_is_listed(server, checkpoint):
 
 
 def test_the_progress_bar_moves_while_the_file_is_read(server, workflow):
-    server.post("/free", {"unload_models": True, "free_memory": True})
+    server.free()
     seen = []
 
     def on_message(message):
@@ -67,5 +67,5 @@ def test_an_interrupted_prompt_leaves_the_next_picture_right(server, workflow, p
     history = server.run(workflow(seed=8, steps=30), interrupt)
     kinds = [kind for kind, _ in history["status"]["messages"]]
     assert "execution_interrupted" in kinds
-    server.post("/free", {"unload_models": False, "free_memory": True})  # forgets cached outputs
+    server.free(models=False)  # forgets cached outputs
     assert picture(workflow(seed=7)) == expected

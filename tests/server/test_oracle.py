@@ -29,7 +29,7 @@ def files(request, tmp_path, server):
     yield nf4.name, twin.name
     nf4.unlink()
     twin.unlink()
-    server.post("/free", {"unload_models": True, "free_memory": True})
+    server.free()
 
 
 def stock(workflow, twin):

@@ -20,13 +20,13 @@ def twin(server, tmp_path_factory):
     link_model(path, server.base, "diffusion_models")
     yield path.name
     path.unlink()
-    server.post("/free", {"unload_models": True, "free_memory": True})
+    server.free()
 
 
 @pytest.fixture
 def reads(server):
     """A function: how often a transformer was read since the test began."""
-    server.post("/free", {"unload_models": True, "free_memory": True})
+    server.free()
     before = server.log.read_text("utf-8").count(READ)
     return lambda: server.log.read_text("utf-8").count(READ) - before
 
@@ -62,7 +62,7 @@ def test_two_loaders_of_one_file_read_it_once(workflow, picture, reads, checkpoi
 
 def test_after_free_the_file_is_read_again_and_the_picture_is_the_same(server, workflow, picture, reads):
     expected = picture(workflow(seed=23))
-    server.post("/free", {"unload_models": True, "free_memory": True})
+    server.free()
     assert picture(workflow(seed=23)) == expected
     assert reads() == 2
 

@@ -5,11 +5,13 @@ import logging
 import pytest
 import torch
 from interpreted_kernel import interpreted
+from own_python import run_script
 
 from flux_nf4.nf4_loader import kernels, patched_weight
 from flux_nf4.nf4_loader.patched_weight import Patch
 
 SHAPE = (48, 128)
+NEW = (torch.device("meta"), torch.bfloat16)
 
 
 @pytest.fixture(name="interpreted")
@@ -91,38 +93,63 @@ def test_what_it_takes(shape, dtype, rows, ranks, takes):
     assert patched_weight.takes(shape, dtype, rows, ranks) == takes
 
 
-def test_where_triton_fails_it_is_said_once_and_not_used(monkeypatch, caplog):
-    def no_compiler(_):
+@pytest.fixture(autouse=True)
+def untried():
+    patched_weight.works_on.cache_clear()
+    yield
+    patched_weight.works_on.cache_clear()
+
+
+def test_where_triton_fails_it_is_said_once_and_not_used(interpreted, monkeypatch, caplog):
+    def no_compiler(*_):
         raise RuntimeError("no C compiler")
 
-    monkeypatch.setattr(patched_weight, "_trial", no_compiler)
-    patched_weight.works_on.cache_clear()
+    monkeypatch.setattr(interpreted, "_trial", no_compiler)
     with caplog.at_level(logging.INFO):
-        assert not patched_weight.works_on("a new device")
-        assert not patched_weight.works_on("a new device")
+        assert not interpreted.works_on(*NEW)
+        assert not interpreted.works_on(*NEW)
     assert [record.getMessage() for record in caplog.records] == [
         "LoRA: it takes a few percent longer, because Triton cannot be used here (RuntimeError: no C compiler)"
     ]
 
 
-def test_a_lack_of_memory_is_no_answer(interpreted, monkeypatch):
-    def no_room(_):
-        raise torch.OutOfMemoryError
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("Triton Error [CUDA]: out of memory")]
+)
+def test_a_lack_of_memory_is_no_answer(interpreted, monkeypatch, error):
+    def no_room(*_):
+        raise error
 
-    interpreted.works_on.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(interpreted, "_trial", no_room)
-        with pytest.raises(torch.OutOfMemoryError):
-            interpreted.works_on("another device")
-        patch.setattr(interpreted, "_trial", lambda _: None)
-        assert interpreted.works_on("another device")
+        with pytest.raises(type(error)):
+            interpreted.works_on(*NEW)
+    monkeypatch.setattr(interpreted, "_trial", lambda *_: None)
+    assert interpreted.works_on(*NEW)
 
 
-def test_the_trial_passes_with_the_kernel_and_fails_without_its_patches(interpreted, monkeypatch):
-    monkeypatch.setattr(torch, "bfloat16", torch.float16)  # the interpreter cuts bf16 off where a GPU rounds
-    assert interpreted._trial("cpu") is None
-    whole = interpreted.expand
-    monkeypatch.setattr(
-        interpreted, "expand", lambda *args: whole(*args[:-1], [args[-1][0]._replace(scale=torch.zeros(16))])
+def test_without_triton_the_package_loads_and_says_so(tmp_path):
+    (tmp_path / "triton.py").write_text("raise ModuleNotFoundError")
+    said = run_script(
+        f"""
+        sys.path.insert(0, {str(tmp_path)!r})
+        from flux_nf4.nf4_loader import patched_weight
+        print(patched_weight._problem(torch.device("meta"), torch.bfloat16))
+        """
     )
-    assert interpreted._trial("cpu") == "its kernel gives other values"
+    assert " ".join(said) == "it is not installed"
+
+
+@pytest.mark.parametrize("kept", [slice(0, 0), slice(0, 1), slice(1, 2)], ids=["no patch", "the first", "the second"])
+def test_the_trial_passes_with_the_kernel_and_fails_without_its_patches(interpreted, monkeypatch, kept):
+    arguments = torch.device("cpu"), torch.float16
+    assert interpreted._trial(*arguments) is None
+    whole = interpreted.expand
+
+    def without(*args):
+        *weight, patches = args
+        left = [patch if patch in patches[kept] else patch._replace(scale=0 * patch.scale) for patch in patches]
+        return whole(*weight, left)
+
+    monkeypatch.setattr(interpreted, "expand", without)
+    assert interpreted._trial(*arguments) == "its kernel gives other values"

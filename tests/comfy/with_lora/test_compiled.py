@@ -31,3 +31,16 @@ def test_layers_of_a_kind_are_compiled_once_and_whole(layout, load, shapes, conf
                 with torch.compiler.set_stance(stance):
                     torch.testing.assert_close(compiled(layer, input), expected, rtol=1e-5, atol=1e-5)
             stance = "fail_on_recompile"
+
+
+@pytest.mark.parametrize("part", ["diffusion_model", "diffusion_model.single_blocks.0"])
+@pytest.mark.parametrize("is_lora_first", [True, False], ids=["LoRA first", "compiled first"])
+def test_a_part_that_a_node_compiles_is_patched(part, is_lora_first, load, shapes, with_lora, sample, copies):
+    plain, file = load(), loras.kohya(shapes)
+    expected = sample(with_lora(plain, file, 0.8))
+    assert not torch.equal(sample(plain), expected)
+    patcher = with_lora(plain, file, 0.8) if is_lora_first else plain.clone()
+    patcher.add_object_patch(part, torch.compile(patcher.get_model_object(part), backend="eager"))
+    patcher = patcher if is_lora_first else with_lora(patcher, file, 0.8)
+    for _ in range(2):
+        torch.testing.assert_close(sample(patcher), expected, rtol=1e-4, atol=1e-4)

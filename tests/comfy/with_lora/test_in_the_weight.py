@@ -7,7 +7,8 @@ from interpreted_kernel import interpreted
 from torch import nn
 
 from flux_nf4.nf4_loader import patched_weight
-from flux_nf4.nf4_loader.patched_linear import PatchedLinear4bit
+from flux_nf4.nf4_loader.patched_linear import PatchedLinear4bit, PatchedLinearOfParts
+from flux_nf4.nf4_loader.quant_state import QuantState
 
 SHAPE = OUT, IN = 96, 128
 
@@ -18,7 +19,7 @@ def expanded(monkeypatch):
     shapes = []
     with interpreted() as module:
         expand = module.expand
-        monkeypatch.setattr(module, "works_on", lambda _: True)
+        monkeypatch.setattr(module, "works_on", lambda *_: True)
         monkeypatch.setattr(module, "expand", lambda *args: shapes.append(args[2]) or expand(*args))
         yield shapes
 
@@ -59,7 +60,7 @@ def test_it_is_the_lora_beside_the_weight(expanded, monkeypatch, strength):
     made = layer(strength=strength)
     found = output(made)
     assert expanded == [SHAPE]
-    monkeypatch.setattr(patched_weight, "works_on", lambda _: False)
+    monkeypatch.setattr(patched_weight, "works_on", lambda *_: False)
     beside = output(made)
     assert expanded == [SHAPE]
     assert (found - beside).norm() / beside.norm() < 2e-3  # fp16, rounded at other places
@@ -96,4 +97,21 @@ def test_a_function_of_the_weight_comes_after_nothing(expanded):
     made = layer()
     made.weight_function.append(lambda weight: weight)
     output(made)
+    assert expanded == []
+
+
+def test_compiled_it_is_beside_the_weight(expanded):
+    made = layer(dtype=torch.bfloat16)
+    torch.compiler.reset()
+    torch.compile(made, backend="eager")(torch.ones(300, IN, dtype=torch.bfloat16))
+    assert expanded == []
+
+
+def test_a_linear_of_parts_is_beside_its_weight(expanded):
+    parts = [QuantState("nf4", 64, (OUT // 3, IN), None)] * 2 + [OUT // 3]
+    made = PatchedLinearOfParts(parts, IN, bias=False, dtype=torch.float16)
+    for name, buffer in made.named_buffers():
+        buffer.fill_(0x42 if name.startswith("packed") else 0.1)
+    give(made, torch.float16, rank=8, strength=0.5)
+    assert output(made).isfinite().all()
     assert expanded == []
