@@ -81,8 +81,8 @@ class PatchedLinear4bit(Linear4bit):
         moved = rows * (self.in_features + 2 * self.out_features)
         return (
             3 * self.out_features * self.in_features < 2 * moved
-            and patched_weight.works_on(input.device, input.dtype)
             and patched_weight.takes(self.shape, input.dtype, *zip(*self._low_rank.pieces, strict=True))
+            and patched_weight.works_on(input.device, input.dtype)
         )
 
     def _patched_weight(self, dtype: torch.dtype) -> torch.Tensor:

@@ -93,6 +93,12 @@ def test_else_it_is_beside_the_weight(expanded, made, rows):
     assert expanded == []
 
 
+@pytest.mark.parametrize("made", [{"dtype": torch.float32}, {"rank": 17}], ids=["fp32", "many ranks"])
+def test_triton_is_not_tried_for_what_it_cannot_do(expanded, monkeypatch, made):
+    monkeypatch.setattr(patched_weight, "works_on", lambda *_: pytest.fail("tried"))
+    output(layer(**made))
+
+
 def test_a_function_of_the_weight_comes_after_nothing(expanded):
     made = layer()
     made.weight_function.append(lambda weight: weight)
