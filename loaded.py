@@ -10,6 +10,7 @@ from weakref import WeakValueDictionary
 
 import comfy.model_base
 import comfy.model_management
+import comfy.model_patcher
 import comfy.sd
 import comfy.utils
 import folder_paths
@@ -24,8 +25,11 @@ from .nf4_loader.mapped import Mapped, map_packed
 from .offload.comfyui.contract import require_comfyui
 from .offload.comfyui.patcher import StreamedModelPatcher
 from .offload.comfyui.streaming import Residency, attach_streaming
+from .offload.host_memory import give_back_host_memory, keep_host_memory
 
 logger = logging.getLogger(__name__)
+
+CPU = torch.device("cpu")
 
 _GIB = 1024**3
 
@@ -61,6 +65,8 @@ def load_all_in_one(catalogue: Catalogue) -> AllInOne:
         new = build_flux(catalogue) if model is None else None
         mapped = _mapped_where_ram_is_short(new, catalogue, with_others=True)
         clip, vae = load_clip_and_vae(catalogue, folder_paths.get_folder_paths("embeddings"))
+        leave_without_copies(clip.patcher)
+        leave_without_copies(vae.patcher)
         model = _read(new, catalogue, mapped) if new is not None else model
     assert clip is not None
     assert vae is not None
@@ -101,6 +107,12 @@ def streamed(loaded: StreamedModelPatcher, residency: Residency, node_id: str | 
     return patcher
 
 
+def leave_without_copies(patcher: comfy.model_patcher.ModelPatcher) -> None:
+    """Let what ComfyUI moves to the card as a whole leave it in no time: its host memory stays its own meanwhile."""
+    if type(patcher) is comfy.model_patcher.ModelPatcher:  # with dynamic VRAM, weights never leave host memory
+        keep_host_memory(patcher.model)
+
+
 def key_of(catalogue: Catalogue) -> Key:
     """What tells its files, as they are now, from others."""
     paths = {entry.path.resolve() for entry in catalogue.header.tensors.values()}
@@ -132,7 +144,10 @@ def _mapped_where_ram_is_short(
     others = [entry for part in (catalogue.text_encoders, catalogue.vae) for entry in part.values()]
     needed = catalogue.transformer_ram if model is not None else 0
     needed += sum(entry.nbytes for entry in others) if with_others else 0
-    free = comfy.model_management.get_free_memory(torch.device("cpu"))
+    free = comfy.model_management.get_free_memory(CPU)
+    if needed > free:
+        give_back_host_memory()
+        free = comfy.model_management.get_free_memory(CPU)
     if needed <= free:
         return {}
     mapped = map_packed(model, catalogue) if model is not None else {}

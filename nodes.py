@@ -14,7 +14,7 @@ import torch
 
 import nodes as comfy_nodes
 
-from .loaded import key_of, load_all_in_one, load_transformer, streamed
+from .loaded import key_of, leave_without_copies, load_all_in_one, load_transformer, streamed
 from .nf4_loader.catalogue import Catalogue, read_catalogue, require_all_in_one, require_transformer
 from .nf4_loader.errors import CheckpointError
 from .nf4_loader.header import read_header
@@ -487,7 +487,9 @@ class FluxNF4DualCLIPLoader:
 
     def load_clip(self, clip_name1: str, clip_name2: str) -> tuple[Any]:
         paths = [Path(folder_paths.get_full_path_or_raise("text_encoders", name)) for name in (clip_name1, clip_name2)]
-        return (load_dual_clip(paths, folder_paths.get_folder_paths("embeddings")),)
+        clip = load_dual_clip(paths, folder_paths.get_folder_paths("embeddings"))
+        leave_without_copies(clip.patcher)
+        return (clip,)
 
 
 _OLD_NAME = "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload"

@@ -1,17 +1,20 @@
 """A whole workflow, from the prompt to the picture, on a small card: load, CLIP-L and T5, sampling, VAE.
 
-    COMFYUI_PATH=~/ComfyUI python benchmarks/workflow.py --cap 4 --output results
+    COMFYUI_PATH=~/ComfyUI python benchmarks/workflow.py --caps 4 6 8 --output results
 
-Run it with ComfyUI's Python. Every run begins with nothing on the device; runs with the card as it is and with the card
-made small take turns. Without a checkpoint it makes an all-in-one file of full size with random weights (12.3 GB, kept
-in ``--folder``). Prints a table of seconds a stage and writes ``workflow.json``.
+Run it with ComfyUI's Python. The card as it is and made small take turns. In each, one prompt begins with nothing on
+the device, and the same one comes again after a prompt of another model: a dense Flux of a few blocks (2.6 GB), in
+ComfyUI's own hands. Without a checkpoint it makes an all-in-one file of full size with random weights (12.3 GB), kept
+in ``--folder`` as the other model is. Prints a table of seconds a stage and writes ``workflow.json``. Latents must be
+bit-equal to those of the card as it is; pictures may differ where ComfyUI has the VAE decode in tiles.
 """
 
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,120 +27,176 @@ from timing import Clock
 STAGES = ("encode", "sample", "decode")
 
 
-class Stages:
-    """Seconds of each stage of one run, on the host, each until the device is done."""
+@dataclass(frozen=True)
+class Parts:
+    """Models in host memory."""
 
-    def __init__(self) -> None:
+    model: Any
+    clip: Any
+    vae: Any
+    other: Any
+    device: torch.device
+
+
+class Stages:
+    """Of each stage of one run: seconds on the host until the device is done, and GiB in use at most."""
+
+    def __init__(self, device: torch.device, before: Use) -> None:
         self.seconds: dict[str, float] = {}
+        self.peak_gib: dict[str, float] = {}
+        self._device, self._before = device, before
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds[name] = time.perf_counter() - started
+        with Watch(self._device, self._before, every_s=0.02) as watch:
+            started = time.perf_counter()
+            yield
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            self.seconds[name] = time.perf_counter() - started
+        self.peak_gib[name] = watch.peak.device / GIB
 
 
-def checkpoint(folder: Path, *, is_small: bool) -> Path:
-    path = folder / "flux-nf4-all-in-one.safetensors"
-    if not path.exists():
-        from make_checkpoint import Recipe, forget_weights, make_checkpoint
+def files(folder: Path, *, is_small: bool) -> tuple[Path, Path]:
+    """An all-in-one NF4 file, and a dense transformer."""
+    from make_checkpoint import Recipe, forget_weights, make_checkpoint, make_twin
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        double, single, layers = (1, 1, 1) if is_small else (19, 38, 24)
-        make_checkpoint(path, Recipe(double_blocks=double, single_blocks=single, t5_layers=layers, device=device))
-        forget_weights()
-        if device == "cuda":
-            torch.cuda.empty_cache()
-    return path
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    double, single, layers = (1, 1, 1) if is_small else (19, 38, 24)
+    checkpoint, other = folder / "flux-nf4-all-in-one.safetensors", folder / "flux-other-bf16.safetensors"
+    if not checkpoint.exists():
+        make_checkpoint(checkpoint, Recipe(double_blocks=double, single_blocks=single, t5_layers=layers, device=device))
+    if not other.exists():
+        few = Recipe(double_blocks=min(double, 2), single_blocks=min(single, 4), unet_only=True, device=device)
+        make_twin(other, few, torch.bfloat16)
+    forget_weights()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return checkpoint, other
 
 
-def run(model: Any, clip: Any, vae: Any, pixels: int, steps: int) -> tuple[dict[str, float], torch.Tensor]:
-    """Seconds of each stage, ms of the steps after the first, and the picture, (1, pixels, pixels, 3)."""
+def sample(model: Any, positive: Any, pixels: int, steps: int, on_step: Callable[..., None]) -> torch.Tensor:
     import comfy.sample
 
-    stages = Stages()
-    with stages.stage("encode"):
-        positive = clip.encode_from_tokens_scheduled(clip.tokenize("a lighthouse in a storm, oil on canvas"))
     latent = torch.zeros(1, 16, pixels // 8, pixels // 8)
     noise = comfy.sample.prepare_noise(latent, 0)
-    clock = Clock(model.load_device)
+    how = {"steps": steps, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
+    given = {"positive": positive, "negative": positive, "latent_image": latent, "seed": 0}
+    return comfy.sample.sample(model, noise, **how, **given, callback=on_step, disable_pbar=True)
+
+
+def prompt(parts: Parts, before: Use, pixels: int, steps: int) -> tuple[dict[str, Any], Any]:
+    """Seconds of each stage, ms of the steps after the first, GiB in use at most, latent and picture; and what
+    the text became."""
+    stages, clock = Stages(parts.device, before), Clock(parts.device)
+    with stages.stage("encode"):
+        tokens = parts.clip.tokenize("a lighthouse in a storm, oil on canvas")
+        positive = parts.clip.encode_from_tokens_scheduled(tokens)
     with stages.stage("sample"):
-        latent = comfy.sample.sample(
-            model,
-            noise,
-            steps,
-            1.0,
-            "euler",
-            "simple",
-            positive,
-            positive,
-            latent,
-            callback=lambda *_: clock.tick(),
-            disable_pbar=True,
-            seed=0,
-        )
+        latent = sample(parts.model, positive, pixels, steps, lambda *_: clock.tick())
     with stages.stage("decode"):
-        picture = vae.decode(latent)
-    return stages.seconds | {"step_ms": statistics.median(clock.milliseconds())}, picture
+        picture = parts.vae.decode(latent)
+    row = stages.seconds | {"step_ms": statistics.median(clock.milliseconds()), "peak_gib": stages.peak_gib}
+    return row | {"latent": latent, "picture": picture}, positive
 
 
-def measure(parts: tuple[Any, Any, Any], cap_gib: float, pixels: int, steps: int) -> dict[str, Any]:
-    """One run that begins with nothing on the device."""
+def measure(parts: Parts, cap_gib: float, pixels: int, steps: int) -> list[dict[str, Any]]:
+    """The prompt with nothing on the device, and after the other model."""
     import comfy.model_management
 
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache(True)
-    device = comfy.model_management.get_torch_device()
-    with capped(device, cap_gib):
-        with Watch(device, Use.at_rest(device), every_s=0.05) as watch:
-            seconds, picture = run(*parts, pixels, steps)
+    with capped(parts.device, cap_gib):
+        before = Use.at_rest(parts.device)
+        first, positive = prompt(parts, before, pixels, steps)
+        sample(parts.other, positive, pixels, 2, lambda *_: None)
+        again, _ = prompt(parts, before, pixels, steps)
         comfy.model_management.unload_all_models()
-    return {"cap_gib": cap_gib, "peak_gib": watch.peak.device / GIB, "mean": float(picture.mean())} | seconds
+    runs = {"nothing": first, "another model": again}
+    return [{"pixels": pixels, "cap_gib": cap_gib, "after": after, **run} for after, run in runs.items()]
+
+
+def measure_size(parts: Parts, caps: Sequence[float], pixels: int, steps: int, rounds: int) -> list[dict[str, Any]]:
+    measure(parts, 0.0, pixels, 2)  # for kernels to be loaded
+    rows: list[dict[str, Any]] = []
+    for _ in range(rounds):
+        for cap in caps:
+            rows += measure(parts, cap, pixels, steps)
+            seconds = ", ".join(f"{row[stage]:.2f}" for row in rows[-2:] for stage in STAGES)
+            print(f"{pixels}x{pixels}, {cap:g} GiB: {seconds}", flush=True)
+    compare(rows)
+    return rows
+
+
+def compare(rows: list[dict[str, Any]]) -> None:
+    """Put how far latents and pictures are from the first row's in their place."""
+    first = {name: rows[0][name] for name in ("latent", "picture")}
+    for row in rows:
+        row |= {name: float((row[name] - expected).abs().max()) for name, expected in first.items()}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     stages = " | ".join(f"{stage} s" for stage in STAGES)
-    lines = [f"| card | {stages} | of it a step, ms | peak VRAM GiB |", "|---" * 6 + "|"]
-    for cap in dict.fromkeys(row["cap_gib"] for row in rows):
-        runs = [row for row in rows if row["cap_gib"] == cap]
-        times = [f"{statistics.median(run[stage] for run in runs):.2f}" for stage in STAGES]
+    lines = [
+        f"| card | after | {stages} | of it a step, ms | both | GiB at most | latent, picture off by |",
+        "|---" * 9 + "|",
+    ]
+    expected: dict[str, float] = {}
+    for cap, after in dict.fromkeys((row["cap_gib"], row["after"]) for row in rows):
+        runs = [row for row in rows if (row["cap_gib"], row["after"]) == (cap, after)]
+        seconds = {stage: statistics.median(run[stage] for run in runs) for stage in STAGES}
+        both = seconds["sample"] + seconds["decode"]
+        ratio = both / expected.setdefault(after, both)
         card = f"as small as {cap:g} GiB" if cap else "as it is"
         step = statistics.median(run["step_ms"] for run in runs)
-        peak = max(run["peak_gib"] for run in runs)
-        lines.append(f"| {card} | {' | '.join(times)} | {step:.1f} | {peak:.2f} |")
+        most = {name: max(run[name] for run in runs) for name in ("latent", "picture")}
+        peaks = ", ".join(f"{max(run['peak_gib'][stage] for run in runs):.2f}" for stage in STAGES)
+        times = " | ".join(f"{value:.2f}" for value in seconds.values())
+        figures = f"{times} | {step:.1f} | {ratio:.2f} | {peaks}"
+        lines.append(f"| {card} | {after} | {figures} | {most['latent']:g}, {most['picture']:.1g} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = parser_for(__doc__)
-    parser.add_argument("--cap", type=float, default=4.0, help="GiB of the small card")
-    parser.add_argument("--pixels", type=int, default=1024)
+    parser.add_argument("--caps", type=float, nargs="+", default=[4.0], help="GiB of the small cards")
+    parser.add_argument("--pixels", type=int, nargs="+", default=[1024], help="picture sizes")
     parser.add_argument("--steps", type=int, default=20, help="2 or more")
     parser.add_argument("--double", type=int, default=0, help="double blocks that stay")
     parser.add_argument("--single", type=int, default=0, help="single blocks that stay")
     parser.add_argument("--rounds", type=int, default=3)
     given = parse(parser)
-    require_gpu()
+    if not given.dry_run:
+        require_gpu()
     use_allocator_of_comfyui()
     import_package()
+    import comfy.model_management
+    import comfy.sd
+
     from flux_nf4.loaded import load_all_in_one, streamed
     from flux_nf4.nf4_loader.catalogue import read_catalogue
     from flux_nf4.offload.comfyui.streaming import Residency
 
     with torch.inference_mode():
-        path = given.checkpoint or checkpoint(given.folder, is_small=given.dry_run)
+        checkpoint, other = files(given.folder, is_small=given.dry_run)
         started = time.perf_counter()
-        loaded = load_all_in_one(read_catalogue(path))
+        loaded = load_all_in_one(read_catalogue(given.checkpoint or checkpoint))
         residency = Residency((("double", given.double), ("single", given.single)))
-        parts = streamed(loaded.model, residency, None), loaded.clip, loaded.vae
+        model = streamed(loaded.model, residency, None)
         load_s = time.perf_counter() - started
-        caps = (0.0,) if given.dry_run else (0.0, given.cap)
-        pixels, steps = (64, 2) if given.dry_run else (given.pixels, given.steps)
-        rows = [measure(parts, cap, pixels, steps) for _ in range(given.rounds) for cap in caps]
-    (given.output / "workflow.json").write_text(json.dumps({"load_s": load_s, "rows": rows}, indent=1))
-    print(f"loaded in {load_s:.1f} s; {pixels}x{pixels}, {steps} steps\n{table(rows)}")
+        device = comfy.model_management.get_torch_device()
+        parts = Parts(model, loaded.clip, loaded.vae, comfy.sd.load_diffusion_model(str(other)), device)
+        caps = (0.0,) if given.dry_run else (0.0, *given.caps)
+        sizes, steps = ((64,), 2) if given.dry_run else (given.pixels, given.steps)
+        print(f"loaded in {load_s:.1f} s; {steps} steps")
+        rows: list[dict[str, Any]] = []
+        for pixels in sizes:
+            measured = measure_size(parts, caps, pixels, steps, given.rounds)
+            rows += measured
+            print(f"{pixels}x{pixels}\n{table(measured)}", flush=True)
+            (given.output / "workflow.json").write_text(json.dumps({"load_s": load_s, "rows": rows}, indent=1))
+    if any(row["latent"] for row in rows):
+        raise SystemExit("a small card sampled another latent")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,6 @@
 Knows torch, not what the blocks compute. From the bottom: ``plan`` (who stays, integers only), ``record`` (a
 block's flat bytes), ``ring`` (places in the staging bytes, integers), ``arena`` (host memory, pinned), ``copies``
 (streams and events), ``bounce`` (copies of what is not pinned), ``block`` (the records of one), ``staging`` (tiles in
-the ring), ``streamer`` (fetch, wait, release), ``telemetry`` (what it cost). ``comfyui`` is for ComfyUI's memory
-manager; nothing else here knows ComfyUI.
+the ring), ``streamer`` (fetch, wait, release), ``telemetry`` (what it cost). ``host_memory`` is for models that are not
+streamed. ``comfyui`` is for ComfyUI's memory manager; nothing else here knows ComfyUI.
 """

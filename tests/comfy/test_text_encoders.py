@@ -10,12 +10,15 @@ import pytest
 import torch
 from bitsandbytes import functional as bnb
 from bitsandbytes.nn import Linear4bit as BnbLinear4bit
+from comfy.model_patcher import ModelPatcher
 from packed_tensors import packed_tensors
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sparse_file import write_sparse
+from there_and_back import move
 from transformers import BitsAndBytesConfig, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from flux_nf4.loaded import load_all_in_one
 from flux_nf4.nf4_loader import flux, text_encoders
 from flux_nf4.nf4_loader.catalogue import read_catalogue, require_all_in_one
 from flux_nf4.nf4_loader.errors import CheckpointError
@@ -23,6 +26,7 @@ from flux_nf4.nf4_loader.linear4bit import Linear4bit
 from flux_nf4.nf4_loader.model_sources import sources_of_encoders
 from flux_nf4.nf4_loader.parts import TORCH_DTYPES
 from flux_nf4.nf4_loader.text_encoders import load_dual_clip
+from flux_nf4.nodes import NODE_CLASS_MAPPINGS
 
 CPU = torch.device("cpu")
 LAYERS = 2
@@ -244,6 +248,26 @@ def test_it_encodes_a_prompt_and_knows_its_size(t5, clip_l, monkeypatch):
     assert cond.isfinite().all()
     packed = sum(m.packed.nbytes for m in clip.cond_stage_model.modules() if isinstance(m, Linear4bit))
     assert clip.patcher.model_size() > packed
+
+
+def test_text_encoders_and_vae_leave_a_device_without_copies(t5, clip_l, tmp_path, monkeypatch):
+    _, path = t5()
+    loaded = load_all_in_one(
+        read_catalogue(all_in_one(tmp_path / "flux.safetensors", load_file(clip_l), load_file(path)))
+    )
+    clip, vae = loaded.clip.patcher.model, loaded.vae.patcher.model
+    monkeypatch.setattr("folder_paths.get_full_path_or_raise", lambda _, name: str(name))
+    (from_two_files,) = NODE_CLASS_MAPPINGS["FluxNF4DualCLIPLoader"]().load_clip(str(clip_l), str(path))
+    monkeypatch.setattr(torch.nn.Module, "to", move)
+    for model in (clip, vae, from_two_files.patcher.model):
+        places = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+        patcher = ModelPatcher(model, load_device=torch.device("meta"), offload_device=CPU)
+        patcher.patch_model(patcher.load_device)
+        assert all(tensor.is_meta for tensor in model.state_dict().values())
+        patcher.partially_unload(CPU, patcher.model_size() // 2)
+        assert {tensor.is_meta for tensor in model.state_dict().values()} == {False, True}
+        patcher.detach()
+        assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == places
 
 
 def all_in_one(path, clip_l, t5, vae_path=None):
