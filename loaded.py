@@ -6,6 +6,7 @@ Who uses a file is who holds a MODEL, CLIP or VAE made from it, or what `load_al
 import gc
 import logging
 from dataclasses import dataclass
+from threading import Thread
 from weakref import WeakValueDictionary
 
 import comfy.model_base
@@ -21,6 +22,7 @@ from .nf4_loader.catalogue import Catalogue
 from .nf4_loader.errors import CheckpointError
 from .nf4_loader.fill import fill
 from .nf4_loader.flux import block_groups, build_flux, load_clip_and_vae, materialise
+from .nf4_loader.kernels import warm_up
 from .nf4_loader.mapped import Mapped, map_packed
 from .offload.comfyui.contract import require_comfyui
 from .offload.comfyui.patcher import StreamedModelPatcher
@@ -126,11 +128,12 @@ def _read(model: comfy.model_base.BaseModel, catalogue: Catalogue, mapped: Mappe
     progress = comfy.utils.ProgressBar(catalogue.transformer_bytes - left)
     in_ram = (catalogue.transformer_ram - left) / _GIB
     logger.info("NF4: reading the transformer of %s, %.2f GiB", catalogue.path.name, in_ram)
+    device = comfy.model_management.get_torch_device()
+    warming_up = Thread(target=warm_up, args=(device.type,))
+    warming_up.start()
     fill(model, catalogue, progress.update, mapped)
-    management = comfy.model_management
-    return StreamedModelPatcher(
-        model, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
-    )
+    warming_up.join()
+    return StreamedModelPatcher(model, load_device=device, offload_device=comfy.model_management.unet_offload_device())
 
 
 def _mapped_where_ram_is_short(

@@ -78,6 +78,14 @@ def linear(
     return torch.nn.functional.linear(input, weight, bias)
 
 
+def warm_up(device_type: str) -> None:
+    """Import bitsandbytes and try its kernels now: it takes a second or more, which the first forward else has to wait.
+
+    May be called on any thread.
+    """
+    _dequantise_for(device_type)
+
+
 @functools.cache
 def code_table(quant_type: QuantType, device: torch.device) -> torch.Tensor:
     """The sixteen values of a code, fp32 (16,)."""

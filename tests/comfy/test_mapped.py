@@ -3,6 +3,7 @@
 import gc
 import logging
 import mmap
+from contextlib import nullcontext
 from dataclasses import replace
 
 import comfy.model_management
@@ -10,12 +11,14 @@ import psutil
 import pytest
 import torch
 from make_checkpoint import Recipe, make_checkpoint
+from there_and_back import Copied, move
 from tiny_flux import HIDDEN
 
 from flux_nf4.loaded import load_transformer, streamed
 from flux_nf4.nf4_loader.catalogue import read_catalogue
 from flux_nf4.nf4_loader.errors import CheckpointError
 from flux_nf4.offload.comfyui.streaming import Residency
+from flux_nf4.offload.host_memory import keep_host_memory
 
 RECIPE = Recipe(double_blocks=8, single_blocks=10, hidden=HIDDEN, unet_only=True)
 
@@ -84,6 +87,17 @@ def test_a_patch_is_that_of_a_model_in_ram(file, tiny_config, copies, free_ram, 
     comfy.model_management.unload_all_models()
     free_ram(read_catalogue(file).transformer_ram // 2)
     assert torch.equal(sample(patched()), expected)
+
+
+@pytest.mark.parametrize("is_short", [False, True])
+def test_ram_kept_for_what_is_on_the_device_is_given_back_where_it_is_short(file, is_short, tiny_config, free_ram):
+    encoder = torch.nn.Linear(2, 2)
+    keep_host_memory(encoder)
+    move(encoder, "meta")
+    free_ram(read_catalogue(file).transformer_ram // 2 if is_short else 1 << 40)
+    load(file)
+    with pytest.raises(Copied) if is_short else nullcontext():
+        move(encoder, "cpu")
 
 
 def test_too_little_for_the_rest_is_an_error(file, tiny_config, free_ram):

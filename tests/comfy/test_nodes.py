@@ -14,6 +14,9 @@ from make_checkpoint import Recipe, make_checkpoint, make_twin
 from safetensors.torch import load_file
 
 from flux_nf4 import nodes
+from flux_nf4.loaded import load_transformer
+from flux_nf4.nf4_loader import kernels
+from flux_nf4.nf4_loader.catalogue import read_catalogue
 from flux_nf4.nf4_loader.errors import CheckpointError
 from flux_nf4.nf4_loader.kernels import dequantise_by_table
 
@@ -108,6 +111,15 @@ def test_nothing_is_kept_where_comfyui_gives_outputs_up(gives_up, dense_file, mo
     for _ in range(2):
         load_checkpoint(node, file.name, 7)
     assert len(reads) == 2
+
+
+def test_kernels_are_tried_while_the_file_is_read(tiny_file, tiny_config):
+    """The first forward would else have to wait for bitsandbytes to be imported."""
+    kernels._dequantise_for.cache_clear()
+    patcher = load_transformer(read_catalogue(tiny_file))
+    assert kernels._dequantise_for.cache_info().currsize == 1
+    kernels._dequantise_for(patcher.load_device.type)
+    assert kernels._dequantise_for.cache_info().hits == 1
 
 
 @pytest.mark.parametrize("nested", [False, True])
