@@ -99,8 +99,12 @@ def family_maker(name: str, options: Options) -> Callable[[], Family]:
     """
     files = options.files
     if name == "streamed":
+        import comfy.model_management
         from streamed import Streamed
 
+        from flux_nf4.nf4_loader.kernels import warm_up
+
+        warm_up(comfy.model_management.get_torch_device().type)
         return functools.partial(Streamed, files.nf4())
     if name == "bnb":
         from bnb_modules import BnbModules
