@@ -86,8 +86,8 @@ def sample(model: Any, positive: Any, pixels: int, steps: int, on_step: Callable
 
 
 def prompt(parts: Parts, before: Use, pixels: int, steps: int) -> tuple[dict[str, Any], Any]:
-    """Seconds of each stage, ms of the steps after the first, GiB in use at most, latent and picture; and what
-    the text became."""
+    """Seconds of each stage and before the first step, ms of a step, GiB in use at most, latent and picture; and
+    what the text became."""
     stages, clock = Stages(parts.device, before), Clock(parts.device)
     with stages.stage("encode"):
         tokens = parts.clip.tokenize("a lighthouse in a storm, oil on canvas")
@@ -96,7 +96,10 @@ def prompt(parts: Parts, before: Use, pixels: int, steps: int) -> tuple[dict[str
         latent = sample(parts.model, positive, pixels, steps, lambda *_: clock.tick())
     with stages.stage("decode"):
         picture = parts.vae.decode(latent)
-    row = stages.seconds | {"step_ms": statistics.median(clock.milliseconds()), "peak_gib": stages.peak_gib}
+    steps_ms = clock.milliseconds()
+    step_ms = statistics.median(steps_ms)
+    start_s = stages.seconds["sample"] - (sum(steps_ms) + step_ms) / 1000
+    row = stages.seconds | {"start_s": start_s, "step_ms": step_ms, "peak_gib": stages.peak_gib}
     return row | {"latent": latent, "picture": picture}, positive
 
 
@@ -138,8 +141,8 @@ def compare(rows: list[dict[str, Any]]) -> None:
 def table(rows: list[dict[str, Any]]) -> str:
     stages = " | ".join(f"{stage} s" for stage in STAGES)
     lines = [
-        f"| card | after | {stages} | of it a step, ms | both | GiB at most | latent, picture off by |",
-        "|---" * 9 + "|",
+        f"| card | after | {stages} | of it start s | a step, ms | sample + decode | GiB at most | off by |",
+        "|---" * 10 + "|",
     ]
     expected: dict[str, float] = {}
     for cap, after in dict.fromkeys((row["cap_gib"], row["after"]) for row in rows):
@@ -148,11 +151,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         both = seconds["sample"] + seconds["decode"]
         ratio = both / expected.setdefault(after, both)
         card = f"as small as {cap:g} GiB" if cap else "as it is"
-        step = statistics.median(run["step_ms"] for run in runs)
+        start, step = (statistics.median(run[name] for run in runs) for name in ("start_s", "step_ms"))
         most = {name: max(run[name] for run in runs) for name in ("latent", "picture")}
         peaks = ", ".join(f"{max(run['peak_gib'][stage] for run in runs):.2f}" for stage in STAGES)
         times = " | ".join(f"{value:.2f}" for value in seconds.values())
-        figures = f"{times} | {step:.1f} | {ratio:.2f} | {peaks}"
+        figures = f"{times} | {start:.2f} | {step:.1f} | {ratio:.2f} | {peaks}"
         lines.append(f"| {card} | {after} | {figures} | {most['latent']:g}, {most['picture']:.1g} |")
     return "\n".join(lines)
 

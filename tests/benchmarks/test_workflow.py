@@ -1,0 +1,85 @@
+"""The whole workflow on a small card: what is run, and what is said of it. The models are stand-ins."""
+
+import comfy.model_management
+import pytest
+import torch
+import workflow
+from workflow import Parts, measure_size, table
+
+
+class Stand:
+    """CLIP and VAE in one."""
+
+    def __init__(self, log, pictures):
+        self.log, self.pictures = log, pictures
+
+    def tokenize(self, text):
+        return text
+
+    def encode_from_tokens_scheduled(self, _):
+        self.log.append("encode")
+        return "positive"
+
+    def decode(self, latent):
+        self.log.append("decode")
+        return latent + self.pictures.pop(0)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """A function: rows of two rounds, with pictures that are off by these numbers, and what was called."""
+
+    def measure(*off):
+        log: list[str] = []
+
+        def sample(model, positive, pixels, steps, on_step):
+            log.append(f"{model} {pixels} {steps}")
+            for _ in range(steps):
+                on_step()
+            return torch.zeros(1)
+
+        monkeypatch.setattr(workflow, "sample", sample)
+        both = Stand(log, list(off))
+        parts = Parts("streamed", both, both, "other", torch.device("cpu"))
+        return measure_size(parts, [0.0], 512, 4, rounds=2), log
+
+    return measure
+
+
+def test_the_prompt_comes_again_after_another_model(measured):
+    rows, log = measured(0, 0, 0, 0, 0, 0)
+    turn = ["encode", "streamed 512 4", "decode", "other 512 2", "encode", "streamed 512 4", "decode"]
+    assert log[-14:] == turn * 2
+    assert [row["after"] for row in rows] == ["nothing", "another model"] * 2
+    assert all(row[stage] >= 0 for row in rows for stage in workflow.STAGES)
+
+
+def test_how_far_a_picture_is_from_the_first_is_told(measured):
+    rows, _ = measured(9, 9, 1.0, 1.0, 1.5, 1.0)  # the first two are the warming up
+    assert [row["picture"] for row in rows] == [0, 0, 0.5, 0]
+    assert [row["latent"] for row in rows] == [0] * 4
+    assert "0, 0.5 |" in table(rows).splitlines()[2]
+
+
+def test_ratios_are_to_the_whole_card_at_the_same_place():
+    def row(cap, after, sample, decode):
+        figures = {"encode": 1.0, "sample": sample, "decode": decode, "start_s": 0.0, "step_ms": 100.0}
+        return {
+            "cap_gib": cap,
+            "after": after,
+            "peak_gib": dict.fromkeys(workflow.STAGES, 2.0),
+            "latent": 0.0,
+            "picture": 0.0,
+            **figures,
+        }
+
+    rows = [row(0.0, "nothing", 3, 1), row(0.0, "other", 1, 1), row(4.0, "nothing", 4, 1), row(4.0, "other", 3, 1)]
+    ratios = [line.split(" | ")[7] for line in table(rows).splitlines()[2:]]
+    assert ratios == ["1.00", "1.00", "1.25", "2.00"]
+
+
+def test_the_card_is_emptied_before_each_round(measured, monkeypatch):
+    emptied = []
+    monkeypatch.setattr(comfy.model_management, "unload_all_models", lambda: emptied.append(1))
+    measured(*[0] * 6)
+    assert len(emptied) == 6
