@@ -262,6 +262,8 @@ def test_text_encoders_and_vae_leave_a_device_without_copies(t5, clip_l, tmp_pat
     for model in (clip, vae, from_two_files.patcher.model):
         places = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
         patcher = ModelPatcher(model, load_device=torch.device("meta"), offload_device=CPU)
+        weight = next(name for name, weight in model.named_parameters() if weight.dim() > 1)
+        assert patcher.add_patches({weight: ("diff", (torch.ones(model.get_parameter(weight).shape),))}) == [weight]
         patcher.patch_model(patcher.load_device)
         assert all(tensor.is_meta for tensor in model.state_dict().values())
         patcher.partially_unload(CPU, patcher.model_size() // 2)
