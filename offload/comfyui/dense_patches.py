@@ -20,6 +20,11 @@ import comfy.utils
 import torch
 from torch.utils._pytree import tree_map
 
+from .patch_check import trial
+
+_MIX_FP32 = ("oft", "boft")
+"""Adapters of ComfyUI's that fail on a weight of 16 bits (and are left out, with an error in the log)."""
+
 
 @dataclass(frozen=True)
 class _Slot:
@@ -30,7 +35,8 @@ class _Slot:
 
 class DensePatches:
     """The patches of the weight or bias ``key`` of ``module``, as ComfyUI applies them to a layer that it has offloaded
-    (``LowVramPatch``): all math in the dtype of the weight. ``tensors`` are the host tensors that they need."""
+    (``LowVramPatch``): all math in the dtype of the weight. OFT and BOFT, which fail in 16 bits there, are in fp32, as
+    ComfyUI patches a model that fits. ``tensors`` are the host tensors that they need."""
 
     def __init__(self, key: str, patches: Sequence[Sequence[Any]], module: torch.nn.Module) -> None:
         self._key = key
@@ -38,6 +44,7 @@ class DensePatches:
         self._prefix = f"{key.rpartition('.')[2]}_patch"
         self.tensors: dict[str, torch.Tensor] = {}
         self._patches = [(strength, _mapped(self._take, value), *rest) for strength, value, *rest in patches]
+        self._is_in_fp32 = any(getattr(value, "name", None) in _MIX_FP32 for _, value, *_ in patches)
         self._needs_original = any(isinstance(p[1], tuple) and p[1][0] == "model_as_lora" for p in patches)
 
     def _take(self, value: Any) -> Any:
@@ -54,6 +61,13 @@ class DensePatches:
             return tensors[value.name] if isinstance(value, _Slot) else value
 
         patches = [(strength, _mapped(given, value), *rest) for strength, value, *rest in self._patches]
+        return self._patched(weight.to(self.math_dtype(weight.dtype)), patches).to(weight.dtype)
+
+    def math_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What a weight of ``dtype`` is patched in."""
+        return torch.float32 if self._is_in_fp32 and dtype in (torch.bfloat16, torch.float16) else dtype
+
+    def _patched(self, weight: torch.Tensor, patches: Sequence[Any]) -> torch.Tensor:
         if not self._needs_original:
             return comfy.model_patcher.LowVramPatch(self._key, {self._key: patches}, *self._functions)(weight)
         original = {self._key: [(weight.clone(), None)]}
@@ -63,7 +77,8 @@ class DensePatches:
 
     def shape_of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """What becomes of a weight of ``shape``: some patches widen it."""
-        return tuple(self.apply(torch.empty(shape, device="meta"), self.tensors).shape)
+        with trial():
+            return tuple(self.apply(torch.empty(shape, device="meta"), self.tensors).shape)
 
 
 def patched_copy(

@@ -3,7 +3,8 @@
 import logging
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.lora
@@ -126,12 +127,19 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 def _complaint(patches: Sequence[Patch], weight: torch.Tensor, key: str) -> str | None:
     """What ComfyUI logs or raises when it applies the patches to a weight that has a shape and no values."""
     shaped = torch.empty(weight.shape, device="meta")
-    with _Log() as log, _NoValues():
+    with trial() as messages:
         try:
             comfy.lora.calculate_weight(patches, shaped, key, original_weights={key: [(shaped, None)]})
         except Exception as error:
-            log.messages.append(f"{type(error).__name__}: {error}")
-    return " ".join(log.messages[-1].replace(key, "").split()) if log.messages else None
+            messages.append(f"{type(error).__name__}: {error}")
+    return " ".join(messages[-1].replace(key, "").split()) if messages else None
+
+
+@contextmanager
+def trial() -> Iterator[list[str]]:
+    """For patching a meta tensor. Gives the warnings and errors of this thread, and keeps them from the log."""
+    with _Log() as log, _NoValues():
+        yield log.messages
 
 
 class _NoValues(TorchDispatchMode):

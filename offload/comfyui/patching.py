@@ -138,9 +138,9 @@ class Patching:
         """Have ``module`` patch a fresh dense copy in each forward."""
         if not patches:
             return {}
-        scratch = getattr(module, name).numel() * dtype.itemsize * _COPIES_TO_PATCH
-        self.scratch_bytes = max(self.scratch_bytes, scratch)
         dense, buffers = DensePatches(key, patches, module), module._buffers
+        scratch = getattr(module, name).numel() * dense.math_dtype(dtype).itemsize * _COPIES_TO_PATCH
+        self.scratch_bytes = max(self.scratch_bytes, scratch)
         _add_functions(module, name, [lambda weight: dense.apply(weight, buffers)], first=True)
         if hasattr(module, "patched_shape"):
             module.patched_shape = dense.shape_of(module.patched_shape)

@@ -1,5 +1,8 @@
 """A custom node package that the tests drop in beside ours: what a test needs to do inside the server."""
 
+import logging
+import sys
+
 import comfy.model_management
 import psutil
 import torch
@@ -53,4 +56,42 @@ class SetFreeRam:
         return {}
 
 
-NODE_CLASS_MAPPINGS = {"TestAnyName": AnyName, "TestSetFreeRam": SetFreeRam}
+class StreamOnCpu:
+    """Has what is loaded from now on stream, though the device is the CPU; off again, it logs how many bytes came."""
+
+    computes_from_host = None
+    nbytes = 0
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"is_on": ("BOOLEAN", {})}}
+
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "run"
+    CATEGORY = "tests"
+
+    def run(self, is_on):
+        own, of_copies = StreamOnCpu, module("offload.copies").InlineCopies
+        patcher = module("offload.comfyui.patcher").StreamedModelPatcher
+        if own.computes_from_host is None:
+            own.computes_from_host, copy = patcher._computes_from_host, of_copies.copy
+
+            def counted(copies, destination, source, **events):
+                own.nbytes += source.nbytes
+                copy(copies, destination, source, **events)
+
+            of_copies.copy = counted
+        patcher._computes_from_host = False if is_on else own.computes_from_host
+        if not is_on:
+            logging.info("TestStreamOnCpu: %d bytes streamed", own.nbytes)
+        own.nbytes = 0
+        return {}
+
+
+def module(name):
+    (found,) = [module for full, module in sys.modules.items() if full.endswith(name)]
+    return found
+
+
+NODE_CLASS_MAPPINGS = {"TestAnyName": AnyName, "TestSetFreeRam": SetFreeRam, "TestStreamOnCpu": StreamOnCpu}

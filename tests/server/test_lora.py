@@ -1,5 +1,7 @@
 """LoRA with ComfyUI's own nodes, in the real server, in graphs as people send them."""
 
+import re
+
 import loras
 import pytest
 import torch
@@ -72,8 +74,31 @@ def test_a_chain_of_three_follows_its_strengths_without_reading_the_checkpoint_a
     assert len({plain, first, second}) == 3
     assert "lora2" in executed
     assert "1" not in executed
-    streamed = workflow(steps=1, double_blocks_cuda_size=0, single_blocks_cuda_size=0)
-    assert picture(chained(streamed, names, (0.8, 0.5, 1.0))) == first
+
+
+@pytest.fixture
+def streams(server):
+    """A function: have the server stream, or stop that and tell how many bytes it streamed meanwhile."""
+
+    def switch(is_on):
+        server.free()
+        switch = {"1": {"class_type": "TestStreamOnCpu", "inputs": {"is_on": is_on}}}
+        assert server.run(switch)["status"]["status_str"] == "success"
+        return int((re.findall(r"TestStreamOnCpu: (\d+) bytes", server.log.read_text("utf-8")) or ["0"])[-1])
+
+    yield switch
+    switch(False)
+
+
+def test_a_chain_of_three_on_streamed_blocks_makes_the_same_picture(workflow, picture, names, streams):
+    def run(blocks, *strengths):
+        counts = {"double_blocks_cuda_size": blocks, "single_blocks_cuda_size": blocks}
+        return picture(chained(workflow(steps=1, **counts), names, strengths))
+
+    expected = [run(1, *strengths) for strengths in ((0.8, 0.5, 1.0), (0.8, 0.5, 0.3))]
+    streams(True)
+    assert [run(0, *strengths) for strengths in ((0.8, 0.5, 1.0), (0.8, 0.5, 0.3))] == expected
+    assert streams(False) > 2 * sum(out * columns for out, columns in SHAPES.values()) / 2
 
 
 def test_the_log_says_what_a_lora_did(server, workflow, picture, names, put):

@@ -86,6 +86,32 @@ def test_so_is_one_of_any_other_kind(kind, load, with_lora, log):
     assert len(patched.patches) == len(fitting) - 1
 
 
+UNKNOWN = {
+    "a missing upper half": lambda file: {
+        name: tensor for name, tensor in file.items() if name != f"{BAD}.lora_B.weight"
+    },
+    "a layer that the model lacks": lambda file: {
+        name.replace(BAD, f"{BAD}9"): tensor for name, tensor in file.items()
+    },
+    "an adapter of an unknown kind": lambda file: {
+        name.replace(f"{BAD}.lora_", f"{BAD}.rotated_"): tensor for name, tensor in file.items()
+    },
+}
+
+
+@pytest.mark.parametrize("case", UNKNOWN)
+def test_what_comfyui_does_not_take_for_a_patch_it_names_and_the_others_work(
+    case, load, shapes, with_lora, caplog, log
+):
+    """Its loader drops them before this package sees the file."""
+    file = loras.generic(shapes)
+    patched = with_lora(load(), UNKNOWN[case](file))
+    assert patched.patches.keys() == {f"diffusion_model.{name}.weight" for name in shapes} - {f"{BAD}.weight"}
+    assert any(f"lora key not loaded: {BAD}" in message for message in caplog.messages)
+    (message,) = log(logging.INFO)
+    assert f"{len(shapes) - 1} patches applied at strength 1, all that ComfyUI recognised" in message
+
+
 def test_a_kind_that_comfyui_does_not_know_is_skipped_and_named(load, log):
     patcher = load().clone()
     assert patcher.add_patches({f"{BAD}.weight": ("rotation", (torch.ones(SHAPE),))}) == []

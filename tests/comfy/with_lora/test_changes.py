@@ -1,5 +1,6 @@
 """A change of a LoRA moves no more than it has to, leaves nothing behind, and residency never shows."""
 
+import functools
 import itertools
 
 import comfy.lora
@@ -7,12 +8,22 @@ import comfy.model_management
 import loras
 import pytest
 import torch
+from fake_registrar import FakeRegistrar
 
+from flux_nf4.offload import streamer as streamer_module
+from flux_nf4.offload.arena import HostArena
+from flux_nf4.offload.comfyui import patcher as patcher_module
 from flux_nf4.offload.comfyui.patching import Patching
 from flux_nf4.offload.comfyui.streaming import Residency
 
 NAME = "double_blocks.1.img_mlp.0"
 DENSE = NAME, "single_blocks.0.linear1", "single_blocks.1.linear2", "double_blocks.0.txt_attn.proj"
+
+
+def with_residency(patcher, double, single):
+    clone = patcher.clone()
+    clone.residency = Residency((("double", double), ("single", single)))
+    return clone
 
 
 @pytest.fixture
@@ -30,12 +41,41 @@ def files(shapes, config, twin_model):
 
 
 @pytest.mark.parametrize("kind", ["low rank", "split", "dense", "all layers, biases and norms"])
-def test_streamed_is_resident_to_the_bit(kind, files, load, sample, with_lora, copies, monkeypatch):
-    patcher = with_lora(load(2, 3), files[kind], 0.8)
-    expected = sample(patcher)
+def test_streamed_is_resident_to_the_bit(kind, files, load, sample, with_lora, copies):
+    expected = sample(with_lora(load(2, 3), files[kind], 0.8))
     assert not torch.equal(expected, sample(load(2, 3)))
-    for double, single in ((0, 0), (1, 2), (2, 0)):
+    for double, single in itertools.product(range(3), range(4)):
         assert torch.equal(sample(with_lora(load(double, single), files[kind], 0.8)), expected)
+
+
+@pytest.mark.parametrize(("count", "rank"), [(1, 128), (4, 16), (16, 16)])
+def test_many_loras_stream_as_they_stay(count, rank, load, sample, with_lora, copies, shapes):
+    def patched(patcher):
+        for seed in range(count):
+            patcher = with_lora(patcher, loras.kohya(shapes, rank, seed=str(seed)), 0.8 / count)
+        return patcher
+
+    expected = sample(patched(load(2, 3)))
+    for double, single in ((0, 0), (1, 2)):
+        assert torch.equal(sample(patched(load(double, single))), expected)
+
+
+def test_another_strength_and_other_residents_are_as_from_the_start(files, load, sample, with_lora, copies):
+    file, plain = files["low rank"], load(0, 1)
+    expected = sample(with_lora(load(2, 3), file, 0.9))
+    first = sample(with_lora(plain, file, 0.3))
+    assert not torch.equal(first, expected)
+    for patcher in (plain, with_residency(plain, 2, 3), with_residency(plain, 1, 0)):
+        assert torch.equal(sample(with_lora(patcher, file, 0.9)), expected)
+    assert torch.equal(sample(with_lora(plain, file, 0.3)), first)
+
+
+def test_another_lora_of_the_same_shapes_takes_its_place(load, sample, with_lora, copies, shapes):
+    file, other = (loras.kohya(shapes, seed=seed) for seed in "ab")
+    plain = load(1, 1)
+    expected = sample(with_lora(load(2, 3), other, 0.8))
+    assert not torch.equal(sample(with_lora(plain, file, 0.8)), expected)
+    assert torch.equal(sample(with_lora(plain, other, 0.8)), expected)
 
 
 def test_patches_change_nothing_in_host_memory(files, load, sample, with_lora, copies):
@@ -78,6 +118,37 @@ def test_another_strength_brings_new_scales_and_nothing_else(files, load, shapes
     first, second, third = tensors
     assert [name for name in first if second[name] is not first[name]] == ["lora_scale"]
     assert all(third[name] is second[name] for name in first)
+
+
+def test_a_change_copies_only_what_it_changes(files, load, sample, with_lora, copies):
+    """On the device: of a new strength the small parts of the records, of a new LoRA no byte of a resident block."""
+    plain = load(2, 1)
+
+    def copied_after(before, patcher):
+        sample(before, steps=1)
+        copies.nbytes = 0
+        comfy.model_management.load_models_gpu([patcher])
+        return copies.nbytes
+
+    first, second = (with_lora(plain, files["low rank"], strength) for strength in (0.3, 0.9))
+    streamer = plain.model.streaming.streamer
+    sample(plain, steps=1)
+    residents = streamer.device_bytes - streamer.plan.staging_bytes
+    assert copied_after(plain, first) < residents / 2
+    factors = streamer.extras_arena
+    assert copied_after(first, second) == sum(block.staying.buffer.nbytes for block in streamer.blocks)
+    assert streamer.extras_arena is factors
+    assert copied_after(second, plain) <= streamer.plan.staging_bytes
+
+
+def test_factors_are_pinned_with_their_blocks(files, load, with_lora, copies, monkeypatch):
+    monkeypatch.setattr(patcher_module, "pin_limit", lambda _: (1 << 40, None))
+    monkeypatch.setattr(streamer_module, "HostArena", functools.partial(HostArena, registrar_for=FakeRegistrar()))
+    patcher = with_lora(load(0, 0), files["low rank"])
+    comfy.model_management.load_models_gpu([patcher])
+    streamer = patcher.model.streaming.streamer
+    assert streamer.extras_arena.all_pinned
+    assert all(block.travelling.is_pinned for block in streamer.blocks)
 
 
 def test_a_forward_computes_from_buffers_only(files, load, sample, with_lora, copies, monkeypatch):

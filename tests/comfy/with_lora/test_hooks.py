@@ -66,6 +66,27 @@ def test_keyframes_change_the_strength_from_step_to_step(kind, files, conditioni
     assert difference(4, positive=hooked(conditioning(1), hook), negative=conditioning(2)) < BOUND
 
 
+def test_streamed_is_resident_to_the_bit(files, conditioning, load, sample, with_lora, shapes, copies):
+    hook = with_keyframes(comfy.hooks.create_hook_lora(files["low rank"] | files["biases"], 1.0, 0.0), 0.2, 1.0)
+    conds = {"positive": hooked(conditioning(1), hook), "negative": conditioning(2)}
+    latents = []
+    for double, single in itertools.product(range(3), range(4)):
+        patcher = load(double, single)
+        for seed in range(4):
+            patcher = with_lora(patcher, loras.kohya(shapes, seed=str(seed)), 0.2)
+        latents.append(sample(patcher, cfg=3.0, **conds))
+    assert all(torch.equal(latent, latents[0]) for latent in latents)
+
+
+def test_the_weights_of_another_model_by_a_hook_are_as_in_stock_comfyui(conditioning, difference, shapes, copies):
+    weights = {
+        f"diffusion_model.{name}.weight": loras.random(name, *shape, scale=0.05)
+        for name, shape in list(shapes.items())[:4]
+    }
+    hook = comfy.hooks.create_hook_model_as_lora(weights, None, 0.7, 0.0)
+    assert difference(positive=hooked(conditioning(1), hook), negative=conditioning(2)) < BOUND
+
+
 def test_several_hooks_in_several_groups(files, conditioning, difference, copies):
     first = comfy.hooks.create_hook_lora(files["low rank"], 0.7, 0.0)
     second = comfy.hooks.create_hook_lora(files["dense"], 0.9, 0.0)
