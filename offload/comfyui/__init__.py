@@ -1,6 +1,6 @@
 """ComfyUI's side of streaming, and all of it that knows ComfyUI.
 
 ``streaming`` (what makes a model a streamed one), ``patcher`` (ComfyUI's ModelPatcher for it), ``patching`` (LoRA and
-the like, with ``dense_patches`` and ``patch_check``), ``adopt`` (streams another node's MODEL), ``pins`` (its limit),
-``contract`` (what ComfyUI must have).
+the like, with ``dense_patches``, ``patch_check`` and ``half_pairs``), ``adopt`` (streams another node's MODEL),
+``pins`` (its limit), ``contract`` (what ComfyUI must have).
 """

@@ -23,7 +23,7 @@ _NEEDED = {
         *("cast_to_device", "current_loaded_models", "get_free_memory", "get_torch_device", "unet_offload_device"),
     ),
     "comfy.lora": ("calculate_weight",),
-    "comfy.weight_adapter": ("LoRAAdapter",),
+    "comfy.weight_adapter": ("LoRAAdapter.load",),
 }
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..streamer import Streamer
 from ..telemetry import ForwardCost
+from .half_pairs import leave_out_half_pairs
 from .patching import Extras, Patching
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ def attach_streaming(
     Blocks on the meta device get uninitialised memory, others keep their values; what is ``mapped`` gets none, see
     `Streamer`; so for ``each``.
     """
+    leave_out_half_pairs()
     streamer = Streamer(groups, mapped, each)
     total = sum(tensor.nbytes for tensor in _tensors(model))
     in_blocks = sum(tensor.nbytes for group in groups.values() for block in group for tensor in _tensors(block))

@@ -114,15 +114,20 @@ def test_the_log_says_what_a_lora_did(server, workflow, picture, names, put):
     assert "LoRA: 4 patches applied at strength 0.7, 1 skipped: diffusion_model.single_blocks.0.linear2.weight (" in log
 
 
-@pytest.mark.parametrize("case", ["truncated", "without its lower half"])
-def test_a_file_that_comfyui_cannot_read_is_an_error_that_says_so(case, server, workflow, put):
-    file = loras.kohya(SHAPES)
-    if case == "truncated":
-        name, expected = put(case, file, cut_by=1000), "incomplete"
-    else:
-        missing = "lora_unet_single_blocks_0_linear2.lora_down.weight"
-        name, expected = put(case, {key: tensor for key, tensor in file.items() if key != missing}), missing
+def test_a_file_that_comfyui_cannot_read_is_an_error_that_says_so(server, workflow, put):
+    name = put("truncated", loras.kohya(SHAPES), cut_by=1000)
     history = server.run(chained(workflow(), [name], (1.0,)))
     (data,) = [data for kind, data in history["status"]["messages"] if kind == "execution_error"]
     assert data["node_type"] == "LoraLoader"
-    assert expected in data["exception_message"]
+    assert "incomplete" in data["exception_message"]
+
+
+def test_a_layer_of_which_a_half_is_missing_is_left_out(server, workflow, picture, put):
+    file, layer = loras.kohya(SHAPES), "lora_unet_single_blocks_0_linear2"
+    without = {name: tensor for name, tensor in file.items() if not name.startswith(layer)}
+    halves = {name: file[name] for name in (f"{layer}.lora_up.weight", f"{layer}.alpha") if name in file}
+    names = put("without-linear2", without), put("half-of-linear2", without | halves)
+    expected, found = (picture(chained(workflow(steps=1), [name], (1.0,))) for name in names)
+    assert found == expected
+    assert found != picture(workflow(steps=1))
+    assert f"LoRA: the file lacks {layer}.lora_down.weight" in server.log.read_text("utf-8")

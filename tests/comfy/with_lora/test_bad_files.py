@@ -86,6 +86,19 @@ def test_so_is_one_of_any_other_kind(kind, load, with_lora, log):
     assert len(patched.patches) == len(fitting) - 1
 
 
+def test_a_pair_without_its_lower_half_is_skipped_and_named(load, twin, shapes, with_lora, log):
+    """ComfyUI's own reader would stop there: for streamed models it does not, nor for others from then on."""
+    file = loras.generic(shapes)
+    del file[f"{BAD}.lora_A.weight"]
+    rest = {f"diffusion_model.{name}.weight" for name in shapes} - {f"{BAD}.weight"}
+    assert with_lora(load(), file).patches.keys() == rest
+    assert log(logging.WARNING) == [
+        f"LoRA: the file lacks {BAD}.lora_A.weight: the layer that it is for stays as it is"
+    ]
+    assert with_lora(twin, file).patches.keys() == rest
+    assert len(with_lora(load(), loras.generic(shapes)).patches) == len(rest) + 1
+
+
 UNKNOWN = {
     "a missing upper half": lambda file: {
         name: tensor for name, tensor in file.items() if name != f"{BAD}.lora_B.weight"
