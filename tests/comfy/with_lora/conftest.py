@@ -35,15 +35,24 @@ def tiny_config(monkeypatch, flux_config):
     )
 
 
-@pytest.fixture(scope="session")
-def twin_model(tiny_file, config):
-    """The same model in stock ComfyUI, with every weight dense and in fp32."""
-    twin = tiny_file.with_name("twin.safetensors")
-    make_twin(twin, RECIPE, torch.float32)
+def stock_model(config, twin, recipe=RECIPE):
+    """The dense twin, made as the file ``twin``, in stock ComfyUI, in fp32."""
+    make_twin(twin, recipe, torch.float32)
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model({}, "", device=torch.device("cpu"))
     model.load_model_weights(comfy.utils.load_torch_file(str(twin)), "model.diffusion_model.")
     return model
+
+
+@pytest.fixture(scope="session", name="stock_model")
+def stock_model_fixture():
+    return stock_model
+
+
+@pytest.fixture(scope="session")
+def twin_model(tiny_file, config):
+    """The same model in stock ComfyUI."""
+    return stock_model(config, tiny_file.with_name("twin.safetensors"))
 
 
 @pytest.fixture

@@ -69,6 +69,9 @@ def test_a_low_rank_branch_is_as_near_to_exact_as_the_product_without_it(rank, l
             if KEY in patcher.patches:
                 weight = comfy.lora.calculate_weight(patcher.patches[KEY], weight, KEY)
             exact = linear(input.float(), weight, layer.bias.float())
+            factors = [buffer for name, buffer in layer.named_buffers() if name.startswith(("lora_up", "lora_down"))]
+            assert all(factor.dtype == dtype for factor in factors), "else each forward would cast them"
+            assert factors
             errors.append(((layer(input).float() - exact).norm() / exact.norm()).item())
     plain, patched = errors
     assert patched < 2 * plain

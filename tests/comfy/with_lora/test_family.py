@@ -3,14 +3,28 @@
 Where a thing comes from a package outside ComfyUI, a few lines here patch the model in the way in which that does it.
 """
 
+import types
+
 import comfy.controlnet
 import comfy.ldm.flux.controlnet
+import comfy.model_detection
+import comfy.model_patcher
 import comfy.ops
 import comfy.patcher_extension
 import loras
 import pytest
 import torch
-from comfy_extras import nodes_slg
+from comfy.ldm.flux.layers import timestep_embedding
+from comfy_extras import nodes_edit_model, nodes_slg
+from make_checkpoint import Recipe, make_checkpoint
+
+import nodes
+from flux_nf4.loaded import load_transformer, streamed
+from flux_nf4.nf4_loader.catalogue import read_catalogue
+from flux_nf4.offload.comfyui.streaming import Residency
+
+HOST = torch.device("cpu")
+RECIPE = Recipe(double_blocks=2, single_blocks=3, hidden=256, unet_only=True, in_channels=384)
 
 BOUND = 1e-5
 """Relative; found: 2e-7 to 2e-6."""
@@ -32,7 +46,7 @@ def with_entry(conditioning, **entries):
 
 
 def control_net(config, conditioning):
-    """The union kind, which is told what its picture is."""
+    """The union kind, which is told what its picture is, by ComfyUI's node."""
     model = comfy.ldm.flux.controlnet.ControlNetFlux(
         num_union_modes=4,
         operations=comfy.ops.disable_weight_init,
@@ -42,18 +56,28 @@ def control_net(config, conditioning):
         parameter.data = loras.random(name, *parameter.shape, scale=0.05)
     net = comfy.controlnet.ControlNet(model, load_device=torch.device("cpu"), extra_conds=["y", "guidance"])
     net.set_extra_arg("control_type", [2])
-    net.set_cond_hint(random(1, 3, 64, 64), 0.8, (0.0, 1.0))
-    return unchanged, {"positive": with_entry(conditioning(1), control=net, control_apply_to_uncond=False)}
+    node, picture = nodes.ControlNetApplyAdvanced(), random(1, 64, 64, 3)
+    positive, negative = node.apply_controlnet(conditioning(1), conditioning(5), net, picture, 0.8, 0.0, 1.0)
+    return unchanged, {"cfg": 2.0, "positive": positive, "negative": negative}
 
 
 def redux(config, conditioning):
-    """A style model adds tokens to the prompt's."""
-    ((tokens, options),) = conditioning(1)
-    return unchanged, {"positive": [[torch.cat([tokens, random(1, 20, 4096)], dim=1), options]]}
+    """A style model adds tokens to the prompt's, by ComfyUI's node."""
+
+    class StyleModel:
+        def get_cond(self, seen):
+            return seen
+
+    seen = random(1, 20, 4096)
+    (positive,) = nodes.StyleModelApply().apply_stylemodel(conditioning(1), StyleModel(), seen, 1.0, "multiply")
+    assert positive[0][0].shape[1] == 28
+    return unchanged, {"positive": positive}
 
 
 def kontext(config, conditioning):
-    return unchanged, {"positive": with_entry(conditioning(1), reference_latents=[random(1, 16, 8, 6)])}
+    latent = {"samples": random(1, 16, 8, 6)}
+    result = nodes_edit_model.ReferenceLatent.execute(conditioning(1), latent)
+    return unchanged, {"positive": getattr(result, "result", result)[0]}
 
 
 def regional(config, conditioning):
@@ -143,8 +167,32 @@ def block_cache(config, conditioning):
     return apply, {"steps": 4}
 
 
+def own_forward(config, conditioning):
+    """As PuLID: its own function in place of the model's, which adds to the picture after blocks."""
+
+    def forward(self, img, img_ids, txt, txt_ids, timesteps, y, guidance, *_, **__):
+        img, txt = self.img_in(img), self.txt_in(txt)
+        vec = self.time_in(timestep_embedding(timesteps, 256)) + self.guidance_in(timestep_embedding(guidance, 256))
+        vec, pe = vec + self.vector_in(y), self.pe_embedder(torch.cat([txt_ids, img_ids], dim=1))
+        for block in self.double_blocks:
+            img, txt = block(img=img, txt=txt, vec=vec, pe=pe)
+            img = img + 0.1 * img.tanh()
+        count, img = txt.shape[1], torch.cat([txt, img], dim=1)
+        for block in self.single_blocks:
+            img = block(img, vec=vec, pe=pe)
+        return self.final_layer(img[:, count:], vec)
+
+    def apply(patcher):
+        patched = patcher.clone()
+        bound = types.MethodType(forward, patched.model.diffusion_model)
+        patched.add_object_patch("diffusion_model.forward_orig", bound)
+        return patched
+
+    return apply, {}
+
+
 def own_loop(config, conditioning):
-    """As PuLID and others that put their own function in place of the model's: blocks in another order, one twice."""
+    """As WaveSpeed, which puts other lists of blocks in place for a forward: in another order, one twice."""
 
     def apply(patcher):
         def wrapper(executor, *args, **kwargs):
@@ -178,6 +226,7 @@ SCENARIOS = {
         skip_layer_guidance,
         attention_patch,
         block_cache,
+        own_forward,
         own_loop,
     )
 } | {name: of_sampler(name) for name in ("heun", "dpm_2", "dpmpp_2m_sde")}
@@ -193,3 +242,54 @@ def test_it_is_as_in_stock_comfyui(name, config, conditioning, load, twin, sampl
     assert (found - expected).norm() < BOUND * expected.norm()
     plain = sample(with_lora(twin, file, 0.8), positive=conditioning(1))
     assert plain.shape != expected.shape or not torch.equal(plain, expected), "it must have an effect"
+
+
+def test_fill_is_as_in_stock_comfyui(
+    flux_config, conditioning, sample, with_lora, shapes, stock_model, copies, tmp_path, monkeypatch
+):
+    """The model that paints a mask in takes a picture and the mask beside the latent."""
+
+    def config(*_):
+        made = flux_config(RECIPE.double_blocks, RECIPE.single_blocks)
+        made.unet_config["in_channels"] = RECIPE.in_channels // 4
+        return made
+
+    monkeypatch.setattr(comfy.model_detection, "model_config_from_unet", config)
+    make_checkpoint(tmp_path / "fill.safetensors", RECIPE)
+    model = load_transformer(read_catalogue(tmp_path / "fill.safetensors"))
+    ours = streamed(model, Residency((("double", 0), ("single", 1))), node_id=None)
+    dense = stock_model(config(), tmp_path / "twin.safetensors", RECIPE)
+    stock = comfy.model_patcher.ModelPatcher(dense, load_device=HOST, offload_device=HOST)
+
+    class Vae:
+        def encode(self, pixels):
+            return pixels.mean() + random(1, 16, 8, 8)
+
+    mask, latents = torch.zeros(1, 64, 64), []
+    mask[..., :32] = 1
+    for patcher, seen in ((stock, mask), (ours, mask), (ours, 1 - mask)):
+        positive, negative, latent = nodes.InpaintModelConditioning().encode(
+            conditioning(1), conditioning(2), random(1, 64, 64, 3), Vae(), seen
+        )
+        given = {"latent": latent["samples"], "noise_mask": latent["noise_mask"], "positive": positive}
+        latents.append(sample(with_lora(patcher, loras.kohya(shapes), 0.8), negative=negative, **given))
+    expected, found, with_other_mask = latents
+    assert (found - expected).norm() < BOUND * expected.norm()
+    assert (with_other_mask - expected).norm() > 0.01 * expected.norm()
+
+
+def test_previews_are_those_of_stock_comfyui_and_change_nothing(load, twin, sample, with_lora, shapes, copies):
+    file, previews = loras.kohya(shapes), []
+    for patcher in (twin, load(0, 1)):
+        patched, shown = with_lora(patcher, file, 0.8), []
+
+        def show(step, picture, noisy, total, shown=shown):
+            shown.append((step, total, picture.clone()))
+
+        latent = sample(patched, steps=3, callback=show)
+        assert torch.equal(latent, sample(patched, steps=3))
+        previews.append(shown)
+    for (step, total, expected), (*place, found) in zip(*previews, strict=True):
+        assert place == [step, total]
+        assert (found - expected).norm() < BOUND * expected.norm()
+    assert len(previews[0]) == 3
