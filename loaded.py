@@ -31,8 +31,7 @@ from .offload.host_memory import give_back_host_memory, keep_host_memory
 
 logger = logging.getLogger(__name__)
 
-CPU = torch.device("cpu")
-
+_CPU = torch.device("cpu")
 _GIB = 1024**3
 
 Key = frozenset[tuple[str, int, int]]
@@ -111,8 +110,10 @@ def streamed(loaded: StreamedModelPatcher, residency: Residency, node_id: str | 
 
 def leave_without_copies(patcher: comfy.model_patcher.ModelPatcher) -> None:
     """Let what ComfyUI moves to the card as a whole leave it in no time: its host memory stays its own meanwhile."""
-    if type(patcher) is comfy.model_patcher.ModelPatcher:  # with dynamic VRAM, weights never leave host memory
-        keep_host_memory(patcher.model)
+    goes_there = type(patcher) is comfy.model_patcher.ModelPatcher  # with dynamic VRAM, weights never leave host memory
+    comes_back = patcher.offload_device.type == "cpu"  # not with --gpu-only
+    if goes_there and comes_back and patcher.load_device.type != "mps":  # whose memory is the host's
+        keep_host_memory(patcher.model, patcher.hook_backup)
 
 
 def key_of(catalogue: Catalogue) -> Key:
@@ -129,10 +130,12 @@ def _read(model: comfy.model_base.BaseModel, catalogue: Catalogue, mapped: Mappe
     in_ram = (catalogue.transformer_ram - left) / _GIB
     logger.info("NF4: reading the transformer of %s, %.2f GiB", catalogue.path.name, in_ram)
     device = comfy.model_management.get_torch_device()
-    warming_up = Thread(target=warm_up, args=(device.type,))
+    warming_up = Thread(target=warm_up, args=(device,))
     warming_up.start()
-    fill(model, catalogue, progress.update, mapped)
-    warming_up.join()
+    try:
+        fill(model, catalogue, progress.update, mapped)
+    finally:
+        warming_up.join()
     return StreamedModelPatcher(model, load_device=device, offload_device=comfy.model_management.unet_offload_device())
 
 
@@ -147,10 +150,10 @@ def _mapped_where_ram_is_short(
     others = [entry for part in (catalogue.text_encoders, catalogue.vae) for entry in part.values()]
     needed = catalogue.transformer_ram if model is not None else 0
     needed += sum(entry.nbytes for entry in others) if with_others else 0
-    free = comfy.model_management.get_free_memory(CPU)
+    free = comfy.model_management.get_free_memory(_CPU)
     if needed > free:
         give_back_host_memory()
-        free = comfy.model_management.get_free_memory(CPU)
+        free = comfy.model_management.get_free_memory(_CPU)
     if needed <= free:
         return {}
     mapped = map_packed(model, catalogue) if model is not None else {}

@@ -104,7 +104,7 @@ def family_maker(name: str, options: Options) -> Callable[[], Family]:
 
         from flux_nf4.nf4_loader.kernels import warm_up
 
-        warm_up(comfy.model_management.get_torch_device().type)
+        warm_up(comfy.model_management.get_torch_device())
         return functools.partial(Streamed, files.nf4())
     if name == "bnb":
         from bnb_modules import BnbModules

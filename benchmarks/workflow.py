@@ -57,22 +57,34 @@ class Stages:
         self.peak_gib[name] = watch.peak.device / GIB
 
 
-def files(folder: Path, *, is_small: bool) -> tuple[Path, Path]:
-    """An all-in-one NF4 file, and a dense transformer."""
+def checkpoint(folder: Path, *, is_small: bool) -> Path:
+    """An all-in-one NF4 file."""
+    double, single, layers = (1, 1, 1) if is_small else (19, 38, 24)
+    path = folder / "flux-nf4-all-in-one.safetensors"
+    return made(path, double_blocks=double, single_blocks=single, t5_layers=layers)
+
+
+def other_model(folder: Path, *, is_small: bool) -> Path:
+    """A dense transformer."""
+    double, single = (1, 1) if is_small else (2, 4)
+    path = folder / "flux-other-bf16.safetensors"
+    return made(path, is_dense=True, double_blocks=double, single_blocks=single, unet_only=True)
+
+
+def made(path: Path, *, is_dense: bool = False, **recipe: Any) -> Path:
+    if path.exists():
+        return path
     from make_checkpoint import Recipe, forget_weights, make_checkpoint, make_twin
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    double, single, layers = (1, 1, 1) if is_small else (19, 38, 24)
-    checkpoint, other = folder / "flux-nf4-all-in-one.safetensors", folder / "flux-other-bf16.safetensors"
-    if not checkpoint.exists():
-        make_checkpoint(checkpoint, Recipe(double_blocks=double, single_blocks=single, t5_layers=layers, device=device))
-    if not other.exists():
-        few = Recipe(double_blocks=min(double, 2), single_blocks=min(single, 4), unet_only=True, device=device)
-        make_twin(other, few, torch.bfloat16)
+    if is_dense:
+        make_twin(path, Recipe(device=device, **recipe), torch.bfloat16)
+    else:
+        make_checkpoint(path, Recipe(device=device, **recipe))
     forget_weights()
     if device == "cuda":
         torch.cuda.empty_cache()
-    return checkpoint, other
+    return path
 
 
 def sample(model: Any, positive: Any, pixels: int, steps: int, on_step: Callable[..., None]) -> torch.Tensor:
@@ -181,9 +193,10 @@ def main() -> None:
     from flux_nf4.offload.comfyui.streaming import Residency
 
     with torch.inference_mode():
-        checkpoint, other = files(given.folder, is_small=given.dry_run)
+        path = given.checkpoint or checkpoint(given.folder, is_small=given.dry_run)
+        other = other_model(given.folder, is_small=given.dry_run)
         started = time.perf_counter()
-        loaded = load_all_in_one(read_catalogue(given.checkpoint or checkpoint))
+        loaded = load_all_in_one(read_catalogue(path))
         residency = Residency((("double", given.double), ("single", given.single)))
         model = streamed(loaded.model, residency, None)
         load_s = time.perf_counter() - started

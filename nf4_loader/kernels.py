@@ -5,6 +5,7 @@ Both give the same bits: ``code[nibble] * absmax`` in fp32, rounded once to the 
 
 import functools
 import logging
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
@@ -78,12 +79,11 @@ def linear(
     return torch.nn.functional.linear(input, weight, bias)
 
 
-def warm_up(device_type: str) -> None:
-    """Import bitsandbytes and try its kernels now: it takes a second or more, which the first forward else has to wait.
-
-    May be called on any thread.
-    """
-    _dequantise_for(device_type)
+def warm_up(device: torch.device) -> None:
+    """Import bitsandbytes and try its kernels now, on any thread: else the first forward waits for it (0.75 s)."""
+    # A thread begins with the first GPU.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        _dequantise_for(device.type)
 
 
 @functools.cache

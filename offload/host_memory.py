@@ -1,11 +1,11 @@
 """Modules that keep their host memory while they are on a device: on the way back nothing is copied.
 
-ComfyUI moves text encoders and VAE to the card and back for every prompt. Back means to allocate and fill as much RAM
-as they had before: 1.2 to 2.9 s for a T5 in fp8 (4.9 GB), with an H100.
+Where a card does not hold all models, ComfyUI moves text encoders and VAE there and back for each prompt. Back means to
+allocate and fill as much RAM as they had before: 1.2 to 2.9 s for a T5 in fp8 (4.9 GB), with an H100.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import Any
 
 import psutil
@@ -13,24 +13,27 @@ import torch
 from torch import nn
 
 SPARE_BYTES = 4 << 30
-"""Host memory is kept only while so much is free beside it."""
+"""The host memory of what goes to a device is kept if so much is free beside it."""
 
 Move = Callable[[torch.Tensor], torch.Tensor]
+Kept = dict[str, tuple[torch.Tensor, "weakref.ref[torch.UntypedStorage]"]]
 
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
 _keepers: "weakref.WeakSet[_KeepsHostMemory]" = weakref.WeakSet()
 
 
-def keep_host_memory(model: nn.Module) -> None:
+def keep_host_memory(model: nn.Module, written: Sized = ()) -> None:
     """From now on the parameters and buffers of ``model`` return to the host memory that they came from.
 
     Only those that still are what was copied from there: a tensor that has taken the place of one goes its own way.
-    What is written into one on the device is lost on the way back; ComfyUI's patchers write into copies, or undo it.
+    While ``written`` is not empty, tensors may have been written to on the device, and all are copied (ComfyUI's
+    ``hook_backup``: hooks write in place, and a part of a model can leave before they are undone).
     """
     for module in model.modules():
         if module._parameters or module._buffers:
             module.__class__ = _keeping(type(module))
             assert isinstance(module, _KeepsHostMemory)
+            module._written = written
             _keepers.add(module)
 
 
@@ -41,15 +44,16 @@ def give_back_host_memory() -> None:
 
 
 class _KeepsHostMemory(nn.Module):
-    _kept: dict[str, tuple[torch.Tensor, int]] = {}  # noqa: RUF012  replaced, never changed
-    """Of each tensor on a device: its host memory, and its address on the device."""
+    _written: Sized
+    _kept: Kept = {}  # noqa: RUF012  replaced, never changed
+    """Of each tensor on a device: its host memory, and its memory on the device."""
 
     def _apply(self, fn: Move, recurse: bool = True) -> Any:
         if recurse:
             for child in self.children():
                 child._apply(fn)
         before = self._named()
-        homes = {id(before[name]): host for name, host, _ in self._still_there()}
+        homes = {} if self._written else {id(before[name]): host for name, (host, _) in self._still_there().items()}
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             host = homes.get(id(tensor))
@@ -61,23 +65,23 @@ class _KeepsHostMemory(nn.Module):
 
         hosts = {name: tensor.data for name, tensor in before.items() if tensor.is_cpu}
         super()._apply(move, recurse=False)
-        self._kept = {name: (host, address) for name, host, address in self._still_there()} | self._left(hosts)
+        self._kept = self._still_there() | self._left(hosts)
         return self
 
-    def _still_there(self) -> list[tuple[str, torch.Tensor, int]]:
+    def _still_there(self) -> Kept:
         named = self._named()
-        return [
-            (name, host, address)
-            for name, (host, address) in self._kept.items()
-            if name in named and not named[name].is_cpu and named[name].data_ptr() == address
-        ]
+        return {
+            name: (host, memory)
+            for name, (host, memory) in self._kept.items()
+            if name in named and _is_in(memory(), named[name]) and _layout(named[name]) == _layout(host)
+        }
 
-    def _left(self, hosts: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, int]]:
+    def _left(self, hosts: dict[str, torch.Tensor]) -> Kept:
         left = {}
         for name, tensor in self._named().items():
-            host = hosts.get(name)
-            if host is not None and not tensor.is_cpu and tensor.dtype == host.dtype:
-                left[name] = host, tensor.data_ptr()
+            host, memory = hosts.get(name), _memory(tensor)
+            if host is not None and memory is not None and _layout(tensor) == _layout(host):
+                left[name] = host, weakref.ref(memory)
         return left if left and psutil.virtual_memory().available >= SPARE_BYTES else {}
 
     def _named(self) -> dict[str, torch.Tensor]:
@@ -92,5 +96,22 @@ def _keeping(kind: type[nn.Module]) -> type[nn.Module]:
     if issubclass(kind, _KeepsHostMemory):
         return kind
     if kind not in _classes:
-        _classes[kind] = type(kind.__name__, (_KeepsHostMemory, kind), {})
+        names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        _classes[kind] = type(kind.__name__, (_KeepsHostMemory, kind), names)
     return _classes[kind]
+
+
+def _memory(tensor: torch.Tensor) -> torch.UntypedStorage | None:
+    """Of a tensor on a device, if it tells (DirectML's do not). One object as long as the memory is there."""
+    try:
+        return None if tensor.is_cpu else tensor.untyped_storage()
+    except RuntimeError:
+        return None
+
+
+def _is_in(memory: torch.UntypedStorage | None, tensor: torch.Tensor) -> bool:
+    return memory is not None and memory is _memory(tensor)
+
+
+def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.shape, tensor.stride()

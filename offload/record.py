@@ -118,16 +118,18 @@ def extras_layouts(
     its small part. ``extras`` maps a module's path, then a name, to the tensor.
     """
     fields = [_field(path, name, False, tensor) for path, tensors in extras.items() for name, tensor in tensors.items()]
-    return _extras_layouts(tuple(tile.module for tile in own.tiles), tuple(fields))
+    return _extras_layouts(tuple(tile.module for tile in own.tiles), tuple(fields), SMALL_BYTES)
 
 
 @functools.lru_cache(maxsize=64)
-def _extras_layouts(paths: tuple[str, ...], extras: tuple[Field, ...]) -> tuple[RecordLayout, RecordLayout]:
+def _extras_layouts(
+    paths: tuple[str, ...], extras: tuple[Field, ...], small_bytes: int
+) -> tuple[RecordLayout, RecordLayout]:
     # Kept for the next time: blocks of one structure get extras of the same shapes, after a change of strength again.
     tiles: dict[str, list[Field]] = {path: [] for path in paths}
     staying: list[Field] = []
     for extra in extras:
-        travels = tiles.get(extra.module if extra.module in tiles else "") if extra.nbytes >= SMALL_BYTES else None
+        travels = tiles.get(extra.module if extra.module in tiles else "") if extra.nbytes >= small_bytes else None
         (staying if travels is None else travels).append(extra)
     return _in_a_row(tiles.items(), ()), _in_a_row((), staying)
 

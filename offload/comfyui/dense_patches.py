@@ -35,8 +35,9 @@ class _Slot:
 
 class DensePatches:
     """The patches of the weight or bias ``key`` of ``module``, as ComfyUI applies them to a layer that it has offloaded
-    (``LowVramPatch``): all math in the dtype of the weight. OFT and BOFT, which fail in 16 bits there, are in fp32, as
-    ComfyUI patches a model that fits. ``tensors`` are the host tensors that they need."""
+    (``LowVramPatch``): all math in the dtype of the weight. OFT and BOFT, which fail in 16 bits there, are in fp32 with
+    all other patches of the weight, as ComfyUI patches a model that fits. ``tensors`` are the host tensors that they
+    need."""
 
     def __init__(self, key: str, patches: Sequence[Sequence[Any]], module: torch.nn.Module) -> None:
         self._key = key

@@ -59,6 +59,45 @@ def test_what_took_the_place_of_a_tensor_stays(model):
     assert model[0].scale.data_ptr() == scale.data_ptr()
 
 
+@pytest.mark.parametrize("other", [torch.empty(2, 3, device="meta"), torch.empty(3, 2, device="meta").T])
+def test_so_does_another_on_the_device_or_the_same_in_another_order(other, model):
+    move(model, "meta")
+    model[0].weight = nn.Parameter(other)
+    with pytest.raises(Copied):
+        move(model, "cpu")
+
+
+def test_the_same_memory_in_another_order_is_not_the_old_tensor(model):
+    model.append(nn.Linear(3, 3))
+    keep_host_memory(model)
+    move(model, "meta")
+    model[3].weight.data = model[3].weight.data.T
+    with pytest.raises(Copied):
+        move(model, "cpu")
+
+
+def test_what_is_written_to_on_the_device_is_copied(model):
+    written = {}
+    keep_host_memory(model, written)
+    move(model, "meta")
+    written["weight"] = "its values before"
+    with pytest.raises(Copied):
+        move(model, "cpu")
+    written.clear()
+    move(model, "cpu")
+
+
+def test_a_tensor_that_does_not_tell_its_memory_is_copied(model, monkeypatch):
+    def refuse(_):
+        raise RuntimeError("it has no storage")
+
+    monkeypatch.setattr(torch.Tensor, "untyped_storage", refuse)
+    move(model, "meta")
+    monkeypatch.undo()
+    with pytest.raises(Copied):
+        move(model, "cpu")
+
+
 def test_a_tensor_of_another_dtype_does_not_become_the_old_one(model):
     move(model, "meta").half()
     with pytest.raises(Copied):

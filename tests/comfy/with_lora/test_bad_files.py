@@ -1,10 +1,14 @@
 """A bad LoRA: what does not fit is skipped and named, and the rest of it works."""
 
+import functools
 import logging
 
 import loras
 import pytest
 import torch
+from comfy.weight_adapter import LoRAAdapter
+
+from flux_nf4.offload.comfyui.half_pairs import leave_out_half_pairs
 
 BAD = "diffusion_model.double_blocks.0.img_mlp.0"
 SHAPE = (1024, 256)
@@ -97,6 +101,48 @@ def test_a_pair_without_its_lower_half_is_skipped_and_named(load, twin, shapes, 
     ]
     assert with_lora(twin, file).patches.keys() == rest
     assert len(with_lora(load(), loras.generic(shapes)).patches) == len(rest) + 1
+
+
+@pytest.fixture
+def reader(monkeypatch):
+    """A function: has ComfyUI read pairs by this function for the rest of the test."""
+
+    def set_to(load):
+        monkeypatch.setattr(LoRAAdapter, "load", load)
+
+    return set_to
+
+
+def test_a_reader_that_another_package_has_wrapped_is_wrapped_once_more_and_once_only(reader):
+    def raises(cls, layer, file):
+        return file[f"{layer}.up"], file[f"{layer}.down"]
+
+    @functools.wraps(raises)
+    def of_another_package(*arguments):
+        return raises(*arguments)
+
+    reader(classmethod(of_another_package))
+    for _ in range(2):
+        leave_out_half_pairs()
+        assert LoRAAdapter.load("layer", {"layer.up": 1}) is None
+        assert LoRAAdapter.load("layer", {"layer.up": 1, "layer.down": 2}) == (1, 2)
+    assert LoRAAdapter.load.__func__.__wrapped__ is of_another_package
+
+
+def test_a_reader_that_is_no_method_is_left_alone(reader):
+    reader(staticmethod(lambda *_: "its own"))
+    leave_out_half_pairs()
+    assert LoRAAdapter.load("layer", {}) == "its own"
+
+
+def test_another_missing_key_is_still_an_error(reader):
+    def raises(cls, layer, file):
+        raise KeyError("a table of its own")
+
+    reader(classmethod(raises))
+    leave_out_half_pairs()
+    with pytest.raises(KeyError, match="a table of its own"):
+        LoRAAdapter.load("layer", {})
 
 
 UNKNOWN = {
