@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from flux_nf4.offload import record
-from flux_nf4.offload.record import ALIGNMENT, BoundTile, keep_in_place, layout_of, views_of
+from flux_nf4.offload.record import ALIGNMENT, BoundTile, extras_layouts, keep_in_place, layout_of, views_of
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +45,18 @@ def test_every_tensor_has_an_aligned_place_of_its_own():
         assert inner <= part.nbytes
         end += part.nbytes
     assert layout.nbytes == end
+
+
+@pytest.mark.parametrize("small_bytes", [20, 21])
+def test_what_is_added_travels_from_the_size_on_that_counts_as_large(small_bytes, monkeypatch):
+    monkeypatch.setattr(record, "SMALL_BYTES", small_bytes)
+    added = {"linear": {"factor": torch.zeros(20, dtype=torch.uint8)}, "norm": {"scale": torch.zeros(4)}}
+    travelling, staying = extras_layouts(layout_of(Block()), added)
+    assert [[field.name for field in tile.fields] for tile in travelling.tiles] == [
+        ["factor"] * (small_bytes == 20),
+        [],
+    ]
+    assert [field.name for field in staying.small.fields] == ["factor"] * (small_bytes > 20) + ["scale"]
 
 
 class Scaled(torch.Tensor):
