@@ -15,7 +15,7 @@ from packed_tensors import packed_tensors
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sparse_file import write_sparse
-from there_and_back import move
+from there_and_back import Copied, move
 from transformers import BitsAndBytesConfig, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from flux_nf4.loaded import load_all_in_one
@@ -270,6 +270,10 @@ def test_text_encoders_and_vae_leave_a_device_without_copies(t5, clip_l, tmp_pat
         assert {tensor.is_meta for tensor in model.state_dict().values()} == {False, True}
         patcher.detach()
         assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == places
+    loaded.clip.patcher.hook_backup["a weight"] = "its values before a hook"
+    move(clip, "meta")
+    with pytest.raises(Copied):
+        move(clip, "cpu")
 
 
 def all_in_one(path, clip_l, t5, vae_path=None):
