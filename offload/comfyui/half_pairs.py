@@ -13,7 +13,6 @@ from comfy.weight_adapter import LoRAAdapter
 
 logger = logging.getLogger(__name__)
 
-
 _MARK = "leaves_out_half_pairs"
 
 
@@ -30,8 +29,8 @@ def leave_out_half_pairs() -> None:
         try:
             adapter: LoRAAdapter | None = load(cls, layer, file, *args, **kwargs)
         except KeyError as error:
-            (missing,) = error.args
-            if not str(missing).startswith(layer) or missing in file:
+            missing = str(error.args[0]) if error.args else ""
+            if not missing.startswith(layer) or missing in file:
                 raise
             logger.warning("LoRA: the file lacks %s: the layer that it is for stays as it is", missing)
             return None

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 
-class Copied(Exception):  # noqa: N818
+class Copied(Exception):  # noqa: N818  what a test looks for, not a fault
     """Values would have come back by a copy."""
 
 

@@ -123,6 +123,13 @@ def test_it_is_kept_only_while_ram_is_free(model, monkeypatch):
         move(model, "cpu")
 
 
+def test_it_is_not_kept_for_a_tensor_that_changes_its_dtype_on_the_way(model):
+    memory = weakref.ref(model[0].weight.untyped_storage())
+    model._apply(lambda tensor: tensor.to("meta", torch.half))
+    gc.collect()
+    assert memory() is None
+
+
 def test_it_can_be_given_back(model):
     move(model, "meta")
     give_back_host_memory()
