@@ -11,7 +11,6 @@ from weakref import WeakValueDictionary
 
 import comfy.model_base
 import comfy.model_management
-import comfy.model_patcher
 import comfy.sd
 import comfy.utils
 import folder_paths
@@ -27,7 +26,8 @@ from .nf4_loader.mapped import Mapped, map_packed
 from .offload.comfyui.contract import require_comfyui
 from .offload.comfyui.patcher import StreamedModelPatcher
 from .offload.comfyui.streaming import Residency, attach_streaming
-from .offload.host_memory import give_back_host_memory, keep_host_memory
+from .offload.comfyui.visitors import leave_without_copies
+from .offload.host_memory import give_back_host_memory
 
 logger = logging.getLogger(__name__)
 
@@ -106,14 +106,6 @@ def streamed(loaded: StreamedModelPatcher, residency: Residency, node_id: str | 
     patcher.residency, patcher.node_id = residency, node_id
     patcher.require_budget()
     return patcher
-
-
-def leave_without_copies(patcher: comfy.model_patcher.ModelPatcher) -> None:
-    """Let what ComfyUI moves to the card as a whole leave it in no time: its host memory stays its own meanwhile."""
-    goes_there = type(patcher) is comfy.model_patcher.ModelPatcher  # with dynamic VRAM, weights never leave host memory
-    comes_back = patcher.offload_device.type == "cpu"  # not with --gpu-only
-    if goes_there and comes_back and patcher.load_device.type != "mps":  # whose memory is the host's
-        keep_host_memory(patcher.model, patcher.hook_backup)
 
 
 def key_of(catalogue: Catalogue) -> Key:

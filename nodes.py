@@ -14,7 +14,7 @@ import torch
 
 import nodes as comfy_nodes
 
-from .loaded import key_of, leave_without_copies, load_all_in_one, load_transformer, streamed
+from .loaded import key_of, load_all_in_one, load_transformer, streamed
 from .nf4_loader.catalogue import Catalogue, read_catalogue, require_all_in_one, require_transformer
 from .nf4_loader.errors import CheckpointError
 from .nf4_loader.header import read_header
@@ -26,6 +26,7 @@ from .nf4_loader.text_encoders import load_dual_clip
 from .offload.comfyui.adopt import stream_model
 from .offload.comfyui.patcher import StreamedModelPatcher
 from .offload.comfyui.streaming import Residency
+from .offload.comfyui.visitors import leave_without_copies
 
 logger = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from cases import Case
 from contenders import Unavailable
+from torch import nn
 from weights import Files
 
 
@@ -49,16 +50,10 @@ class Diffusers:
         if not torch.cuda.is_available():
             raise Unavailable("needs a GPU")
         try:
-            from diffusers import BitsAndBytesConfig, FluxTransformer2DModel
+            from diffusers import FluxTransformer2DModel
             from diffusers.hooks import apply_group_offloading
         except ImportError as error:
             raise Unavailable(f"needs diffusers ({error})") from None
-        quantised: dict[str, Any] = {}
-        if is_nf4:
-            config = BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-            )
-            quantised = {"quantization_config": config, "device": "cuda"}  # to be quantised there
         self._device = torch.device("cuda", torch.cuda.current_device())
         self._is_resident = way == "resident"
         self._transformer = FluxTransformer2DModel.from_single_file(
@@ -66,9 +61,9 @@ class Diffusers:
             config=str(files.diffusers_config()),
             torch_dtype=torch.bfloat16,
             local_files_only=True,
-            **quantised,
         )
-        self._transformer.to("cpu")
+        if is_nf4:
+            quantise_blocks(self._transformer, self._device)
         if not self._is_resident:
             apply_group_offloading(
                 self._transformer,
@@ -92,3 +87,20 @@ class Diffusers:
     def _load(self) -> None:
         if self._is_resident:
             self._transformer.to(self._device)
+
+
+def quantise_blocks(transformer: Any, device: torch.device) -> None:
+    """Make each Linear of the blocks bitsandbytes' NF4 on ``device``, in place.
+
+    As ``quantization_config`` of ``from_pretrained`` does, which a single file does not have. Only the blocks: group
+    offload moves the packed bytes of any other module back without its quant state.
+    """
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for module in [*transformer.transformer_blocks.modules(), *transformer.single_transformer_blocks.modules()]:
+        for name, linear in module.named_children():
+            if type(linear) is nn.Linear:
+                quantised = Linear4bit(linear.in_features, linear.out_features, compute_dtype=linear.weight.dtype)
+                quantised.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+                quantised.bias = linear.bias
+                setattr(module, name, quantised.to(device))

@@ -2,12 +2,15 @@
 
 import time
 
+import diffusers
 import gguf
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from bus import PaddedCopies
 from cases import CASES, Case, matching
 from contenders import CONTENDERS
+from diffusers_model import DiffusersModel, quantise_blocks
 from results import Row, table
 from turn import Difference, Figures
 from weights import quantise_q4_0
@@ -21,6 +24,21 @@ def test_q4_0_is_what_the_gguf_package_makes():
     weight[2, 32:64] = 0
     expected = gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType.Q4_0)
     assert (quantise_q4_0(weight).numpy() == expected).all()
+
+
+def test_blocks_of_diffusers_become_nf4_and_compute_about_the_same():
+    sizes = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "attention_head_dim": 128}
+    torch.manual_seed(0)
+    transformer = diffusers.FluxTransformer2DModel(**sizes, guidance_embeds=True).to(torch.bfloat16)
+    model = DiffusersModel(transformer, HOST, Case("x", 64, text_tokens=8), lambda: None)
+    with torch.inference_mode():
+        before = model.forward().float()
+        quantise_blocks(transformer, HOST)
+        after = model.forward().float()
+    kinds = {name: type(module) for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert {kind for name, kind in kinds.items() if "blocks." in name} == {Linear4bit}
+    assert {kind for name, kind in kinds.items() if "blocks." not in name} == {torch.nn.Linear}
+    assert 0 < (after - before).norm() / before.norm() < 0.2
 
 
 def test_padding_is_in_proportion_to_what_was_copied():

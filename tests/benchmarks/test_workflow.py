@@ -6,6 +6,9 @@ import torch
 import workflow
 from workflow import Parts, measure_size, table
 
+TILED = 5.0
+"""How far a picture of tiles is from the latent."""
+
 
 class Stand:
     """CLIP and VAE in one."""
@@ -23,6 +26,9 @@ class Stand:
     def decode(self, latent):
         self.log.append("decode")
         return latent + self.pictures.pop(0)
+
+    def decode_tiled(self, latent):
+        return latent + TILED
 
 
 @pytest.fixture
@@ -57,11 +63,18 @@ def test_how_far_a_picture_is_from_the_first_is_told(measured):
     rows, _ = measured(9, 9, 1.0, 1.0, 1.5, 1.0)  # the first two are the warming up
     assert [row["picture"] for row in rows] == [0, 0, 0.5, 0]
     assert [row["latent"] for row in rows] == [0] * 4
-    assert "0, 0.5 |" in table(rows).splitlines()[2]
+    assert "| 0, 0.5 | 0 of 2 |" in table(rows).splitlines()[2]
+
+
+def test_a_picture_of_tiles_is_compared_with_one_of_tiles(measured):
+    rows, _ = measured(9, 9, 1.0, 1.0, 1.0, TILED + 0.25)
+    assert [row["picture"] for row in rows] == [0, 0, 0, 0.25]
+    assert [row["is_tiled"] for row in rows] == [False, False, False, True]
+    assert "| 0, 0.2 | 1 of 2 |" in table(rows).splitlines()[3]
 
 
 def test_ratios_are_to_the_whole_card_at_the_same_place():
-    def row(cap, after, sample, decode):
+    def row(cap, after, sample, decode, *, is_tiled=False):
         figures = {"encode": 1.0, "sample": sample, "decode": decode, "start_s": 0.0, "step_ms": 100.0}
         return {
             "cap_gib": cap,
@@ -69,12 +82,15 @@ def test_ratios_are_to_the_whole_card_at_the_same_place():
             "peak_gib": dict.fromkeys(workflow.STAGES, 2.0),
             "latent": 0.0,
             "picture": 0.0,
+            "is_tiled": is_tiled,
             **figures,
+            **({} if cap else {"tiles": 7.0}),
         }
 
     rows = [row(0.0, "nothing", 3, 1), row(0.0, "other", 1, 1), row(4.0, "nothing", 4, 1), row(4.0, "other", 3, 1)]
+    rows += [row(4.5, "nothing", 3, 12, is_tiled=True), row(4.5, "other", 1, 7, is_tiled=True)]
     ratios = [line.split(" | ")[7] for line in table(rows).splitlines()[2:]]
-    assert ratios == ["1.00", "1.00", "1.25", "2.00"]
+    assert ratios == ["1.00", "1.00", "1.25", "2.00", "1.50", "1.00"]
 
 
 def test_the_card_is_emptied_before_each_first_prompt(measured, monkeypatch):

@@ -4,13 +4,13 @@ import functools
 import json
 
 import checkpoint_layout as layout
+import comfy.model_management
 import comfy.sd
 import comfy.utils
 import pytest
 import torch
 from bitsandbytes import functional as bnb
 from bitsandbytes.nn import Linear4bit as BnbLinear4bit
-from comfy.model_patcher import ModelPatcher
 from packed_tensors import packed_tensors
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -255,13 +255,15 @@ def test_text_encoders_and_vae_leave_a_device_without_copies(t5, clip_l, tmp_pat
     loaded = load_all_in_one(
         read_catalogue(all_in_one(tmp_path / "flux.safetensors", load_file(clip_l), load_file(path)))
     )
-    clip, vae = loaded.clip.patcher.model, loaded.vae.patcher.model
     monkeypatch.setattr("folder_paths.get_full_path_or_raise", lambda _, name: str(name))
     (from_two_files,) = NODE_CLASS_MAPPINGS["FluxNF4DualCLIPLoader"]().load_clip(str(clip_l), str(path))
     monkeypatch.setattr(torch.nn.Module, "to", move)
-    for model in (clip, vae, from_two_files.patcher.model):
+    pinned = []
+    monkeypatch.setattr(comfy.model_management, "pin_memory", pinned.append, raising=False)
+    for loaded_patcher in (loaded.clip.patcher, loaded.vae.patcher, from_two_files.patcher):
+        patcher, model = loaded_patcher.clone(), loaded_patcher.model
+        patcher.load_device = torch.device("meta")
         places = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
-        patcher = ModelPatcher(model, load_device=torch.device("meta"), offload_device=CPU)
         weight = next(name for name, weight in model.named_parameters() if weight.dim() > 1)
         assert patcher.add_patches({weight: ("diff", (torch.ones(model.get_parameter(weight).shape),))}) == [weight]
         patcher.patch_model(patcher.load_device)
@@ -270,10 +272,11 @@ def test_text_encoders_and_vae_leave_a_device_without_copies(t5, clip_l, tmp_pat
         assert {tensor.is_meta for tensor in model.state_dict().values()} == {False, True}
         patcher.detach()
         assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == places
+    assert pinned == []
     loaded.clip.patcher.hook_backup["a weight"] = "its values before a hook"
-    move(clip, "meta")
+    move(loaded.clip.patcher.model, "meta")
     with pytest.raises(Copied):
-        move(clip, "cpu")
+        move(loaded.clip.patcher.model, "cpu")
 
 
 def all_in_one(path, clip_l, t5, vae_path=None):
