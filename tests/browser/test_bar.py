@@ -161,6 +161,7 @@ def push(page, report):
 
 def test_what_a_run_has_shown_takes_the_place_of_the_plan_until_a_widget_changes(page):
     node = page.add_node(ckpt_name=FULL_SIZE)
+    push(page, {"node_id": str(node)})  # the page stays, and knows what an earlier test's node of this number has shown
     page.wait_for_bar("7 / 19 double")
     stays = [index for index in range(57) if index % 4 == 1]
     streamed = [index for index in range(57) if index % 4 != 1]
