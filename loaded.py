@@ -26,7 +26,7 @@ from .nf4_loader.mapped import Mapped, map_packed
 from .offload.comfyui.contract import require_comfyui
 from .offload.comfyui.patcher import StreamedModelPatcher
 from .offload.comfyui.streaming import Residency, attach_streaming
-from .offload.comfyui.visitors import leave_without_copies
+from .offload.comfyui.visitors import leave_unpinned, leave_without_copies
 from .offload.host_memory import give_back_host_memory
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,7 @@ def load_all_in_one(catalogue: Catalogue) -> AllInOne:
         clip, vae = load_clip_and_vae(catalogue, folder_paths.get_folder_paths("embeddings"))
         leave_without_copies(clip.patcher)
         leave_without_copies(vae.patcher)
+        leave_unpinned(clip.patcher)
         model = _read(new, catalogue, mapped) if new is not None else model
     assert clip is not None
     assert vae is not None

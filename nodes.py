@@ -26,7 +26,7 @@ from .nf4_loader.text_encoders import load_dual_clip
 from .offload.comfyui.adopt import stream_model
 from .offload.comfyui.patcher import StreamedModelPatcher
 from .offload.comfyui.streaming import Residency
-from .offload.comfyui.visitors import leave_without_copies
+from .offload.comfyui.visitors import leave_unpinned, leave_without_copies
 
 logger = logging.getLogger(__name__)
 
@@ -490,6 +490,7 @@ class FluxNF4DualCLIPLoader:
         paths = [Path(folder_paths.get_full_path_or_raise("text_encoders", name)) for name in (clip_name1, clip_name2)]
         clip = load_dual_clip(paths, folder_paths.get_folder_paths("embeddings"))
         leave_without_copies(clip.patcher)
+        leave_unpinned(clip.patcher)
         return (clip,)
 
 

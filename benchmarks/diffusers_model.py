@@ -44,7 +44,10 @@ class DiffusersModel:
 
 
 class Diffusers:
-    """One way to run it, "resident" or "group": group offload stays on a model once it is there."""
+    """One way to run it, "resident" or "group": group offload stays on a model once it is there.
+
+    With group offload the quant states of NF4 never leave the device, and are in no figure of what a turn takes.
+    """
 
     def __init__(self, files: Files, way: str, *, is_nf4: bool) -> None:
         if not torch.cuda.is_available():
@@ -64,7 +67,9 @@ class Diffusers:
         )
         if is_nf4:
             quantise_blocks(self._transformer, self._device)
-        if not self._is_resident:
+        if self._is_resident:
+            self._transformer.to("cpu")
+        else:
             apply_group_offloading(
                 self._transformer,
                 onload_device=self._device,
@@ -90,17 +95,22 @@ class Diffusers:
 
 
 def quantise_blocks(transformer: Any, device: torch.device) -> None:
-    """Make each Linear of the blocks bitsandbytes' NF4 on ``device``, in place.
+    """Make each Linear of the blocks bitsandbytes' NF4 on ``device``, in place, with fp32 absmax.
 
-    As ``quantization_config`` of ``from_pretrained`` does, which a single file does not have. Only the blocks: group
-    offload moves the packed bytes of any other module back without its quant state.
+    As ``quantization_config`` of ``from_pretrained`` does; ``from_single_file`` takes one for packed weights only. Only
+    the blocks: group offload moves the packed bytes of any other module back without its quant state.
     """
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    for module in [*transformer.transformer_blocks.modules(), *transformer.single_transformer_blocks.modules()]:
-        for name, linear in module.named_children():
-            if type(linear) is nn.Linear:
-                quantised = Linear4bit(linear.in_features, linear.out_features, compute_dtype=linear.weight.dtype)
-                quantised.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
-                quantised.bias = linear.bias
-                setattr(module, name, quantised.to(device))
+    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+        for module in list(block.modules()):
+            for name, linear in module.named_children():
+                if type(linear) is not nn.Linear:
+                    continue
+                values = linear.weight.data
+                packed = Linear4bit(
+                    linear.in_features, linear.out_features, compute_dtype=values.dtype, device=torch.device("meta")
+                )
+                packed.weight = Params4bit(values, requires_grad=False, compress_statistics=False, quant_type="nf4")
+                packed.bias = linear.bias
+                setattr(module, name, packed.to(device))

@@ -8,7 +8,8 @@ ComfyUI's own hands. Without a checkpoint it makes an all-in-one file of full si
 in ``--folder`` as the other model is. Prints a table of seconds a stage and writes ``workflow.json``. Latents must be
 bit-equal to those of the card as it is. Pictures may be a rounding of bf16 (0.008) away, on the card as it is, too:
 cuDNN chooses how to convolve by the memory that is free. Where ComfyUI finds no room to decode at once it decodes in
-tiles: such a run is compared with the card as it is decoding in tiles.
+tiles: such a run is compared with the card as it is decoding in tiles, with the VAE there already; the trial to decode
+at once, and T5's way out before it, count against the small card.
 """
 
 import json

@@ -38,6 +38,8 @@ def test_blocks_of_diffusers_become_nf4_and_compute_about_the_same():
     kinds = {name: type(module) for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)}
     assert {kind for name, kind in kinds.items() if "blocks." in name} == {Linear4bit}
     assert {kind for name, kind in kinds.items() if "blocks." not in name} == {torch.nn.Linear}
+    states = [module.weight.quant_state for module in transformer.modules() if isinstance(module, Linear4bit)]
+    assert {(state.quant_type, state.nested, state.absmax.dtype) for state in states} == {("nf4", False, torch.float32)}
     assert 0 < (after - before).norm() / before.norm() < 0.2
 
 

@@ -1,5 +1,7 @@
 """The whole workflow on a small card: what is run, and what is said of it. The models are stand-ins."""
 
+from contextlib import nullcontext
+
 import comfy.model_management
 import pytest
 import torch
@@ -28,6 +30,7 @@ class Stand:
         return latent + self.pictures.pop(0)
 
     def decode_tiled(self, latent):
+        self.log.append("decode in tiles")
         return latent + TILED
 
 
@@ -35,7 +38,7 @@ class Stand:
 def measured(monkeypatch):
     """A function: rows of two rounds, with pictures that are off by these numbers, and what was called."""
 
-    def measure(*off):
+    def measure(*off, caps=(0.0,)):
         log: list[str] = []
 
         def sample(model, positive, pixels, steps, on_step):
@@ -45,18 +48,27 @@ def measured(monkeypatch):
             return torch.zeros(1)
 
         monkeypatch.setattr(workflow, "sample", sample)
+        monkeypatch.setattr(workflow, "capped", lambda *_: nullcontext())
         both = Stand(log, list(off))
         parts = Parts("streamed", both, both, "other", torch.device("cpu"))
-        return measure_size(parts, [0.0], 512, 4, rounds=2), log
+        return measure_size(parts, caps, 512, 4, rounds=2), log
 
     return measure
 
 
 def test_the_prompt_comes_again_after_another_model(measured):
     rows, log = measured(0, 0, 0, 0, 0, 0)
-    turn = ["encode", "streamed 512 4", "decode", "other 512 2", "encode", "streamed 512 4", "decode"]
-    assert log[-14:] == turn * 2
+    prompt = ["encode", "streamed 512 4", "decode"]
+    turn = [*prompt, "decode in tiles", "other 512 2", *prompt]
+    assert log[-16:] == turn * 2
     assert [row["after"] for row in rows] == ["nothing", "another model"] * 2
+
+
+def test_a_small_card_decodes_in_tiles_only_where_it_has_to(measured):
+    rows, log = measured(*[0] * 10, caps=(0.0, 4.0))
+    assert [row["cap_gib"] for row in rows] == [0.0, 0.0, 4.0, 4.0] * 2
+    assert log.count("decode in tiles") == 3  # once each time the whole card was measured
+    assert table(rows).splitlines()[4].startswith("| as small as 4 GiB | nothing |")
 
 
 def test_how_far_a_picture_is_from_the_first_is_told(measured):
