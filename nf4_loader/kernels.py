@@ -5,7 +5,7 @@ Both give the same bits: ``code[nibble] * absmax`` in fp32, rounded once to the 
 
 import functools
 import logging
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Protocol
 
 import torch
@@ -82,7 +82,7 @@ def linear(
 def warm_up(device: torch.device) -> None:
     """Import bitsandbytes and try its kernels now, on any thread: else the first forward waits for it (0.75 s)."""
     # A thread begins with the first GPU.
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), suppress(torch.OutOfMemoryError):
         _dequantise_for(device.type)
 
 
@@ -171,5 +171,7 @@ def _bitsandbytes_problem(device_type: str) -> str | None:
             if not torch.equal(_dequantise_by_bitsandbytes(*arguments), dequantise_by_table(*arguments)):
                 return f"its {quant_type} kernel gives other values than the format says"
     except Exception as error:
+        if "out of memory" in str(error).lower():
+            raise
         return f"{type(error).__name__}: {error}"
     return None

@@ -1,5 +1,6 @@
 """The host memory that holds every block's record: page aligned, one copy, pinned as far as it may be."""
 
+import contextlib
 import ctypes
 import logging
 import mmap
@@ -245,7 +246,8 @@ def _map(nbytes: int, before_it_goes: Callable[[], None]) -> "ctypes.Array[ctype
     flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     memory = mmap.mmap(-1, nbytes, **flags)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel without huge pages does not know the word
+            memory.madvise(mmap.MADV_HUGEPAGE)
     # What every view holds; the mapping's own finalizers would run when it is unmapped already.
     holder = (ctypes.c_ubyte * nbytes).from_buffer(memory)
     weakref.finalize(holder, _release_mapping, before_it_goes, memory)

@@ -80,6 +80,7 @@ class StreamCopies:
         self, destination: torch.Tensor, source: torch.Tensor, *, after: Any, done: Any, begun: Any = None
     ) -> None:
         stream, compute = self._copy_stream, torch.accelerator.current_stream(self._index)
+        callers = torch.accelerator.current_stream()
         stream.wait_event(after)
         if begun is not None:
             begun.record(stream)
@@ -88,6 +89,8 @@ class StreamCopies:
             destination.copy_(source, non_blocking=True)
         finally:
             torch.accelerator.set_stream(compute)
+            if callers.device != compute.device:  # which has become the current one
+                torch.accelerator.set_stream(callers)
         done.record(stream)
         if sys.platform == "win32":
             stream.query()  # WDDM holds submissions back until something asks

@@ -92,8 +92,16 @@ class Telemetry:
     def tile(self, position: int) -> None:
         """The tile at ``position`` in the cycle is called for: a new forward, if it is not after the last one."""
         if position <= self._last_position:
-            self._next_forward()
+            self._end_forward()
+            if self.forwards % _SAMPLED_EVERY == 1:
+                self._now.begun = self._record()
         self._last_position = position
+
+    def rest(self) -> None:
+        """The last forward for now has been launched: it ends here, not where the next one begins."""
+        if self._last_position >= 0:
+            self._end_forward()
+            self._last_position = -1
 
     def copied(self, nbytes: int, pinned_bytes: int, link: Link | None = None) -> None:
         """A tile's copy has been launched; ``link``: it is timed. Before it is, its events must not be asked."""
@@ -114,14 +122,11 @@ class Telemetry:
     def after_wait(self, before: Any) -> None:
         self._now.waits.append((before, self._record()))
 
-    def _next_forward(self) -> None:
+    def _end_forward(self) -> None:
         done, self._now = self._now, _Running()
         self.forwards += 1
-        is_sampled = self.forwards % _SAMPLED_EVERY == 1
-        if is_sampled or done.begun is not None:
-            boundary = self._record()
-            done.ended = boundary
-            self._now.begun = boundary if is_sampled else None
+        if done.begun is not None:
+            done.ended = self._record()
         self._passing.append(done)
         self._collect()
 

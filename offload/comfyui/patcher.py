@@ -44,6 +44,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     staging_bytes: int = STAGING_BYTES
     whole_blocks: bool = False
     node_id: str | None = None
+    current_hooks: Any
 
     def __init__(
         self, model: nn.Module, load_device: torch.device, offload_device: torch.device, *args: Any, **kwargs: Any
@@ -171,7 +172,9 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
             device = self.load_device if device_to is None else device_to
             self.model.to(device)  # everything but the blocks, which keep their place
             self._apply_patches(self._patches_under(None), self.weight_wrapper_patches, device)
-            if not self._computes_from_host:
+            if self._computes_from_host:
+                self._streaming.streamer.stop()  # another clone may have had it on a device
+            else:
                 room = math.inf if full_load or not lowvram_model_memory else lowvram_model_memory
                 self._stream(device, self._plan_within(room))
             self.model.device = device
@@ -193,6 +196,8 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         """The end of a sampling."""
         super().cleanup()
         streamer = self._streaming.streamer
+        if streamer.telemetry is not None:
+            streamer.telemetry.rest()
         summary = summarise(streamer.telemetry, streamer.all_pinned)
         if summary:
             logger.info("Streaming: %s", summary)
@@ -246,6 +251,9 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def patch_hooks(self, hooks: Any) -> None:
         """Have the patches of ``hooks`` (a HookGroup or None) count, at the strengths that they have now."""
+        if hooks is None and self.current_hooks is None:
+            return  # as it is since `load`: ComfyUI asks for that at the end of each sampling
+        self.current_hooks = hooks or self.current_hooks  # what fails below is not as it was
         streamer = self._streaming.streamer
         before = streamer.plan
         with self.use_ejected():

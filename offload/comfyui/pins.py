@@ -15,9 +15,23 @@ def _count_pins() -> None:
     """Have ComfyUI count what this package has pinned, for its own limit."""
     global _counted_bytes
     now = pinned_by_all()
+    _pinned_by_comfyui()
     if hasattr(comfy.model_management, "TOTAL_PINNED_MEMORY"):
         comfy.model_management.TOTAL_PINNED_MEMORY += now - _counted_bytes
     _counted_bytes = now
+
+
+def _pinned_by_comfyui() -> int:
+    """Bytes of its count that are not this package's, whose share is put back where it was lost.
+
+    ComfyUI sets the count to 0 when the last of its own pins goes (0.3.68 to 0.18, ``unpin_memory``).
+    """
+    management = comfy.model_management
+    total = getattr(management, "TOTAL_PINNED_MEMORY", _counted_bytes)
+    if total < _counted_bytes:
+        total += _counted_bytes
+        management.TOTAL_PINNED_MEMORY = total
+    return total - _counted_bytes
 
 
 watch_pins(_count_pins)
@@ -36,7 +50,7 @@ def pin_limit(wanted_bytes: int) -> tuple[int, Shortfall]:
     share = 0.45 if management.WINDOWS else 0.9
     limit = psutil.virtual_memory().total * share
     comfy_limit = getattr(management, "MAX_PINNED_MEMORY", limit)
-    pinned_by_comfy = getattr(management, "TOTAL_PINNED_MEMORY", _counted_bytes) - _counted_bytes
-    shared = max(0, min(limit, comfy_limit))
-    reason = f"ComfyUI and this package may pin {shared / _GIB:.1f} GiB of the RAM together"
-    return max(0, int(shared - pinned_by_comfy)), Shortfall(reason, "Unload other models, or add RAM.")
+    if comfy_limit > 0:  # else it pins nothing of its own accord (0.3.68, or not for this device)
+        limit = min(limit, comfy_limit)
+    reason = f"ComfyUI and this package may pin {limit / _GIB:.1f} GiB of the RAM together"
+    return max(0, int(limit - _pinned_by_comfyui())), Shortfall(reason, "Unload other models, or add RAM.")

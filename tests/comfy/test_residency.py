@@ -8,7 +8,9 @@ import pytest
 import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 
+from flux_nf4.offload.comfyui.patcher import StreamedModelPatcher
 from flux_nf4.offload.comfyui.streaming import Residency
+from flux_nf4.offload.telemetry import Telemetry
 
 DOUBLES, SINGLES = 8, 10
 
@@ -170,3 +172,28 @@ def test_other_settings_leave_one_entry_in_comfyuis_list(load, sample, expected,
         assert torch.equal(sample(load(count, count)), expected)
     assert len(comfy.model_management.current_loaded_models) == 1
     assert kept.model.streaming.streamer.plan is not None
+
+
+def test_a_clone_for_the_cpu_takes_the_blocks_off_the_device(load, sample, expected, copies, monkeypatch):
+    patcher = load(2, 2)
+    assert torch.equal(sample(patcher), expected)
+    streamer = patcher.model.streaming.streamer
+    assert streamer.plan is not None
+    monkeypatch.setattr(StreamedModelPatcher, "_computes_from_host", True)
+    changed = patcher.clone()
+    changed.patches_uuid = object()  # it is loaded anew
+    assert torch.equal(sample(changed), expected)
+    assert streamer.plan is None
+    assert streamer.device_bytes == 0
+
+
+def test_the_last_forward_ends_with_the_sampling(load, sample, copies, monkeypatch):
+    patcher = load()
+    sample(patcher)
+    ended = []
+    rest = Telemetry.rest
+    monkeypatch.setattr(Telemetry, "rest", lambda telemetry: ended.append(telemetry.forwards) or rest(telemetry))
+    before = patcher.model.streaming.streamer.telemetry.forwards
+    sample(patcher, steps=3)
+    assert ended == [before + 2]
+    assert patcher.model.streaming.streamer.telemetry.forwards == before + 3

@@ -1,6 +1,7 @@
 """The pinning ladder: whatever the driver, the limit or a flag refuse, the arena works, says so, and gives all back."""
 
 import logging
+import mmap
 import os
 import weakref
 from pathlib import Path
@@ -285,6 +286,11 @@ def test_at_exit_all_goes_back_once():
 
 def resident_mib():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
+
+
+def test_a_kernel_without_huge_pages_is_no_fault(monkeypatch):
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 12345)  # the system answers EINVAL
+    assert [record.nbytes for record in HostArena(SIZES).records] == SIZES
 
 
 def test_the_memory_goes_back_to_the_system():

@@ -178,6 +178,21 @@ def test_a_kernel_that_does_not_work_is_replaced_with_one_warning(
 
 
 @pytest.mark.usefixtures("untried")
+def test_a_full_device_is_no_lack_of_kernels(monkeypatch, caplog, dequantise_equals_bitsandbytes):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+
+    with monkeypatch.context() as full:
+        full.setattr(kernels, "_dequantise_by_bitsandbytes", out_of_memory)
+        kernels.warm_up(torch.device("cpu"))
+        with pytest.raises(torch.OutOfMemoryError):
+            kernels._has_kernels("cpu")
+    assert kernels._has_kernels("cpu")
+    dequantise_equals_bitsandbytes()
+    assert caplog.records == []
+
+
+@pytest.mark.usefixtures("untried")
 def test_bitsandbytes_that_is_not_installed_is_replaced_with_one_warning(
     monkeypatch, caplog, dequantise_equals_bitsandbytes
 ):

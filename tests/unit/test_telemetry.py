@@ -1,6 +1,7 @@
 """Figures of forwards: counted always, timed now and then, read once they have passed on the device."""
 
 import pytest
+import torch
 from simulated_device import SimulatedDevice
 from streaming_model import StreamedModel
 
@@ -130,6 +131,36 @@ def test_a_stall_is_measured_and_advised_upon():
     assert line(0.05).endswith("each GiB of them saves about 54 ms")
     assert "Not all host memory is pinned" in line(0.05, is_pinned=False)
     assert "full-width slot" in line(0.05, gigabytes=0.003)
+
+
+def test_the_time_between_samplings_is_in_no_forward():
+    class Clock(InlineCopies):
+        now = 0.0
+
+        def record(self, event):
+            event.seconds = self.now
+
+    clock = Clock(torch.device("cpu"))
+    telemetry = Telemetry(clock)
+
+    def forwards(count):
+        for _ in range(count):
+            telemetry.tile(0)
+            clock.now += 0.1
+            telemetry.tile(1)
+
+    forwards(2)  # the second is timed
+    telemetry.rest()
+    telemetry.rest()
+    clock.now += 3.0
+    assert telemetry.forwards == 2
+    assert telemetry.last_timed.total_ms == pytest.approx(100)
+    for _ in range(20):
+        forwards(3)
+        telemetry.rest()
+        clock.now += 3.0
+        assert telemetry.last_timed.total_ms == pytest.approx(100)
+    assert telemetry.forwards == 62
 
 
 def test_without_a_timed_forward_there_is_no_line(model):

@@ -7,6 +7,8 @@ import loras
 import pytest
 import torch
 
+from flux_nf4.offload.comfyui.patching import Patching
+
 BOUND = 1e-5
 """Relative; found: below 1e-6."""
 
@@ -124,3 +126,35 @@ def test_switching_hooks_brings_new_scales_and_nothing_else(files, conditioning,
         for before, after in itertools.pairwise(during)
     ]
     assert set().union(*changed) == {"lora_scale"}
+
+
+def test_a_sampling_without_hooks_applies_patches_once(
+    files, conditioning, load, sample, with_lora, copies, monkeypatch
+):
+    patcher = with_lora(load(), files["dense"], 0.5)
+    expected = sample(patcher)
+    applied = []
+    apply = Patching.apply
+    monkeypatch.setattr(Patching, "apply", lambda *given, **named: applied.append(1) or apply(*given, **named))
+    assert torch.equal(sample(patcher), expected)
+    assert applied == [1], "when it was loaded, and not again when it ended"
+
+
+def test_hooks_that_could_not_be_applied_are_taken_back(files, conditioning, load, sample, copies, monkeypatch):
+    patcher = load()
+    expected = sample(patcher)
+    hook = comfy.hooks.create_hook_lora(files["low rank"], 0.8, 0.0)
+    apply = Patching.apply
+    calls = []
+
+    def fail_late(*given, **named):
+        extras = apply(*given, **named)
+        calls.append(1)
+        if len(calls) == 2:  # after that of loading
+            raise torch.OutOfMemoryError
+        return extras
+
+    monkeypatch.setattr(Patching, "apply", fail_late)
+    with pytest.raises(torch.OutOfMemoryError):
+        sample(patcher, positive=hooked(conditioning(), hook))
+    assert torch.equal(sample(patcher), expected)
