@@ -253,7 +253,6 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         """Have the patches of ``hooks`` (a HookGroup or None) count, at the strengths that they have now."""
         if hooks is None and self.current_hooks is None:
             return  # as it is since `load`: ComfyUI asks for that at the end of each sampling
-        self.current_hooks = hooks or self.current_hooks  # what fails below is not as it was
         streamer = self._streaming.streamer
         before = streamer.plan
         with self.use_ejected():
