@@ -13,6 +13,7 @@ from fake_registrar import FakeRegistrar
 from flux_nf4.offload import streamer as streamer_module
 from flux_nf4.offload.arena import HostArena
 from flux_nf4.offload.comfyui import patcher as patcher_module
+from flux_nf4.offload.comfyui.patcher import StreamedModelPatcher
 from flux_nf4.offload.comfyui.patching import Patching
 from flux_nf4.offload.comfyui.streaming import Residency
 
@@ -260,3 +261,15 @@ def test_comfyui_is_asked_to_give_up_pins_that_rest(load, copies, monkeypatch):
     patcher = load(0, 0)
     comfy.model_management.load_models_gpu([patcher])
     assert asked == [(patcher.model.streaming.streamer.host_bytes, False)]
+
+
+def test_a_lora_goes_to_the_cpu_and_back_with_its_model(load, sample, with_lora, shapes, copies, monkeypatch):
+    patcher = with_lora(load(2, 2), loras.kohya(shapes, rank=8), 0.5)
+    expected = sample(patcher)
+    streamer = patcher.model.streaming.streamer
+    for computes_from_host in (True, False):
+        monkeypatch.setattr(StreamedModelPatcher, "_computes_from_host", computes_from_host)
+        patcher = patcher.clone()
+        patcher.patches_uuid = object()  # it is loaded anew
+        assert torch.equal(sample(patcher), expected)
+        assert (streamer.plan is None, streamer.device_bytes == 0) == (computes_from_host, computes_from_host)
