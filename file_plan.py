@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .nf4_loader.catalogue import Catalogue, TransformerTensor, Weight4bit
-from .nf4_loader.quant_state import QuantState
+from .nf4_loader.quant_state import NESTED_MAP, QuantState
 from .offload.plan import BlockSize, ResidencyPlan, plan_by_budget, predict_stall_ms
 from .offload.record import Field, layout_from
 
@@ -78,9 +78,13 @@ def other_bytes(catalogue: Catalogue, dtype: torch.dtype) -> int:
 
 
 def _tensor_bytes(tensor: TransformerTensor, dtype: torch.dtype) -> list[int]:
-    """Bytes of each tensor that the model has for one of the file: packed codes and fp32 absmax, or dense values."""
+    """Bytes of each tensor that the model has for one of the file: packed codes and absmax, or dense values."""
     if not tensor.weights4bit:
         return [math.prod(tensor.shape) * dtype.itemsize]
+    nested = tensor.nested
+    if nested:
+        tables = [4 * sum(part.scales for part in nested), 4 * NESTED_MAP * len(nested), 4 * len(nested)]
+        return [sum(weight.packed.nbytes for weight in tensor.weights4bit), sum(part.count for part in nested), *tables]
     parts: list[QuantState | tuple[int, ...]] = [
         part.state if isinstance(part, Weight4bit) else part.shape for part in tensor.parts
     ]

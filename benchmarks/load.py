@@ -11,7 +11,7 @@ random weights (0.7 GB each, kept in ``.cache``). Prints a table and writes ``lo
   fresh anonymous memory, which is what the loader fills, and once into memory that has been written before. The page
   cache is warm; each number is a median, the ratios are those of the reading.
 - Memory: how far the resident memory of a fresh process rises while it loads the transformer, against the bytes of the
-  model's tensors (the file's, with nested absmax expanded).
+  model's tensors.
 """
 
 import argparse

@@ -16,7 +16,7 @@ from . import layouts
 from .errors import CheckpointError
 from .header import Header, TensorEntry
 from .identify import what_else_it_is
-from .quant_state import MAX_QUANT_STATE_BYTES, QuantState, parse_quant_state
+from .quant_state import MAX_QUANT_STATE_BYTES, NestedAbsmax, QuantState, parse_quant_state
 from .shards import read_checkpoint_header
 
 TEXT_ENCODERS_PREFIX = "text_encoders."
@@ -66,11 +66,6 @@ class Weight4bit:
         """Bytes of packed codes and absmax in the file."""
         return self.packed.nbytes + self.absmax.nbytes
 
-    @property
-    def ram_bytes(self) -> int:
-        """Bytes of packed codes and fp32 absmax."""
-        return self.packed.nbytes + 4 * self.state.absmax_count
-
 
 @dataclass(frozen=True)
 class TransformerTensor:
@@ -103,7 +98,26 @@ class TransformerTensor:
         if any(state.numel % state.blocksize for state in states[:-1]):
             return None
         rows, columns = self.shape
-        return QuantState(states[0].quant_type, states[0].blocksize, (rows, columns), nested=None)
+        return QuantState(states[0].quant_type, states[0].blocksize, (rows, columns))
+
+    @property
+    def nested(self) -> tuple[NestedAbsmax, ...]:
+        """How the absmax of each part is nested, where a model keeps it so; nothing where it has it in fp32.
+
+        It keeps it so where all is ``fused``, all parts are nested, and no halves change places.
+        """
+        nested = tuple(weight.state.nested for weight in self.weights4bit if weight.state.nested is not None)
+        return nested if len(nested) == len(self.parts) and self.fused and not self.halves_swapped else ()
+
+    @property
+    def ram_bytes(self) -> int:
+        """Bytes of host memory of its packed codes and absmax, and of what is dense."""
+        dense = sum(part.nbytes for part in self.parts if isinstance(part, TensorEntry))
+        packed = sum(weight.packed.nbytes for weight in self.weights4bit)
+        nested = self.nested
+        if nested:
+            return packed + sum(part.count + part.table_bytes for part in nested)
+        return dense + packed + sum(4 * weight.state.absmax_count for weight in self.weights4bit)
 
 
 @dataclass(frozen=True)
@@ -142,8 +156,8 @@ class Catalogue:
 
     @property
     def transformer_ram(self) -> int:
-        """Bytes of host memory that the transformer takes once it is read, with nested absmax as fp32."""
-        return sum(part.ram_bytes if isinstance(part, Weight4bit) else part.nbytes for part in self.parts)
+        """Bytes of host memory that the transformer takes once it is read."""
+        return sum(tensor.ram_bytes for tensor in self.transformer.values())
 
     @property
     def t5_layers(self) -> int:
@@ -277,8 +291,7 @@ def _weight4bit(
     _check_entry(described, "absmax", entries["absmax"], absmax_dtype, state.absmax_count)
     _check_entry(described, "quant_map", entries["quant_map"], "F32", 16)
     if state.nested is not None:
-        nested_count = -(-state.absmax_count // state.nested.blocksize)
-        _check_entry(described, "nested_absmax", entries["nested_absmax"], "F32", nested_count)
+        _check_entry(described, "nested_absmax", entries["nested_absmax"], "F32", state.nested.scales)
         _check_entry(described, "nested_quant_map", entries["nested_map"], "F32", 256)
     return Weight4bit(
         state,

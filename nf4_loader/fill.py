@@ -1,6 +1,7 @@
 """The transformer's bytes, from its files into the host memory that a model is bound to."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 
 import comfy.model_base
 import torch
@@ -10,7 +11,7 @@ from .flux import model_names
 from .header import TensorEntry
 from .linear4bit import Linear4bit
 from .linear_of_parts import LinearOfParts
-from .parts import DenseMemory, PackedMemory, memory_of_fused, read_parts, swap_halves
+from .parts import DenseMemory, NestedTables, PackedMemory, memory_of_fused, memory_of_nested, read_parts, swap_halves
 
 
 def fill(
@@ -52,11 +53,16 @@ def _destinations(
 def _of_linear(
     linear: Linear4bit, tensor: TransformerTensor, *, is_mapped: bool
 ) -> Iterator[PackedMemory | DenseMemory]:
-    if is_mapped:
-        yield PackedMemory(tensor.weights4bit[0], None, linear.absmax)
-        return
     if not isinstance(linear, LinearOfParts):
-        yield from memory_of_fused(tensor, linear.packed, linear.absmax)
+        memory = (linear.packed, linear.absmax)
+        parts = (
+            memory_of_nested(
+                tensor, *memory, NestedTables(linear.nested_absmax, linear.nested_map, linear.nested_offset)
+            )
+            if linear.nested
+            else memory_of_fused(tensor, *memory)
+        )
+        yield from (replace(part, packed=None) for part in parts) if is_mapped else parts
         return
     for i, part in enumerate(tensor.parts):
         if isinstance(part, TensorEntry):

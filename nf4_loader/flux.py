@@ -121,7 +121,8 @@ def _linear(tensor: TransformerTensor, bias: bool, dtype: torch.dtype) -> Linear
     meta = torch.device("meta")
     state = tensor.fused
     if state is not None:
-        return PatchedLinear4bit(state.shape, state.quant_type, state.blocksize, bias=bias, dtype=dtype, device=meta)
+        how = (state.shape, state.quant_type, state.blocksize)
+        return PatchedLinear4bit(*how, nested=tensor.nested, bias=bias, dtype=dtype, device=meta)
     parts = [part.state if isinstance(part, Weight4bit) else part.shape[0] for part in tensor.parts]
     return PatchedLinearOfParts(parts, tensor.shape[1], bias=bias, dtype=dtype, device=meta)
 

@@ -10,12 +10,15 @@ from typing import Protocol
 
 import torch
 
-from .quant_state import CODES, QuantType
+from .quant_state import CODES, NestedAbsmax, QuantType
 
 logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 1 << 22
 """Packed bytes that the table look-up expands at once: whole blocks, of any blocksize."""
+
+_NESTED_BLOCKSIZE = 256
+"""The one that bitsandbytes writes, and so the one that its kernel is used for."""
 
 
 class Dequantise(Protocol):
@@ -55,6 +58,32 @@ def dequantise(
     """
     run: Dequantise = _dequantise_by_bitsandbytes if _has_kernels(packed.device.type) else dequantise_by_table
     return run(packed, absmax, shape, blocksize, quant_type, dtype)
+
+
+def expand_absmax(
+    nested: NestedAbsmax,
+    codes: torch.Tensor,
+    nested_absmax: torch.Tensor,
+    nested_map: torch.Tensor,
+    offset: torch.Tensor,
+) -> torch.Tensor:
+    """Undo the second quantisation of absmax, on any device, bit-equal to what bitsandbytes does.
+
+    Args:
+        nested: What it is.
+        codes: uint8, (nested.count,).
+        nested_absmax: fp32, (nested.scales,).
+        nested_map: fp32, (256,).
+        offset: fp32, one value.
+
+    Returns:
+        A fresh tensor, fp32, (nested.count,).
+    """
+    if nested.blocksize == _NESTED_BLOCKSIZE and _has_kernels(codes.device.type):
+        expanded = _expand_absmax_by_bitsandbytes(codes, nested_absmax, nested_map)
+    else:
+        expanded = nested_map[codes.int()] * nested_absmax.repeat_interleave(nested.blocksize)[: nested.count]
+    return expanded.add_(offset)
 
 
 def linear(
@@ -131,6 +160,15 @@ def _dequantise_by_bitsandbytes(
     return torch.ops.bitsandbytes.dequantize_4bit.default(packed, absmax, blocksize, quant_type, shape, dtype)
 
 
+def _expand_absmax_by_bitsandbytes(
+    codes: torch.Tensor, nested_absmax: torch.Tensor, nested_map: torch.Tensor
+) -> torch.Tensor:
+    expanded: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise.default(
+        codes, nested_absmax, nested_map, _NESTED_BLOCKSIZE, torch.float32
+    )
+    return expanded
+
+
 @functools.cache
 def _dequantise_for(device_type: str) -> Dequantise:
     problem = _bitsandbytes_problem(device_type)
@@ -170,6 +208,11 @@ def _bitsandbytes_problem(device_type: str) -> str | None:
             arguments = (packed, absmax, (8, 64), 64, quant_type, torch.float32)
             if not torch.equal(_dequantise_by_bitsandbytes(*arguments), dequantise_by_table(*arguments)):
                 return f"its {quant_type} kernel gives other values than the format says"
+        scales, table = absmax[:2].contiguous(), torch.linspace(-1, 1, 256, device=device_type)
+        codes = packed.repeat(2)
+        expected = table[codes.int()] * scales.repeat_interleave(_NESTED_BLOCKSIZE)
+        if not torch.equal(_expand_absmax_by_bitsandbytes(codes, scales, table), expected):
+            return "its blockwise kernel gives other values than the format says"
     except Exception as error:
         if "out of memory" in str(error).lower():
             raise

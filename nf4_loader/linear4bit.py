@@ -1,6 +1,6 @@
 """The Linear that holds a 4-bit weight as plain tensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import kernels
-from .quant_state import QuantType
+from .quant_state import NESTED_MAP, NestedAbsmax, QuantType
 
 _READ_ONLY = "a 4-bit weight cannot be written to; patch a dequantised copy instead"
 
@@ -20,12 +20,19 @@ class Linear4bit(nn.Module):
     parameter ``bias`` ((out,) or None). Plain tensors, so that whoever owns the memory may rebind them at
     will; bitsandbytes' ``Params4bit`` moves its quant state in place, synchronously, and loses attributes.
 
+    With ``nested``, how absmax was quantised once more, part for part, ``absmax`` is uint8 and comes with the buffers
+    ``nested_absmax`` (all parts' scales,), ``nested_map`` (parts, 256) and ``nested_offset`` (parts,), in fp32: a
+    twelfth less to hold and to stream, for expanding it in each forward (`scales`).
+
     ``weight`` reads as the dense weight wherever its shape, dtype or values are looked at. ``weight_function``
     and ``bias_function`` are ComfyUI's: each takes a fresh dense tensor in compute dtype and returns the patched one.
     """
 
     packed: torch.Tensor
     absmax: torch.Tensor
+    nested_absmax: torch.Tensor
+    nested_map: torch.Tensor
+    nested_offset: torch.Tensor
     bias: nn.Parameter | None
     weight_function: list[Callable[[torch.Tensor], torch.Tensor]]
     bias_function: list[Callable[[torch.Tensor], torch.Tensor]]
@@ -36,6 +43,7 @@ class Linear4bit(nn.Module):
         quant_type: QuantType,
         blocksize: int,
         *,
+        nested: Sequence[NestedAbsmax] = (),
         bias: bool,
         dtype: torch.dtype,
         device: torch.device | None = None,
@@ -45,12 +53,19 @@ class Linear4bit(nn.Module):
         self.shape = shape
         self.quant_type: QuantType = quant_type
         self.blocksize = blocksize
+        self.nested = tuple(nested)
         self.dtype = dtype
         self.weight_function = []
         self.bias_function = []
         numel = shape[0] * shape[1]
         self.register_buffer("packed", torch.empty((numel + 1) // 2, dtype=torch.uint8, device=device))
-        self.register_buffer("absmax", torch.empty(-(-numel // blocksize), dtype=torch.float32, device=device))
+        absmax_dtype = torch.uint8 if nested else torch.float32
+        self.register_buffer("absmax", torch.empty(-(-numel // blocksize), dtype=absmax_dtype, device=device))
+        if nested:
+            shapes = {"absmax": (sum(part.scales for part in nested),), "map": (len(nested), NESTED_MAP)}
+            # The offset is a number of its own to each layer: in Python, each compiled block would be bound to its own.
+            for name, size in (shapes | {"offset": (len(nested),)}).items():
+                self.register_buffer(f"nested_{name}", torch.empty(size, dtype=torch.float32, device=device))
         self._register_bias(bias, device)
 
     def _register_bias(self, bias: bool, device: torch.device | None) -> None:
@@ -67,7 +82,19 @@ class Linear4bit(nn.Module):
 
     def dequantise(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight as a fresh dense tensor of the logical shape on the device of the packed bytes."""
-        return kernels.dequantise(self.packed, self.absmax, self.shape, self.blocksize, self.quant_type, dtype)
+        return kernels.dequantise(self.packed, self.scales(), self.shape, self.blocksize, self.quant_type, dtype)
+
+    def scales(self) -> torch.Tensor:
+        """absmax in fp32, (ceil(out * in / blocksize),): the buffer itself, or what it is expanded to."""
+        if not self.nested:
+            return self.absmax
+        if len(self.nested) == 1:  # a third of the host's time
+            tables = (self.nested_absmax, self.nested_map.view(-1), self.nested_offset)
+            return kernels.expand_absmax(self.nested[0], self.absmax, *tables)
+        codes = self.absmax.split([part.count for part in self.nested])
+        absmax = self.nested_absmax.split([part.scales for part in self.nested])
+        parts = zip(self.nested, codes, absmax, self.nested_map, self.nested_offset, strict=True)
+        return torch.cat([kernels.expand_absmax(*part) for part in parts])
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         bias = self._bias_for(input)
@@ -87,16 +114,17 @@ class Linear4bit(nn.Module):
         return bias
 
     def _multiply(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return kernels.linear(input, self.packed, self.absmax, self.shape, self.blocksize, self.quant_type, bias)
+        return kernels.linear(input, self.packed, self.scales(), self.shape, self.blocksize, self.quant_type, bias)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Linear4bit":
-        # ``.to(dtype)`` and the like are about the dense weight and the bias: absmax is fp32 whatever they are.
+        # ``.to(dtype)`` and the like are about the dense weight and the bias: absmax stays as it is.
         before, device = dict(self._buffers), self.device
         super()._apply(fn, recurse)
-        for name, absmax in before.items():
+        for name, table in before.items():
             after = self._buffers[name]
-            if name.startswith("absmax") and absmax is not None and after is not None and after.dtype != absmax.dtype:
-                self._buffers[name] = absmax.to(after.device)
+            is_ours = name.startswith(("absmax", "nested_"))
+            if is_ours and table is not None and after is not None and after.dtype != table.dtype:
+                self._buffers[name] = table.to(after.device)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
         return self
 

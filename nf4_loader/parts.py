@@ -1,9 +1,10 @@
-"""Parts of tensors, from their files into host memory: packed bytes, absmax in fp32, dense values in any dtype."""
+"""Parts of tensors, from their files into host memory: packed bytes, absmax, dense values in any dtype."""
 
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -12,7 +13,7 @@ from . import kernels
 from .catalogue import TransformerTensor, Weight4bit
 from .errors import CheckpointError
 from .header import TensorEntry
-from .quant_state import CODES, codes_of, expand_nested_absmax
+from .quant_state import CODES, NESTED_MAP, codes_of, expand_nested_absmax
 from .read import FileSlice, read_slices, read_small
 
 CPU = torch.device("cpu")
@@ -32,11 +33,23 @@ TORCH_DTYPES = {
 
 @dataclass(frozen=True)
 class PackedMemory:
-    """A 4-bit weight, and the memory for its bytes (uint8; None: they are not wanted) and its absmax (fp32)."""
+    """A 4-bit weight, and the memory for its bytes (uint8; None: they are not wanted) and its absmax.
+
+    That is fp32, whatever the file has; or, with ``tables``, nested as in the file: uint8, and memory for these.
+    """
 
     weight: Weight4bit
     packed: torch.Tensor | None
     absmax: torch.Tensor
+    tables: "NestedTables | None" = None
+
+
+class NestedTables(NamedTuple):
+    """What nested absmax comes with, in fp32: nested_absmax (scales,), nested_quant_map (256,), the offset (1,)."""
+
+    absmax: torch.Tensor
+    map: torch.Tensor
+    offset: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -54,8 +67,8 @@ class DenseMemory:
 def read_parts(wanted: Sequence[PackedMemory | DenseMemory], progress: Callable[[int], None]) -> None:
     """Read each part into its memory.
 
-    Packed bytes and fp32 absmax go straight into place; nested absmax is expanded to fp32 and dense tensors of
-    another dtype are converted on the way. ``progress`` gets byte counts that add up to the parts' ``nbytes``.
+    Packed bytes and absmax go straight into place; nested absmax that is wanted in fp32 is expanded and dense tensors
+    of another dtype are converted on the way. ``progress`` gets byte counts that add up to the parts' ``nbytes``.
 
     Raises:
         CheckpointError: a file ended early, could not be read, or has another code table than its type says.
@@ -63,7 +76,7 @@ def read_parts(wanted: Sequence[PackedMemory | DenseMemory], progress: Callable[
     packed = [item for item in wanted if isinstance(item, PackedMemory)]
     dense = [item for item in wanted if isinstance(item, DenseMemory)]
     _check_code_tables([item.weight for item in packed])
-    tables = _read_nested_tables([item.weight for item in packed])
+    tables = _read_nested_tables(packed)
     direct = [piece for item in packed for piece in _slices(item, tables)]
     direct += [
         FileSlice(item.entry.path, item.entry.offset, item.values) for item in dense if not item.needs_conversion
@@ -87,12 +100,33 @@ def read_fused(tensor: TransformerTensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def memory_of_fused(tensor: TransformerTensor, packed: torch.Tensor, absmax: torch.Tensor) -> Iterator[PackedMemory]:
-    """Each part of a tensor that is ``fused``, with its share of the memory of the whole."""
-    packed_at = absmax_at = 0
-    for weight in tensor.weights4bit:
-        packed_end, absmax_end = packed_at + weight.state.packed_bytes, absmax_at + weight.state.absmax_count
-        yield PackedMemory(weight, packed[packed_at:packed_end], absmax[absmax_at:absmax_end])
-        packed_at, absmax_at = packed_end, absmax_end
+    """Each part of a tensor that is ``fused``, with its share of the memory of the whole; absmax is in fp32."""
+    for weight, own_packed, own_absmax in zip(tensor.weights4bit, *_shares(tensor, packed, absmax), strict=True):
+        yield PackedMemory(weight, own_packed, own_absmax)
+
+
+def memory_of_nested(
+    tensor: TransformerTensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    tables: NestedTables,
+) -> Iterator[PackedMemory]:
+    """The same of a tensor that is ``nested`` and stays so: absmax is uint8, ``tables`` are those of all parts.
+
+    Their maps are (parts, 256).
+    """
+    scales = tables.absmax.split([part.scales for part in tensor.nested])
+    shares = (*_shares(tensor, packed, absmax), scales, tables.map, tables.offset.split(1))
+    for weight, own_packed, own_absmax, *own_tables in zip(tensor.weights4bit, *shares, strict=True):
+        yield PackedMemory(weight, own_packed, own_absmax, NestedTables(*own_tables))
+
+
+def _shares(
+    tensor: TransformerTensor, packed: torch.Tensor, absmax: torch.Tensor
+) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+    states = [weight.state for weight in tensor.weights4bit]
+    counts = [state.absmax_count for state in states]
+    return packed.split([state.packed_bytes for state in states]), absmax.split(counts)
 
 
 def read_dense(
@@ -150,12 +184,15 @@ def swap_halves(tensor: torch.Tensor) -> None:
     flat.copy_(flat.roll(flat.numel() // 2))
 
 
-def _slices(item: PackedMemory, tables: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Sequence[FileSlice]:
+def _slices(item: PackedMemory, tables: Mapping[str, NestedTables]) -> Sequence[FileSlice]:
     weight, absmax = item.weight, item.absmax
     packed = () if item.packed is None else (FileSlice(weight.packed.path, weight.packed.offset, item.packed),)
-    if weight.state.nested is None:
+    if weight.state.nested is None or item.tables is not None:
         return *packed, FileSlice(weight.absmax.path, weight.absmax.offset, absmax)
-    expand = functools.partial(expand_nested_absmax, weight.state.nested, absmax, *tables[weight.name])
+    own = tables[weight.name]
+    expand = functools.partial(
+        expand_nested_absmax, weight.state.nested, absmax, own.absmax, own.map, weight.state.nested_offset
+    )
     return *packed, FileSlice(weight.absmax.path, weight.absmax.offset, codes_of(absmax), expand)
 
 
@@ -193,14 +230,9 @@ def torch_dtype(entry: TensorEntry) -> torch.dtype:
     return TORCH_DTYPES[entry.dtype]
 
 
-def _read_fp32(entries: Sequence[TensorEntry]) -> list[torch.Tensor]:
-    tensors = [torch.empty(entry.shape, dtype=torch.float32) for entry in entries]
-    read_small([FileSlice(entry.path, entry.offset, tensor) for entry, tensor in zip(entries, tensors, strict=True)])
-    return [tensor.view(-1) for tensor in tensors]
-
-
 def _check_code_tables(weights: Sequence[Weight4bit]) -> None:
-    tables = _read_fp32([weight.quant_map for weight in weights])
+    tables = [torch.empty(16, dtype=torch.float32) for _ in weights]
+    _read_fp32([(weight.quant_map, table) for weight, table in zip(weights, tables, strict=True)])
     for weight, table in zip(weights, tables, strict=True):
         if not torch.allclose(table, torch.tensor(CODES[weight.state.quant_type]), rtol=0, atol=1e-6):
             raise CheckpointError(
@@ -210,8 +242,22 @@ def _check_code_tables(weights: Sequence[Weight4bit]) -> None:
             )
 
 
-def _read_nested_tables(weights: Sequence[Weight4bit]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """nested_absmax and nested_quant_map of each weight that has them."""
-    nested = [weight for weight in weights if weight.state.nested is not None]
-    small = _read_fp32([entry for weight in nested for entry in (weight.nested_absmax, weight.nested_map) if entry])
-    return {weight.name: tables for weight, *tables in zip(nested, small[::2], small[1::2], strict=True)}  # type: ignore[misc]
+def _read_nested_tables(items: Sequence[PackedMemory]) -> dict[str, NestedTables]:
+    """Those of each weight that has them, in the memory for them or in memory of their own."""
+    tables: dict[str, NestedTables] = {}
+    wanted: list[tuple[TensorEntry, torch.Tensor]] = []
+    for weight, own in ((item.weight, item.tables) for item in items):
+        nested = weight.state.nested
+        if nested is None or weight.nested_absmax is None or weight.nested_map is None:
+            continue
+        sizes = (nested.scales, NESTED_MAP, 1)
+        tables[weight.name] = own or NestedTables(*(torch.empty(size, dtype=torch.float32) for size in sizes))
+        absmax, table, offset = tables[weight.name]
+        wanted += [(weight.nested_absmax, absmax), (weight.nested_map, table)]
+        offset.fill_(weight.state.nested_offset)
+    _read_fp32(wanted)
+    return tables
+
+
+def _read_fp32(wanted: Iterable[tuple[TensorEntry, torch.Tensor]]) -> None:
+    read_small([FileSlice(entry.path, entry.offset, memory) for entry, memory in wanted])

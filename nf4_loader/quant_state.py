@@ -14,7 +14,7 @@ weight ``L.weight`` of logical shape (out, in), n = out * in elements and b = ce
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -53,6 +53,9 @@ BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 MAX_QUANT_STATE_BYTES = 1 << 16
 """Real ones have less than 200."""
 
+NESTED_MAP = 256
+"""Values of a nested_quant_map."""
+
 _EXPANDED_AT_ONCE = 1 << 16
 """Values of absmax: whole blocks of any blocksize, and few enough to stay in a core's cache."""
 
@@ -61,10 +64,20 @@ _FP32_MAX = torch.finfo(torch.float32).max
 
 @dataclass(frozen=True)
 class NestedAbsmax:
-    """Second quantisation of absmax: ``map[absmax] * nested_absmax[i // blocksize] + offset`` in fp32."""
+    """Second quantisation of ``count`` values of absmax: ``map[absmax] * nested_absmax[i // blocksize] + offset``."""
 
+    count: int
     blocksize: int
-    offset: float
+
+    @property
+    def scales(self) -> int:
+        """Values of nested_absmax."""
+        return -(-self.count // self.blocksize)
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of nested_absmax, nested_quant_map and the offset, in fp32."""
+        return 4 * (self.scales + NESTED_MAP + 1)
 
 
 @dataclass(frozen=True)
@@ -74,7 +87,8 @@ class QuantState:
     quant_type: QuantType
     blocksize: int
     shape: tuple[int, int]
-    nested: NestedAbsmax | None
+    nested: NestedAbsmax | None = None
+    nested_offset: float = 0.0
 
     @property
     def numel(self) -> int:
@@ -112,18 +126,17 @@ def parse_quant_state(raw: bytes) -> QuantState:
         isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and 0 < size < 1 << 31 for size in shape)
     ):
         raise ValueError(f"its quant state says shape {shape!r}, not the [out, in] of a Linear")
-    return QuantState(cast(QuantType, quant_type), blocksize, (shape[0], shape[1]), _nested(fields))
+    state = QuantState(cast(QuantType, quant_type), blocksize, (shape[0], shape[1]))
+    return _nested(state, fields) if "nested_blocksize" in fields else state
 
 
-def _nested(fields: dict[str, Any]) -> NestedAbsmax | None:
-    if "nested_blocksize" not in fields:
-        return None
+def _nested(state: QuantState, fields: dict[str, Any]) -> QuantState:
     blocksize, offset = fields["nested_blocksize"], fields.get("nested_offset")
     if type(blocksize) is not int or blocksize not in BLOCKSIZES:
         raise ValueError(f"its quant state says nested_blocksize {blocksize!r}; known are {BLOCKSIZES}")
     if isinstance(offset, bool) or not isinstance(offset, int | float) or not abs(offset) <= _FP32_MAX:
         raise ValueError(f"its quant state says nested_offset {offset!r}, not a number in fp32")
-    return NestedAbsmax(blocksize, float(offset))
+    return replace(state, nested=NestedAbsmax(state.absmax_count, blocksize), nested_offset=float(offset))
 
 
 def codes_of(absmax: torch.Tensor) -> torch.Tensor:
@@ -132,21 +145,22 @@ def codes_of(absmax: torch.Tensor) -> torch.Tensor:
 
 
 def expand_nested_absmax(
-    nested: NestedAbsmax, absmax: torch.Tensor, nested_absmax: torch.Tensor, nested_map: torch.Tensor
+    nested: NestedAbsmax, absmax: torch.Tensor, nested_absmax: torch.Tensor, nested_map: torch.Tensor, offset: float
 ) -> None:
     """Undo the second quantisation, in place.
 
     Args:
-        nested: Its block size and offset.
+        nested: What it is.
         absmax: fp32, (b,), with the codes in its `codes_of`. Becomes bit-equal to what
             ``bitsandbytes.functional.dequantize_4bit`` computes first.
-        nested_absmax: fp32, (ceil(b / nested.blocksize),).
+        nested_absmax: fp32, (nested.scales,).
         nested_map: fp32, (256,).
+        offset: Rounded to fp32.
     """
     # numpy, for the threads that read the file: it computes without Python's lock, and without threads of its own
     # that would wait for each other. From the end, so that no code is overwritten before it has been read.
     values, codes = absmax.numpy(), codes_of(absmax).numpy()
-    scales, table, offset = nested_absmax.numpy(), nested_map.numpy(), np.float32(nested.offset)
+    scales, table = nested_absmax.numpy(), nested_map.numpy()
     for start in reversed(range(0, values.size, _EXPANDED_AT_ONCE)):
         chunk = values[start : start + _EXPANDED_AT_ONCE]
         np.take(
@@ -155,4 +169,4 @@ def expand_nested_absmax(
         first = start // nested.blocksize
         last = -(-(start + chunk.size) // nested.blocksize)
         chunk *= np.repeat(scales[first:last], nested.blocksize)[: chunk.size]
-        chunk += offset
+        chunk += np.float32(offset)

@@ -167,6 +167,7 @@ def test_a_model_that_diffusers_saved_is_the_same_model(options, quantised, read
     packed = [m for m in model.diffusion_model.modules() if isinstance(m, Linear4bit)]
     assert len(packed) == 10 + DEPTH * 13 - (1 + 1 + 1 + DEPTH if "skip" in options else 0)
     assert not any(isinstance(linear, LinearOfParts) for linear in packed)
+    assert len([m for m in packed if m.nested]) == ("double_quant" in options and len(packed) - 1)  # not norm_out
     check_every_weight(model, reference)
     check_forward(model, reference, dense_model)
 

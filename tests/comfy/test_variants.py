@@ -215,7 +215,7 @@ def test_tensors_that_the_model_has_not_are_logged_and_left_out(catalogue_of, ca
     assert sum(read) == used_bytes
 
 
-def test_nested_absmax_is_filled_in_as_bitsandbytes_expands_it(tiny_config, tmp_path):
+def test_nested_absmax_stays_so_and_is_expanded_as_bitsandbytes_does(tiny_config, tmp_path):
     recipe = Recipe(nested=True, hidden=256, double_blocks=8, single_blocks=10, unet_only=True)
     make_checkpoint(tmp_path / "v1.safetensors", recipe)
     catalogue = read_catalogue(tmp_path / "v1.safetensors")
@@ -225,11 +225,14 @@ def test_nested_absmax_is_filled_in_as_bitsandbytes_expands_it(tiny_config, tmp_
     fill(model, catalogue, read.append)
     assert sum(read) == catalogue.transformer_bytes
     linears = {n: m for n, m in model.diffusion_model.named_modules() if isinstance(m, Linear4bit)}
+    memory = sum(buffer.nbytes for linear in linears.values() for buffer in linear.buffers())
+    assert memory == sum(catalogue.transformer[f"{name}.weight"].ram_bytes for name in linears)
     assert len(linears) == sum(isinstance(part, Weight4bit) for part in catalogue.parts)
     for name, linear in linears.items():
         packed, state = quantised(recipe, f"{name}.weight", linear.shape)
         assert torch.equal(linear.packed, packed.view(-1))
-        assert torch.equal(linear.absmax, bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset)
+        assert torch.equal(linear.absmax, state.absmax)
+        assert torch.equal(linear.scales(), bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset)
 
 
 def test_a_lora_finds_every_linear(catalogue_of):

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes import functional as bnb
 
 from flux_nf4.nf4_loader import kernels
-from flux_nf4.nf4_loader.quant_state import BLOCKSIZES, CODES
+from flux_nf4.nf4_loader.quant_state import BLOCKSIZES, CODES, NestedAbsmax
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -112,6 +113,20 @@ def test_linear_is_a_matmul_with_the_dequantised_weight(quantise, reference, dty
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("count", [1, 255, 256, 257, 1000])
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+@pytest.mark.parametrize("has_kernels", [False, True], ids=["table", "kernels"])
+def test_nested_absmax_is_expanded_bit_equal_to_bitsandbytes(monkeypatch, count, blocksize, has_kernels):
+    absmax = torch.rand(count, generator=torch.Generator().manual_seed(count))
+    offset = absmax.mean()
+    codes, second = bnb.quantize_blockwise(absmax - offset, blocksize=blocksize)
+    expected = bnb.dequantize_blockwise(codes, second) + offset
+    monkeypatch.setattr(kernels, "_has_kernels", lambda _: has_kernels)
+    for _ in range(2):  # what it was given is as it was
+        found = kernels.expand_absmax(NestedAbsmax(count, blocksize), codes, second.absmax, second.code, offset)
+        assert torch.equal(found, expected)
+
+
 # With and without bitsandbytes
 
 
@@ -175,6 +190,16 @@ def test_a_kernel_that_does_not_work_is_replaced_with_one_warning(
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert f"no bitsandbytes kernel for cpu ({reason})" in record.getMessage()
+
+
+@pytest.mark.usefixtures("untried")
+def test_a_kernel_that_expands_absmax_wrongly_is_not_used(monkeypatch, caplog, dequantise_equals_bitsandbytes):
+    monkeypatch.setattr(kernels, "_expand_absmax_by_bitsandbytes", lambda codes, *_: torch.zeros(codes.shape))
+    dequantise_equals_bitsandbytes()
+    tables = (torch.arange(2, dtype=torch.uint8), torch.ones(1), torch.arange(256.0), torch.tensor(0.5))
+    assert kernels.expand_absmax(NestedAbsmax(2, 256), *tables).tolist() == [0.5, 1.5]
+    (record,) = caplog.records
+    assert "its blockwise kernel gives other values" in record.getMessage()
 
 
 @pytest.mark.usefixtures("untried")

@@ -8,20 +8,26 @@ from torch import nn
 
 from flux_nf4.nf4_loader import kernels
 from flux_nf4.nf4_loader.linear4bit import Linear4bit
+from flux_nf4.nf4_loader.quant_state import NestedAbsmax
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHAPE = (48, 128)
 
 
 @pytest.fixture
-def make_linear(quantise, fp32_absmax):
+def make_linear(quantise):
     """A function that makes a `Linear4bit` with random values."""
 
     def make(quant_type="nf4", blocksize=64, nested=False, bias=True, dtype=torch.bfloat16):
         packed, state = quantise(SHAPE, quant_type, blocksize, nested)
-        linear = Linear4bit(SHAPE, quant_type, blocksize, bias=bias, dtype=dtype)
+        second = [NestedAbsmax(state.absmax.numel(), 256)] if nested else ()
+        linear = Linear4bit(SHAPE, quant_type, blocksize, nested=second, bias=bias, dtype=dtype)
         linear.packed.copy_(packed.view(-1))
-        linear.absmax.copy_(fp32_absmax(state))
+        linear.absmax.copy_(state.absmax)
+        if nested:
+            linear.nested_absmax.copy_(state.state2.absmax)
+            linear.nested_map.copy_(state.state2.code)
+            linear.nested_offset.copy_(state.offset)
         if bias:
             linear.bias.copy_(torch.randn(SHAPE[0], generator=torch.Generator().manual_seed(1)))
         return linear
@@ -64,6 +70,38 @@ def test_forward_is_a_dense_linear_with_the_dequantised_weight(
     found = linear(input.to(dtype))
     assert found.dtype == dtype
     assert torch.equal(found, expected)
+
+
+def test_absmax_that_is_nested_is_expanded_part_by_part(quantise, reference, fp32_absmax):
+    """As of q, k and v, which were quantised each by itself and are one weight in the model."""
+    shapes = ((48, 128), (16, 128), (32, 128))
+    parts = [quantise(shape, nested=True) for shape in shapes]
+    parts[1][1].state2.code = parts[1][1].state2.code / 2
+    nested = [NestedAbsmax(state.absmax.numel(), 256) for _, state in parts]
+    linear = Linear4bit((96, 128), "nf4", 64, nested=nested, bias=False, dtype=torch.bfloat16)
+    linear.packed.copy_(torch.cat([packed.view(-1) for packed, _ in parts]))
+    linear.absmax.copy_(torch.cat([state.absmax for _, state in parts]))
+    linear.nested_absmax.copy_(torch.cat([state.state2.absmax for _, state in parts]))
+    linear.nested_map.copy_(torch.stack([state.state2.code for _, state in parts]))
+    linear.nested_offset.copy_(torch.stack([state.offset for _, state in parts]))
+    assert torch.equal(linear.scales(), torch.cat([fp32_absmax(state) for _, state in parts]))
+    expected = [reference(*part, shape, torch.bfloat16) for part, shape in zip(parts, shapes, strict=True)]
+    assert torch.equal(linear.dequantise(torch.bfloat16), torch.cat(expected))
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+def test_layers_of_a_kind_are_compiled_once(make_linear, input, nested):
+    layers = [make_linear(nested=nested) for _ in range(2)]
+    for buffer in (layers[1].absmax, layers[1].nested_offset) if nested else (layers[1].absmax,):
+        buffer.mul_(2)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda layer, input: layer(input), backend="aot_eager", fullgraph=True)
+    stance = "default"
+    for layer in layers:
+        with torch.inference_mode(), torch.compiler.set_stance(stance):
+            found = compiled(layer, input)
+        assert torch.equal(found, layer(input))
+        stance = "fail_on_recompile"
 
 
 def test_forward_takes_any_leading_dimensions(linear, input):
@@ -254,19 +292,39 @@ def test_a_linear_without_bias_has_none(make_linear):
     assert list(linear.parameters()) == []
 
 
+def test_a_nested_one_is_a_twelfth_smaller(make_linear):
+    def nbytes(linear):
+        return sum(buffer.nbytes for name, buffer in linear.named_buffers() if name != "nested_map")
+
+    linear = make_linear(nested=True)
+    assert linear.state_dict().keys() == {
+        "weight",
+        "bias",
+        "packed",
+        "absmax",
+        "nested_absmax",
+        "nested_map",
+        "nested_offset",
+    }
+    assert linear.nested_map.shape == (1, 256)
+    assert nbytes(linear) / nbytes(make_linear()) == pytest.approx(11 / 12, rel=0.01)
+
+
 def test_nothing_of_it_is_trained(linear):
     assert not any(parameter.requires_grad for parameter in linear.parameters())
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("source", DTYPES, ids=str)
-def test_a_change_of_dtype_leaves_packed_and_absmax_alone(make_linear, source, dtype):
-    linear = make_linear(dtype=source)
-    packed, absmax = linear.packed.clone(), linear.absmax.clone()
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+def test_a_change_of_dtype_leaves_packed_and_absmax_alone(make_linear, nested, source, dtype):
+    linear = make_linear(nested=nested, dtype=source)
+    before = {name: buffer.clone() for name, buffer in linear.named_buffers()}
     assert nn.Sequential(linear).to(dtype)[0] is linear
-    assert (linear.packed.dtype, linear.absmax.dtype) == (torch.uint8, torch.float32)
-    assert torch.equal(linear.packed, packed)
-    assert torch.equal(linear.absmax, absmax)
+    assert linear.get_buffer("absmax").dtype == (torch.uint8 if nested else torch.float32)
+    for name, buffer in linear.named_buffers():
+        assert buffer.dtype == before[name].dtype
+        assert torch.equal(buffer, before[name])
     assert linear.bias.dtype == dtype
     assert linear.weight.dtype == dtype
 

@@ -42,8 +42,8 @@ def test_what_bitsandbytes_writes_is_read(quantise, quant_type, nested, blocksiz
     packed, state = quantise(shape, quant_type, blocksize, nested, dtype)
     tensors, json_bytes = as_written(state, shape)
     parsed = parse_quant_state(json_bytes)
-    expected_nested = NestedAbsmax(256, state.offset.item()) if nested else None
-    assert parsed == QuantState(quant_type, blocksize, shape, expected_nested)
+    second = (NestedAbsmax(state.absmax.numel(), 256), state.offset.item()) if nested else ()
+    assert parsed == QuantState(quant_type, blocksize, shape, *second)
     assert parsed.numel == 33 * 130
     assert parsed.packed_bytes == packed.numel()
     assert parsed.absmax_count == tensors["absmax"].numel()
@@ -108,17 +108,17 @@ def test_a_missing_field_is_refused_by_name(field):
 
 
 def test_a_whole_number_is_an_offset():
-    assert parse_quant_state(raw(NESTED | {"nested_offset": 2})).nested == NestedAbsmax(256, 2.0)
+    assert parse_quant_state(raw(NESTED | {"nested_offset": 2})).nested_offset == 2.0
 
 
 def test_the_source_dtype_does_not_matter():
     assert parse_quant_state(raw(PLAIN | {"dtype": "float8"})) == parse_quant_state(raw(PLAIN))
 
 
-def expanded(nested, codes, nested_absmax, nested_map):
+def expanded(nested, codes, *tables):
     absmax = torch.empty(codes.numel())
     codes_of(absmax).copy_(codes)
-    expand_nested_absmax(nested, absmax, nested_absmax, nested_map)
+    expand_nested_absmax(nested, absmax, *tables)
     return absmax
 
 
@@ -126,8 +126,9 @@ def expanded(nested, codes, nested_absmax, nested_map):
 def test_expanded_absmax_is_bit_equal_to_bitsandbytes(quantise, fp32_absmax, blocks):
     _, state = quantise((blocks, 64), nested=True)
     tensors, json_bytes = as_written(state, (blocks, 64))
-    nested = parse_quant_state(json_bytes).nested
-    ours = expanded(nested, tensors["absmax"], tensors["nested_absmax"], tensors["nested_quant_map"])
+    parsed = parse_quant_state(json_bytes)
+    tables = (tensors["nested_absmax"], tensors["nested_quant_map"], parsed.nested_offset)
+    ours = expanded(parsed.nested, tensors["absmax"], *tables)
     assert torch.equal(ours, fp32_absmax(state))
 
 
@@ -136,5 +137,5 @@ def test_absmax_nested_in_other_blocksizes_is_bit_equal_too(blocksize):
     absmax = torch.rand(70_000, generator=torch.Generator().manual_seed(0))
     offset = absmax.mean()
     codes, state = bnb.quantize_blockwise(absmax - offset, blocksize=blocksize)
-    ours = expanded(NestedAbsmax(blocksize, offset.item()), codes, state.absmax, state.code)
+    ours = expanded(NestedAbsmax(70_000, blocksize), codes, state.absmax, state.code, offset.item())
     assert torch.equal(ours, bnb.dequantize_blockwise(codes, state) + offset)
