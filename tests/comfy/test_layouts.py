@@ -234,6 +234,26 @@ def test_parts_that_are_quantised_in_different_ways_stay_as_they_are(quantised, 
     check_forward(model, Mixed, dense_model)
 
 
+def test_parts_of_which_only_some_are_nested_are_one_weight(quantised, read_model, tmp_path, dense_model):
+    reference, folder = quantised(double_quant=True)
+    other, other_folder = quantised()
+    tensors = {name: tensor for shard in folder.glob("*.safetensors") for name, tensor in load_file(shard).items()}
+    plain = {name: tensor for shard in other_folder.glob("*.safetensors") for name, tensor in load_file(shard).items()}
+    to_k = "transformer_blocks.0.attn.to_k"
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(to_k)}
+    save_file(tensors | {name: t for name, t in plain.items() if name.startswith(to_k)}, tmp_path / "mixed.safetensors")
+    model = read_model(tmp_path / "mixed.safetensors")
+    assert not model.diffusion_model.double_blocks[0].img_attn.qkv.nested
+    modules = dict(reference.named_modules()) | {to_k: other.get_submodule(to_k)}
+
+    class Mixed:
+        get_submodule = staticmethod(modules.__getitem__)
+        named_modules = staticmethod(modules.items)
+
+    check_every_weight(model, Mixed)
+    check_forward(model, Mixed, dense_model)
+
+
 def test_a_linear_of_parts_is_streamed_as_a_resident_one_computes(quantised, read_model, sample, copies, tmp_path):
     """Blocks of one kind with different records, from the host and resident: the same latents."""
     _, folder = quantised(double_quant=True)
