@@ -8,7 +8,7 @@ from torch import nn
 
 from flux_nf4.nf4_loader import patched_weight
 from flux_nf4.nf4_loader.patched_linear import PatchedLinear4bit, PatchedLinearOfParts
-from flux_nf4.nf4_loader.quant_state import QuantState
+from flux_nf4.nf4_loader.quant_state import NestedAbsmax, QuantState
 
 SHAPE = OUT, IN = 96, 128
 
@@ -24,12 +24,12 @@ def expanded(monkeypatch):
         yield shapes
 
 
-def layer(dtype=torch.float16, shape=SHAPE, rank=8, strength=0.5):
+def layer(dtype=torch.float16, shape=SHAPE, rank=8, strength=0.5, nested=()):
     """With LoRA of q, k and v, a third of the rows each."""
     torch.manual_seed(0)
-    made = PatchedLinear4bit(shape, "nf4", 64, bias=True, dtype=dtype)
-    made.packed.copy_(torch.randint(256, made.packed.shape))
-    made.absmax.uniform_()
+    made = PatchedLinear4bit(shape, "nf4", 64, nested=nested, bias=True, dtype=dtype)
+    for buffer in made.buffers():
+        buffer.random_(256) if buffer.dtype == torch.uint8 else buffer.uniform_()
     nn.init.normal_(made.bias)
     made.give = lambda strength: give(made, dtype, rank, strength)
     made.give(strength)
@@ -56,8 +56,9 @@ def output(made, rows=300):
 
 
 @pytest.mark.parametrize("strength", [0.5, -1.25])
-def test_it_is_the_lora_beside_the_weight(expanded, monkeypatch, strength):
-    made = layer(strength=strength)
+@pytest.mark.parametrize("nested", [(), (NestedAbsmax(OUT * IN // 64, 256),)], ids=["fp32 absmax", "nested absmax"])
+def test_it_is_the_lora_beside_the_weight(expanded, monkeypatch, nested, strength):
+    made = layer(strength=strength, nested=nested)
     found = output(made)
     assert expanded == [SHAPE]
     monkeypatch.setattr(patched_weight, "works_on", lambda *_: False)
