@@ -78,16 +78,6 @@ def plan_for(blocks: Sequence[BlockSize], resident: Iterable[int], staging_bytes
     )
 
 
-def plan_by_counts(
-    blocks: Sequence[BlockSize], resident: Mapping[str, int], staging_bytes: int = STAGING_BYTES
-) -> ResidencyPlan:
-    """Keep ``resident[kind]`` blocks of each kind; above a kind's depth means all of it, kinds not named none.
-
-    Where the rest would fit into the ring it is resident, too.
-    """
-    return _all_if_no_more(plan_for(blocks, _by_counts(blocks, resident), staging_bytes), blocks)
-
-
 def least_device_bytes(blocks: Sequence[BlockSize]) -> int:
     """What the blocks need on the device at the very least: all streamed, through the smallest ring."""
     return min(plan_for(blocks, (), 0).device_bytes, plan_for(blocks, range(len(blocks)), 0).device_bytes)

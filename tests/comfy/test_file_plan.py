@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from counted import plan_by_counts
 from make_checkpoint import Recipe, make_checkpoint
 from safetensors.torch import load_file, save_file
 from sparse_checkpoint import make_sparse_checkpoint
@@ -12,7 +13,6 @@ from sparse_checkpoint import make_sparse_checkpoint
 from flux_nf4.file_plan import Advice, Measured, Wanted, advise, block_sizes, make_plan, other_bytes, predict_ms
 from flux_nf4.nf4_loader.catalogue import read_catalogue
 from flux_nf4.nf4_loader.flux import block_groups, build_flux
-from flux_nf4.offload.plan import plan_by_counts
 from flux_nf4.offload.record import layout_of
 from flux_nf4.offload.streamer import Streamer
 

@@ -7,10 +7,9 @@ import ctypes
 import random
 
 import torch
+from counted import plan_by_counts
 from simulated_device import SimulatedDevice
 from torch import nn
-
-from flux_nf4.offload.plan import plan_by_counts
 
 KINDS = {"double": (3, (40, 24, 40)), "single": (5, (32, 16))}
 """Blocks of a kind, and the widths of their layers."""

@@ -1,6 +1,7 @@
 """Residency plans: integers only."""
 
 import pytest
+from counted import plan_by_counts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -9,7 +10,6 @@ from flux_nf4.offload.plan import (
     BlockSize,
     least_device_bytes,
     plan_by_budget,
-    plan_by_counts,
     predict_stall_ms,
 )
 

@@ -7,11 +7,12 @@ import weakref
 
 import pytest
 import torch
+from counted import plan_by_counts
 from torch import nn
 
 from flux_nf4.offload import record as record_module
 from flux_nf4.offload.copies import InlineCopies
-from flux_nf4.offload.plan import plan_by_counts, plan_for
+from flux_nf4.offload.plan import plan_for
 from flux_nf4.offload.streamer import Streamer
 
 CPU = torch.device("cpu")
