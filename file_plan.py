@@ -83,7 +83,7 @@ def _tensor_bytes(tensor: TransformerTensor, dtype: torch.dtype) -> list[int]:
         return [math.prod(tensor.shape) * dtype.itemsize]
     nested = tensor.nested
     if nested:
-        tables = [4 * sum(part.scales for part in nested), 4 * NESTED_MAP * len(nested), 4 * len(nested)]
+        tables = [4 * sum(part.blocks for part in nested), 4 * NESTED_MAP * len(nested), 4 * len(nested)]
         return [sum(weight.packed.nbytes for weight in tensor.weights4bit), sum(part.count for part in nested), *tables]
     parts: list[QuantState | tuple[int, ...]] = [
         part.state if isinstance(part, Weight4bit) else part.shape for part in tensor.parts

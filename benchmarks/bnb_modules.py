@@ -31,7 +31,7 @@ class BnbLinear(nn.Module):
         super().__init__()
         code = get_4bit_type(linear.quant_type, device="cpu")
         state = QuantState(
-            absmax=linear.scales(),
+            absmax=linear.fp32_absmax(),
             shape=torch.Size(linear.shape),
             code=code,
             blocksize=linear.blocksize,

@@ -16,7 +16,7 @@ from . import layouts
 from .errors import CheckpointError
 from .header import Header, TensorEntry
 from .identify import what_else_it_is
-from .quant_state import MAX_QUANT_STATE_BYTES, NestedAbsmax, QuantState, parse_quant_state
+from .quant_state import MAX_QUANT_STATE_BYTES, NESTED_MAP, NestedAbsmax, QuantState, parse_quant_state
 from .shards import read_checkpoint_header
 
 TEXT_ENCODERS_PREFIX = "text_encoders."
@@ -90,8 +90,8 @@ class TransformerTensor:
 
     @property
     def fused(self) -> QuantState | None:
-        """How the parts are read as one 4-bit weight with fp32 absmax, which is exact: bytes beside bytes, absmax
-        beside absmax. None where they differ in type or blocksize, one is dense, or one ends inside a block."""
+        """How the parts are read as one 4-bit weight, which is exact: bytes beside bytes, absmax beside absmax (in
+        fp32, or as `nested`). None where they differ in type or blocksize, one is dense, or one ends inside a block."""
         states = [weight.state for weight in self.weights4bit]
         if len(states) < len(self.parts) or len({(state.quant_type, state.blocksize) for state in states}) != 1:
             return None
@@ -291,8 +291,8 @@ def _weight4bit(
     _check_entry(described, "absmax", entries["absmax"], absmax_dtype, state.absmax_count)
     _check_entry(described, "quant_map", entries["quant_map"], "F32", 16)
     if state.nested is not None:
-        _check_entry(described, "nested_absmax", entries["nested_absmax"], "F32", state.nested.scales)
-        _check_entry(described, "nested_quant_map", entries["nested_map"], "F32", 256)
+        _check_entry(described, "nested_absmax", entries["nested_absmax"], "F32", state.nested.blocks)
+        _check_entry(described, "nested_quant_map", entries["nested_map"], "F32", NESTED_MAP)
     return Weight4bit(
         state,
         entries["packed"],

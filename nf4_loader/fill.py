@@ -11,7 +11,7 @@ from .flux import model_names
 from .header import TensorEntry
 from .linear4bit import Linear4bit
 from .linear_of_parts import LinearOfParts
-from .parts import DenseMemory, NestedTables, PackedMemory, memory_of_fused, memory_of_nested, read_parts, swap_halves
+from .parts import DenseMemory, PackedMemory, memory_of_fused, read_parts, swap_halves
 
 
 def fill(
@@ -22,9 +22,9 @@ def fill(
 ) -> None:
     """Read the transformer's tensors from the files into the host memory that ``model`` is bound to.
 
-    Of the ``mapped`` layers (`map_packed`) only absmax is read. ``progress`` gets byte counts that add up to
-    ``catalogue.transformer_bytes``, less these and what the file has and the model does not. The model remembers the
-    catalogue, as ``model.nf4_catalogue``.
+    Of the ``mapped`` layers (`map_packed`) only absmax and its tables are read. ``progress`` gets byte counts that add
+    up to ``catalogue.transformer_bytes``, less these and what the file has and the model does not. The model remembers
+    the catalogue, as ``model.nf4_catalogue``.
 
     Raises:
         CheckpointError: a file ended early, could not be read, or has another code table than its type says.
@@ -54,14 +54,7 @@ def _of_linear(
     linear: Linear4bit, tensor: TransformerTensor, *, is_mapped: bool
 ) -> Iterator[PackedMemory | DenseMemory]:
     if not isinstance(linear, LinearOfParts):
-        memory = (linear.packed, linear.absmax)
-        parts = (
-            memory_of_nested(
-                tensor, *memory, NestedTables(linear.nested_absmax, linear.nested_map, linear.nested_offset)
-            )
-            if linear.nested
-            else memory_of_fused(tensor, *memory)
-        )
+        parts = memory_of_fused(tensor, linear.packed, linear.absmax, linear.nested_tables)
         yield from (replace(part, packed=None) for part in parts) if is_mapped else parts
         return
     for i, part in enumerate(tensor.parts):

@@ -10,15 +10,15 @@ from typing import Protocol
 
 import torch
 
-from .quant_state import CODES, NestedAbsmax, QuantType
+from .quant_state import CODES, NESTED_BLOCKSIZE, NESTED_MAP, NestedAbsmax, NestedTables, QuantType
 
 logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 1 << 22
 """Packed bytes that the table look-up expands at once: whole blocks, of any blocksize."""
 
-_NESTED_BLOCKSIZE = 256
-"""The one that bitsandbytes writes, and so the one that its kernel is used for."""
+_WITH_BLOCKWISE_KERNEL = ("cpu", "cuda", "xpu")
+"""Devices. Elsewhere bitsandbytes compiles its generic code, anew for each shape."""
 
 
 class Dequantise(Protocol):
@@ -60,30 +60,22 @@ def dequantise(
     return run(packed, absmax, shape, blocksize, quant_type, dtype)
 
 
-def expand_absmax(
-    nested: NestedAbsmax,
-    codes: torch.Tensor,
-    nested_absmax: torch.Tensor,
-    nested_map: torch.Tensor,
-    offset: torch.Tensor,
-) -> torch.Tensor:
+def expand_absmax(nested: NestedAbsmax, codes: torch.Tensor, tables: NestedTables) -> torch.Tensor:
     """Undo the second quantisation of absmax, on any device, bit-equal to what bitsandbytes does.
 
     Args:
-        nested: What it is.
+        nested: How many codes, in blocks of how many.
         codes: uint8, (nested.count,).
-        nested_absmax: fp32, (nested.scales,).
-        nested_map: fp32, (256,).
-        offset: fp32, one value.
+        tables: Of one part, on the same device.
 
     Returns:
         A fresh tensor, fp32, (nested.count,).
     """
-    if nested.blocksize == _NESTED_BLOCKSIZE and _has_kernels(codes.device.type):
-        expanded = _expand_absmax_by_bitsandbytes(codes, nested_absmax, nested_map)
+    if nested.blocksize == NESTED_BLOCKSIZE and _has_blockwise_kernel(codes.device.type):
+        expanded = _map_blockwise(codes, tables)
     else:
-        expanded = nested_map[codes.int()] * nested_absmax.repeat_interleave(nested.blocksize)[: nested.count]
-    return expanded.add_(offset)
+        expanded = _map_blockwise_by_table(codes, tables, nested.blocksize)
+    return expanded.add_(tables.offset)
 
 
 def linear(
@@ -112,7 +104,7 @@ def warm_up(device: torch.device) -> None:
     """Import bitsandbytes and try its kernels now, on any thread: else the first forward waits for it (0.75 s)."""
     # A thread begins with the first GPU.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), suppress(torch.OutOfMemoryError):
-        _dequantise_for(device.type)
+        _has_blockwise_kernel(device.type)
 
 
 @functools.cache
@@ -160,13 +152,15 @@ def _dequantise_by_bitsandbytes(
     return torch.ops.bitsandbytes.dequantize_4bit.default(packed, absmax, blocksize, quant_type, shape, dtype)
 
 
-def _expand_absmax_by_bitsandbytes(
-    codes: torch.Tensor, nested_absmax: torch.Tensor, nested_map: torch.Tensor
-) -> torch.Tensor:
-    expanded: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise.default(
-        codes, nested_absmax, nested_map, _NESTED_BLOCKSIZE, torch.float32
+def _map_blockwise(codes: torch.Tensor, tables: NestedTables) -> torch.Tensor:
+    mapped: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise.default(
+        codes, tables.absmax, tables.map, NESTED_BLOCKSIZE, torch.float32
     )
-    return expanded
+    return mapped
+
+
+def _map_blockwise_by_table(codes: torch.Tensor, tables: NestedTables, blocksize: int) -> torch.Tensor:
+    return tables.map.view(-1)[codes.int()] * tables.absmax.repeat_interleave(blocksize)[: codes.numel()]
 
 
 @functools.cache
@@ -193,6 +187,25 @@ def _has_gemm_4bit(device_type: str) -> bool:
     return _has_kernels(device_type) and hasattr(torch.ops.bitsandbytes, "gemm_4bit")
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_blockwise_kernel(device_type: str) -> bool:
+    return _has_kernels(device_type) and device_type in _WITH_BLOCKWISE_KERNEL and _maps_blockwise(device_type)
+
+
+@functools.cache
+def _maps_blockwise(device_type: str) -> bool:
+    """Whether bitsandbytes' kernel gives the values that it should. The table costs little more: nothing is said."""
+    codes = torch.arange(300, device=device_type).to(torch.uint8)
+    absmax, table = (torch.linspace(-1, 1, count, device=device_type) for count in (2, NESTED_MAP))
+    tables = NestedTables(absmax, table, absmax[:1])
+    try:
+        return torch.equal(_map_blockwise(codes, tables), _map_blockwise_by_table(codes, tables, NESTED_BLOCKSIZE))
+    except Exception as error:
+        if "out of memory" in str(error).lower():
+            raise
+        return False
+
+
 def _bitsandbytes_problem(device_type: str) -> str | None:
     """Why bitsandbytes cannot be used on a device, or None.
 
@@ -208,11 +221,6 @@ def _bitsandbytes_problem(device_type: str) -> str | None:
             arguments = (packed, absmax, (8, 64), 64, quant_type, torch.float32)
             if not torch.equal(_dequantise_by_bitsandbytes(*arguments), dequantise_by_table(*arguments)):
                 return f"its {quant_type} kernel gives other values than the format says"
-        scales, table = absmax[:2].contiguous(), torch.linspace(-1, 1, 256, device=device_type)
-        codes = packed.repeat(2)
-        expected = table[codes.int()] * scales.repeat_interleave(_NESTED_BLOCKSIZE)
-        if not torch.equal(_expand_absmax_by_bitsandbytes(codes, scales, table), expected):
-            return "its blockwise kernel gives other values than the format says"
     except Exception as error:
         if "out of memory" in str(error).lower():
             raise

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import kernels
-from .quant_state import NESTED_MAP, NestedAbsmax, QuantType
+from .quant_state import NESTED_MAP, NestedAbsmax, NestedTables, QuantType
 
 _READ_ONLY = "a 4-bit weight cannot be written to; patch a dequantised copy instead"
 
@@ -21,8 +21,8 @@ class Linear4bit(nn.Module):
     will; bitsandbytes' ``Params4bit`` moves its quant state in place, synchronously, and loses attributes.
 
     With ``nested``, how absmax was quantised once more, part for part, ``absmax`` is uint8 and comes with the buffers
-    ``nested_absmax`` (all parts' scales,), ``nested_map`` (parts, 256) and ``nested_offset`` (parts,), in fp32: a
-    twelfth less to hold and to stream, for expanding it in each forward (`scales`).
+    ``nested_absmax``, ``nested_map`` and ``nested_offset`` (`NestedTables`): a twelfth less to hold and to stream, for
+    expanding it in each forward.
 
     ``weight`` reads as the dense weight wherever its shape, dtype or values are looked at. ``weight_function``
     and ``bias_function`` are ComfyUI's: each takes a fresh dense tensor in compute dtype and returns the patched one.
@@ -62,9 +62,8 @@ class Linear4bit(nn.Module):
         absmax_dtype = torch.uint8 if nested else torch.float32
         self.register_buffer("absmax", torch.empty(-(-numel // blocksize), dtype=absmax_dtype, device=device))
         if nested:
-            shapes = {"absmax": (sum(part.scales for part in nested),), "map": (len(nested), NESTED_MAP)}
-            # The offset is a number of its own to each layer: in Python, each compiled block would be bound to its own.
-            for name, size in (shapes | {"offset": (len(nested),)}).items():
+            shapes = ((sum(part.blocks for part in nested),), (len(nested), NESTED_MAP), (len(nested),))
+            for name, size in zip(NestedTables._fields, shapes, strict=True):
                 self.register_buffer(f"nested_{name}", torch.empty(size, dtype=torch.float32, device=device))
         self._register_bias(bias, device)
 
@@ -82,19 +81,23 @@ class Linear4bit(nn.Module):
 
     def dequantise(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight as a fresh dense tensor of the logical shape on the device of the packed bytes."""
-        return kernels.dequantise(self.packed, self.scales(), self.shape, self.blocksize, self.quant_type, dtype)
+        return kernels.dequantise(self.packed, self.fp32_absmax(), self.shape, self.blocksize, self.quant_type, dtype)
 
-    def scales(self) -> torch.Tensor:
-        """absmax in fp32, (ceil(out * in / blocksize),): the buffer itself, or what it is expanded to."""
-        if not self.nested:
+    @property
+    def nested_tables(self) -> NestedTables | None:
+        """What nested absmax comes with, of all parts."""
+        return NestedTables(self.nested_absmax, self.nested_map, self.nested_offset) if self.nested else None
+
+    def fp32_absmax(self) -> torch.Tensor:
+        """fp32, (ceil(out * in / blocksize),): the buffer itself, or what it is expanded to."""
+        tables = self.nested_tables
+        if tables is None:
             return self.absmax
-        if len(self.nested) == 1:  # a third of the host's time
-            tables = (self.nested_absmax, self.nested_map.view(-1), self.nested_offset)
-            return kernels.expand_absmax(self.nested[0], self.absmax, *tables)
+        if len(self.nested) == 1:  # what a forward does 300 times: a third less of the host's time
+            return kernels.expand_absmax(self.nested[0], self.absmax, tables)
         codes = self.absmax.split([part.count for part in self.nested])
-        absmax = self.nested_absmax.split([part.scales for part in self.nested])
-        parts = zip(self.nested, codes, absmax, self.nested_map, self.nested_offset, strict=True)
-        return torch.cat([kernels.expand_absmax(*part) for part in parts])
+        own = zip(self.nested, codes, tables.of_parts(self.nested), strict=True)
+        return torch.cat([kernels.expand_absmax(*part) for part in own])
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         bias = self._bias_for(input)
@@ -114,7 +117,8 @@ class Linear4bit(nn.Module):
         return bias
 
     def _multiply(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return kernels.linear(input, self.packed, self.scales(), self.shape, self.blocksize, self.quant_type, bias)
+        absmax = self.fp32_absmax()
+        return kernels.linear(input, self.packed, absmax, self.shape, self.blocksize, self.quant_type, bias)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Linear4bit":
         # ``.to(dtype)`` and the like are about the dense weight and the bias: absmax stays as it is.
@@ -134,7 +138,8 @@ class Linear4bit(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def extra_repr(self) -> str:
-        return f"{self.shape}, {self.quant_type}, blocksize={self.blocksize}, bias={self.bias is not None}"
+        nested = ", nested" if self.nested else ""
+        return f"{self.shape}, {self.quant_type}, blocksize={self.blocksize}{nested}, bias={self.bias is not None}"
 
 
 class DenseView(torch.Tensor):

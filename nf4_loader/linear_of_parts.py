@@ -32,6 +32,7 @@ class LinearOfParts(Linear4bit):
         self.parts = tuple(parts)
         self.out_features, self.in_features = sum(_rows(part) for part in parts), in_features
         self.shape = (self.out_features, in_features)
+        self.nested = ()
         self.dtype = dtype
         self.weight_function = []
         self.bias_function = []

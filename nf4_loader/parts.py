@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -13,7 +12,7 @@ from . import kernels
 from .catalogue import TransformerTensor, Weight4bit
 from .errors import CheckpointError
 from .header import TensorEntry
-from .quant_state import CODES, NESTED_MAP, codes_of, expand_nested_absmax
+from .quant_state import CODES, NESTED_MAP, NestedTables, codes_of, expand_nested_absmax
 from .read import FileSlice, read_slices, read_small
 
 CPU = torch.device("cpu")
@@ -41,15 +40,7 @@ class PackedMemory:
     weight: Weight4bit
     packed: torch.Tensor | None
     absmax: torch.Tensor
-    tables: "NestedTables | None" = None
-
-
-class NestedTables(NamedTuple):
-    """What nested absmax comes with, in fp32: nested_absmax (scales,), nested_quant_map (256,), the offset (1,)."""
-
-    absmax: torch.Tensor
-    map: torch.Tensor
-    offset: torch.Tensor
+    tables: NestedTables | None = None
 
 
 @dataclass(frozen=True)
@@ -99,34 +90,18 @@ def read_fused(tensor: TransformerTensor) -> tuple[torch.Tensor, torch.Tensor]:
     return packed, absmax
 
 
-def memory_of_fused(tensor: TransformerTensor, packed: torch.Tensor, absmax: torch.Tensor) -> Iterator[PackedMemory]:
-    """Each part of a tensor that is ``fused``, with its share of the memory of the whole; absmax is in fp32."""
-    for weight, own_packed, own_absmax in zip(tensor.weights4bit, *_shares(tensor, packed, absmax), strict=True):
-        yield PackedMemory(weight, own_packed, own_absmax)
-
-
-def memory_of_nested(
-    tensor: TransformerTensor,
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    tables: NestedTables,
+def memory_of_fused(
+    tensor: TransformerTensor, packed: torch.Tensor, absmax: torch.Tensor, tables: NestedTables | None = None
 ) -> Iterator[PackedMemory]:
-    """The same of a tensor that is ``nested`` and stays so: absmax is uint8, ``tables`` are those of all parts.
+    """Each part of a tensor that is ``fused``, with its share of the memory of the whole.
 
-    Their maps are (parts, 256).
+    absmax is in fp32; uint8 with the ``tables`` of a tensor that is ``nested`` and stays so.
     """
-    scales = tables.absmax.split([part.scales for part in tensor.nested])
-    shares = (*_shares(tensor, packed, absmax), scales, tables.map, tables.offset.split(1))
-    for weight, own_packed, own_absmax, *own_tables in zip(tensor.weights4bit, *shares, strict=True):
-        yield PackedMemory(weight, own_packed, own_absmax, NestedTables(*own_tables))
-
-
-def _shares(
-    tensor: TransformerTensor, packed: torch.Tensor, absmax: torch.Tensor
-) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
     states = [weight.state for weight in tensor.weights4bit]
-    counts = [state.absmax_count for state in states]
-    return packed.split([state.packed_bytes for state in states]), absmax.split(counts)
+    shares = (packed.split([state.packed_bytes for state in states]), absmax.split([s.absmax_count for s in states]))
+    own_tables = [None] * len(states) if tables is None else tables.of_parts(tensor.nested)
+    for weight, own_packed, own_absmax, own in zip(tensor.weights4bit, *shares, own_tables, strict=True):
+        yield PackedMemory(weight, own_packed, own_absmax, own)
 
 
 def read_dense(
@@ -189,10 +164,7 @@ def _slices(item: PackedMemory, tables: Mapping[str, NestedTables]) -> Sequence[
     packed = () if item.packed is None else (FileSlice(weight.packed.path, weight.packed.offset, item.packed),)
     if weight.state.nested is None or item.tables is not None:
         return *packed, FileSlice(weight.absmax.path, weight.absmax.offset, absmax)
-    own = tables[weight.name]
-    expand = functools.partial(
-        expand_nested_absmax, weight.state.nested, absmax, own.absmax, own.map, weight.state.nested_offset
-    )
+    expand = functools.partial(expand_nested_absmax, weight.state.nested, absmax, tables[weight.name])
     return *packed, FileSlice(weight.absmax.path, weight.absmax.offset, codes_of(absmax), expand)
 
 
@@ -250,7 +222,7 @@ def _read_nested_tables(items: Sequence[PackedMemory]) -> dict[str, NestedTables
         nested = weight.state.nested
         if nested is None or weight.nested_absmax is None or weight.nested_map is None:
             continue
-        sizes = (nested.scales, NESTED_MAP, 1)
+        sizes = (nested.blocks, NESTED_MAP, 1)
         tables[weight.name] = own or NestedTables(*(torch.empty(size, dtype=torch.float32) for size in sizes))
         absmax, table, offset = tables[weight.name]
         wanted += [(weight.nested_absmax, absmax), (weight.nested_map, table)]

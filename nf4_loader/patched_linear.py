@@ -89,7 +89,7 @@ class PatchedLinear4bit(Linear4bit):
         assert self._low_rank is not None
         patches = self._low_rank.patches(self._buffers)
         how = (self.shape, self.blocksize, self.quant_type, dtype)
-        return patched_weight.expand(self.packed, self.scales(), *how, patches)
+        return patched_weight.expand(self.packed, self.fp32_absmax(), *how, patches)
 
 
 class PatchedLinearOfParts(PatchedLinear4bit, LinearOfParts):

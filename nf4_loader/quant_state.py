@@ -14,8 +14,9 @@ weight ``L.weight`` of logical shape (out, in), n = out * in elements and b = ce
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -56,6 +57,9 @@ MAX_QUANT_STATE_BYTES = 1 << 16
 NESTED_MAP = 256
 """Values of a nested_quant_map."""
 
+NESTED_BLOCKSIZE = 256
+"""The one that bitsandbytes writes; others are read, too."""
+
 _EXPANDED_AT_ONCE = 1 << 16
 """Values of absmax: whole blocks of any blocksize, and few enough to stay in a core's cache."""
 
@@ -70,19 +74,38 @@ class NestedAbsmax:
     blocksize: int
 
     @property
-    def scales(self) -> int:
+    def blocks(self) -> int:
         """Values of nested_absmax."""
         return -(-self.count // self.blocksize)
 
     @property
     def table_bytes(self) -> int:
-        """Bytes of nested_absmax, nested_quant_map and the offset, in fp32."""
-        return 4 * (self.scales + NESTED_MAP + 1)
+        """Bytes of `NestedTables`."""
+        return 4 * (self.blocks + NESTED_MAP + 1)
+
+
+class NestedTables(NamedTuple):
+    """What the codes of nested absmax come with, in fp32: nested_absmax (blocks,), its map (256,), the offset (1,).
+
+    Those of all parts of a weight are one after the other, and of the map (parts, 256) each has a row.
+    """
+
+    absmax: torch.Tensor
+    map: torch.Tensor
+    offset: torch.Tensor
+
+    def of_parts(self, nested: Sequence[NestedAbsmax]) -> "list[NestedTables]":
+        """Each part's own, as views."""
+        absmax = self.absmax.split([part.blocks for part in nested])
+        return [NestedTables(*part) for part in zip(absmax, self.map, self.offset.split(1), strict=True)]
 
 
 @dataclass(frozen=True)
 class QuantState:
-    """How the bytes of one 4-bit weight are to be read. ``shape`` is the logical (out, in)."""
+    """How the bytes of one 4-bit weight are to be read. ``shape`` is the logical (out, in).
+
+    ``nested_offset`` is beside ``nested``, which is alike in layers of a kind: compiled, they are one graph.
+    """
 
     quant_type: QuantType
     blocksize: int
@@ -144,23 +167,19 @@ def codes_of(absmax: torch.Tensor) -> torch.Tensor:
     return absmax.view(torch.uint8)[: absmax.numel()]
 
 
-def expand_nested_absmax(
-    nested: NestedAbsmax, absmax: torch.Tensor, nested_absmax: torch.Tensor, nested_map: torch.Tensor, offset: float
-) -> None:
+def expand_nested_absmax(nested: NestedAbsmax, absmax: torch.Tensor, tables: NestedTables) -> None:
     """Undo the second quantisation, in place.
 
     Args:
-        nested: What it is.
+        nested: How many codes, in blocks of how many.
         absmax: fp32, (b,), with the codes in its `codes_of`. Becomes bit-equal to what
             ``bitsandbytes.functional.dequantize_4bit`` computes first.
-        nested_absmax: fp32, (nested.scales,).
-        nested_map: fp32, (256,).
-        offset: Rounded to fp32.
+        tables: Of one part.
     """
     # numpy, for the threads that read the file: it computes without Python's lock, and without threads of its own
     # that would wait for each other. From the end, so that no code is overwritten before it has been read.
     values, codes = absmax.numpy(), codes_of(absmax).numpy()
-    scales, table = nested_absmax.numpy(), nested_map.numpy()
+    scales, table, offset = (tensor.numpy() for tensor in tables)
     for start in reversed(range(0, values.size, _EXPANDED_AT_ONCE)):
         chunk = values[start : start + _EXPANDED_AT_ONCE]
         np.take(
@@ -169,4 +188,4 @@ def expand_nested_absmax(
         first = start // nested.blocksize
         last = -(-(start + chunk.size) // nested.blocksize)
         chunk *= np.repeat(scales[first:last], nested.blocksize)[: chunk.size]
-        chunk += np.float32(offset)
+        chunk += offset

@@ -6,13 +6,11 @@ from typing import Any
 
 import torch
 
-from .quant_state import QuantType
+from .quant_state import NESTED_BLOCKSIZE, QuantType
 
 _CHUNK = 1 << 20
 """Elements that a CPU quantises at once: whole blocks of any blocksize, each of which stands for itself. Small, so that
 what bitsandbytes makes on the way (some 16 bytes an element) stays in its cache: a third faster than at once."""
-
-_NESTED_BLOCKSIZE = 256
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def described(
     if settings.nested:
         # The second stage of quantize_4bit(compress_statistics=True).
         offset = absmax.mean()
-        codes, second = bnb.quantize_blockwise(absmax - offset, blocksize=_NESTED_BLOCKSIZE)
+        codes, second = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
         state = bnb.QuantState(absmax=codes, offset=offset, state2=second, **fields)
     else:
         state = bnb.QuantState(absmax=absmax, **fields)

@@ -82,7 +82,7 @@ class _Linear4bit(Linear4bit):
     """
 
     def _multiply(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        packed, absmax = self.packed.to(input.device), self.absmax.to(input.device)
+        packed, absmax = self.packed.to(input.device), self.fp32_absmax().to(input.device)
         bias = None if bias is None else bias.to(input.device)
         return kernels.linear(input, packed, absmax, self.shape, self.blocksize, self.quant_type, bias)
 
@@ -224,13 +224,12 @@ def adopt_4bit(clip: comfy.sd.CLIP, weights: Mapping[str, Weight4bit]) -> None:
             replaced = modules.get(path)
             if not isinstance(replaced, _Operations.Linear):
                 raise CheckpointError(weight.packed.path, f"{weight.name}: this text encoder has no such Linear.")
-            state = weight.state
-            linear = _Linear4bit(
-                state.shape, state.quant_type, state.blocksize, bias=False, dtype=replaced.weight.dtype
-            )
+            state, tensor = weight.state, TransformerTensor((weight,))
+            how = (state.shape, state.quant_type, state.blocksize)
+            linear = _Linear4bit(*how, nested=tensor.nested, bias=False, dtype=replaced.weight.dtype)
             linear.bias = replaced.bias
             parent, _, child = path.rpartition(".")
             setattr(modules[parent], child, linear)
-            memory += memory_of_fused(TransformerTensor((weight,)), linear.packed, linear.absmax)
+            memory += memory_of_fused(tensor, linear.packed, linear.absmax, linear.nested_tables)
         read_parts(memory, lambda _: None)
     clip.patcher.size = 0  # ComfyUI has measured it without them

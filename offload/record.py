@@ -2,7 +2,7 @@
 
 A record is the block's tiles, then its small part. A tile is the large tensors of one layer (for an NF4 Linear:
 packed weight and absmax): what is fetched, waited for and released together. The small part is everything else,
-biases and norms; it is a thousandth of a Flux block, stays on the device, and so costs no waiting.
+biases, norms and tables; it is a thousandth of a Flux block, stays on the device, and so costs no waiting.
 
 A tensor of a class that wraps plain ones (ComfyUI's quantised weights) is a field made of fields: its class is asked
 for them by torch's protocol for such (``__tensor_flatten__`` and ``__tensor_unflatten__``).

@@ -20,10 +20,12 @@ from packed_tensors import packed_tensors
 from safetensors.torch import load_file, save_file
 from sparse_file import write_sparse
 
+from flux_nf4.file_plan import block_sizes
 from flux_nf4.nf4_loader.catalogue import Weight4bit, read_catalogue, require_all_in_one, require_transformer
 from flux_nf4.nf4_loader.errors import CheckpointError
 from flux_nf4.nf4_loader.flux import build_flux
-from flux_nf4.nf4_loader.parts import DenseMemory, PackedMemory, read_parts
+from flux_nf4.nf4_loader.linear4bit import Linear4bit
+from flux_nf4.nf4_loader.parts import DenseMemory, PackedMemory, memory_of_fused, read_parts
 
 FILES = int(os.environ.get("FUZZ_FILES", "400"))
 FIRST = int(os.environ.get("FUZZ_FIRST", "0"))
@@ -194,14 +196,22 @@ def read_all(path):
     for entry in catalogue.header.tensors.values():
         assert 0 <= entry.offset <= entry.offset + entry.nbytes <= size
     require_transformer(catalogue)
+    block_sizes(catalogue, torch.bfloat16)  # as the page asks for
     memory = []
-    for part in catalogue.parts:
-        if isinstance(part, Weight4bit):
-            state = part.state
-            packed, absmax = torch.empty(state.packed_bytes, dtype=torch.uint8), torch.empty(state.absmax_count)
-            memory.append(PackedMemory(part, packed, absmax))
-        else:
-            memory.append(DenseMemory(part, torch.empty(part.shape)))
+    for tensor in catalogue.transformer.values():
+        state = tensor.fused
+        if state is not None:
+            how = (state.shape, state.quant_type, state.blocksize)
+            linear = Linear4bit(*how, nested=tensor.nested, bias=False, dtype=torch.bfloat16)
+            memory += memory_of_fused(tensor, linear.packed, linear.absmax, linear.nested_tables)
+            assert sum(buffer.nbytes for buffer in linear.buffers()) == tensor.ram_bytes
+            continue
+        for part in tensor.parts:
+            if isinstance(part, Weight4bit):
+                packed = torch.empty(part.state.packed_bytes, dtype=torch.uint8)
+                memory.append(PackedMemory(part, packed, torch.empty(part.state.absmax_count)))
+            else:
+                memory.append(DenseMemory(part, torch.empty(part.shape)))
     read_parts(memory, lambda _: None)
     require_all_in_one(catalogue)
 

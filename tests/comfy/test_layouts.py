@@ -14,12 +14,15 @@ from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpo
 from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer
 from safetensors.torch import load_file, save_file
 
+from flux_nf4.file_plan import block_sizes
 from flux_nf4.loaded import load_transformer, streamed
 from flux_nf4.nf4_loader import layouts
 from flux_nf4.nf4_loader.catalogue import read_catalogue
+from flux_nf4.nf4_loader.flux import block_groups
 from flux_nf4.nf4_loader.linear4bit import Linear4bit
 from flux_nf4.nf4_loader.linear_of_parts import LinearOfParts
 from flux_nf4.offload.comfyui.streaming import Residency
+from flux_nf4.offload.streamer import Streamer
 
 HIDDEN, DEPTH = 256, 2
 
@@ -107,6 +110,17 @@ def check_every_weight(model, reference):
         assert torch.equal(linear.bias.bfloat16(), bias), name
 
 
+def check_sizes(model, path):
+    """What is said of the file before it is read is what the model takes."""
+    catalogue = read_catalogue(path)
+    sizes = block_sizes(catalogue, model.diffusion_model.dtype)
+    assert [size.nbytes for size in sizes] == [size.nbytes for size in Streamer(block_groups(model)).sizes()]
+    for name, module in model.diffusion_model.named_modules():
+        tensor = catalogue.transformer.get(f"{name}.weight")
+        if isinstance(module, Linear4bit) and len(tensor.weights4bit) == len(tensor.parts):
+            assert tensor.ram_bytes == sum(buffer.nbytes for buffer in module.buffers()), name
+
+
 def check_forward(model, reference, dense_model):
     """ComfyUI's forward is diffusers' own, with its dequantised weights in fp32."""
     dense = FluxTransformer2DModel.from_pretrained(dense_model, torch_dtype=torch.float32)
@@ -168,6 +182,7 @@ def test_a_model_that_diffusers_saved_is_the_same_model(options, quantised, read
     assert len(packed) == 10 + DEPTH * 13 - (1 + 1 + 1 + DEPTH if "skip" in options else 0)
     assert not any(isinstance(linear, LinearOfParts) for linear in packed)
     assert len([m for m in packed if m.nested]) == ("double_quant" in options and len(packed) - 1)  # not norm_out
+    check_sizes(model, folder)
     check_every_weight(model, reference)
     check_forward(model, reference, dense_model)
 
@@ -205,10 +220,10 @@ def test_a_layer_whose_quant_state_is_in_another_shard_is_read(quantised, read_m
 
 
 def test_parts_that_are_quantised_in_different_ways_stay_as_they_are(quantised, read_model, tmp_path, dense_model):
-    """q in nested NF4, k in FP4, v dense or as q: one Linear of parts, and no part loses a bit."""
+    """q in nested NF4, k in nested FP4, v dense or as q: one Linear of parts, and no part loses a bit."""
     reference, folder = quantised(double_quant=True)
     tensors = {name: tensor for shard in folder.glob("*.safetensors") for name, tensor in load_file(shard).items()}
-    other, other_folder = quantised(quant_type="fp4")
+    other, other_folder = quantised(quant_type="fp4", double_quant=True)
     fp4 = {name: tensor for shard in other_folder.glob("*.safetensors") for name, tensor in load_file(shard).items()}
     dense = load_file(next(dense_model.glob("*.safetensors")))
     mixed = dict(reference.named_modules())
@@ -225,6 +240,7 @@ def test_parts_that_are_quantised_in_different_ways_stay_as_they_are(quantised, 
     model = read_model(path)
     of_parts = [name for name, m in model.diffusion_model.named_modules() if isinstance(m, LinearOfParts)]
     assert of_parts == ["double_blocks.0.img_attn.qkv", "single_blocks.1.linear1"]
+    check_sizes(model, path)
 
     class Mixed:
         get_submodule = staticmethod(mixed.__getitem__)
@@ -244,6 +260,7 @@ def test_parts_of_which_only_some_are_nested_are_one_weight(quantised, read_mode
     save_file(tensors | {name: t for name, t in plain.items() if name.startswith(to_k)}, tmp_path / "mixed.safetensors")
     model = read_model(tmp_path / "mixed.safetensors")
     assert not model.diffusion_model.double_blocks[0].img_attn.qkv.nested
+    check_sizes(model, tmp_path / "mixed.safetensors")
     modules = dict(reference.named_modules()) | {to_k: other.get_submodule(to_k)}
 
     class Mixed:

@@ -77,7 +77,8 @@ def dense_model(kind, config):
     [("Chroma", CHROMA, 16, "distilled_guidance_layer"), ("Flux2", FLUX2, 128, "double_stream_modulation_img")],
     ids=["Chroma", "Flux 2"],
 )
-def test_a_relative_computes_what_its_dense_model_does(kind, config, channels, marks, tmp_path, monkeypatch):
+@pytest.mark.parametrize("nested", [False, True], ids=["fp32 absmax", "nested absmax"])
+def test_a_relative_computes_what_its_dense_model_does(kind, config, channels, marks, nested, tmp_path, monkeypatch):
     if not hasattr(comfy.supported_models, kind):
         pytest.skip(f"this ComfyUI has no {kind}")
     parameters = comfy.ldm.chroma.model.ChromaParams if kind == "Chroma" else comfy.ldm.flux.model.FluxParams
@@ -90,7 +91,7 @@ def test_a_relative_computes_what_its_dense_model_does(kind, config, channels, m
             1.0 if name.endswith(".scale") else 0.0
         )
         if value.dim() == 2:
-            tensors |= {name + end: tensor for end, tensor in quantise(value, QuantSettings()).items()}
+            tensors |= {name + end: tensor for end, tensor in quantise(value, QuantSettings(nested=nested)).items()}
         else:
             tensors[name] = value
     assert any(name.startswith(marks) for name in tensors)

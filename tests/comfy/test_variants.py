@@ -232,7 +232,7 @@ def test_nested_absmax_stays_so_and_is_expanded_as_bitsandbytes_does(tiny_config
         packed, state = quantised(recipe, f"{name}.weight", linear.shape)
         assert torch.equal(linear.packed, packed.view(-1))
         assert torch.equal(linear.absmax, state.absmax)
-        assert torch.equal(linear.scales(), bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset)
+        assert torch.equal(linear.fp32_absmax(), bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset)
 
 
 def test_a_lora_finds_every_linear(catalogue_of):

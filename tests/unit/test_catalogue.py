@@ -120,7 +120,7 @@ def test_every_weight_is_found_with_its_state_and_bytes(make_tensors, save, pref
             count = tensors[f"{full}.absmax"].numel()
             assert weight.state.nested == NestedAbsmax(count, 256)
             assert weight.state.nested_offset == fields["nested_offset"]
-            assert weight.state.nested.scales == tensors[f"{full}.nested_absmax"].numel()
+            assert weight.state.nested.blocks == tensors[f"{full}.nested_absmax"].numel()
             check_bytes(path, weight.nested_absmax, tensors[f"{full}.nested_absmax"])
             check_bytes(path, weight.nested_map, tensors[f"{full}.nested_quant_map"])
         else:

@@ -10,7 +10,7 @@ import torch
 from bitsandbytes import functional as bnb
 
 from flux_nf4.nf4_loader import kernels
-from flux_nf4.nf4_loader.quant_state import BLOCKSIZES, CODES, NestedAbsmax
+from flux_nf4.nf4_loader.quant_state import BLOCKSIZES, CODES, NestedAbsmax, NestedTables
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -121,10 +121,10 @@ def test_nested_absmax_is_expanded_bit_equal_to_bitsandbytes(monkeypatch, count,
     offset = absmax.mean()
     codes, second = bnb.quantize_blockwise(absmax - offset, blocksize=blocksize)
     expected = bnb.dequantize_blockwise(codes, second) + offset
-    monkeypatch.setattr(kernels, "_has_kernels", lambda _: has_kernels)
+    monkeypatch.setattr(kernels, "_has_blockwise_kernel", lambda _: has_kernels)
+    tables = NestedTables(second.absmax, second.code, offset.view(1))
     for _ in range(2):  # what it was given is as it was
-        found = kernels.expand_absmax(NestedAbsmax(count, blocksize), codes, second.absmax, second.code, offset)
-        assert torch.equal(found, expected)
+        assert torch.equal(kernels.expand_absmax(NestedAbsmax(count, blocksize), codes, tables), expected)
 
 
 # With and without bitsandbytes
@@ -133,9 +133,12 @@ def test_nested_absmax_is_expanded_bit_equal_to_bitsandbytes(monkeypatch, count,
 @pytest.fixture
 def untried():
     """Kernels that have not looked for bitsandbytes yet."""
-    kernels._dequantise_for.cache_clear()
+    tried = (kernels._dequantise_for, kernels._maps_blockwise)
+    for answer in tried:
+        answer.cache_clear()
     yield
-    kernels._dequantise_for.cache_clear()
+    for answer in tried:
+        answer.cache_clear()
 
 
 @pytest.fixture
@@ -193,13 +196,26 @@ def test_a_kernel_that_does_not_work_is_replaced_with_one_warning(
 
 
 @pytest.mark.usefixtures("untried")
-def test_a_kernel_that_expands_absmax_wrongly_is_not_used(monkeypatch, caplog, dequantise_equals_bitsandbytes):
-    monkeypatch.setattr(kernels, "_expand_absmax_by_bitsandbytes", lambda codes, *_: torch.zeros(codes.shape))
+@pytest.mark.parametrize("broken_kernel", [lambda codes, _: torch.zeros(codes.shape), no_kernel])
+def test_a_blockwise_kernel_that_does_not_work_is_not_used(
+    monkeypatch, caplog, dequantise_equals_bitsandbytes, broken_kernel
+):
+    assert kernels._has_blockwise_kernel("cpu")
+    kernels._maps_blockwise.cache_clear()
+    monkeypatch.setattr(kernels, "_map_blockwise", broken_kernel)
+    tables = NestedTables(torch.ones(1), torch.arange(256.0), torch.tensor([0.5]))
+    found = kernels.expand_absmax(NestedAbsmax(2, 256), torch.arange(2, dtype=torch.uint8), tables)
+    assert found.tolist() == [0.5, 1.5]
+    monkeypatch.setattr(kernels, "dequantise_by_table", no_kernel)  # the 4-bit one is used as ever
     dequantise_equals_bitsandbytes()
-    tables = (torch.arange(2, dtype=torch.uint8), torch.ones(1), torch.arange(256.0), torch.tensor(0.5))
-    assert kernels.expand_absmax(NestedAbsmax(2, 256), *tables).tolist() == [0.5, 1.5]
-    (record,) = caplog.records
-    assert "its blockwise kernel gives other values" in record.getMessage()
+    assert caplog.records == []
+
+
+@pytest.mark.usefixtures("untried")
+def test_a_device_without_a_blockwise_kernel_is_not_tried(monkeypatch):
+    monkeypatch.setattr(kernels, "_has_kernels", lambda _: True)
+    monkeypatch.setattr(kernels, "_map_blockwise", no_kernel)
+    assert not kernels._has_blockwise_kernel("mps")
 
 
 @pytest.mark.usefixtures("untried")

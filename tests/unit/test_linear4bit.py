@@ -84,7 +84,7 @@ def test_absmax_that_is_nested_is_expanded_part_by_part(quantise, reference, fp3
     linear.nested_absmax.copy_(torch.cat([state.state2.absmax for _, state in parts]))
     linear.nested_map.copy_(torch.stack([state.state2.code for _, state in parts]))
     linear.nested_offset.copy_(torch.stack([state.offset for _, state in parts]))
-    assert torch.equal(linear.scales(), torch.cat([fp32_absmax(state) for _, state in parts]))
+    assert torch.equal(linear.fp32_absmax(), torch.cat([fp32_absmax(state) for _, state in parts]))
     expected = [reference(*part, shape, torch.bfloat16) for part, shape in zip(parts, shapes, strict=True)]
     assert torch.equal(linear.dequantise(torch.bfloat16), torch.cat(expected))
 
@@ -350,5 +350,6 @@ def test_memory_may_be_rebound(linear, make_linear, input):
     assert torch.equal(linear(input), nn.functional.linear(input, -torch.ones(SHAPE).bfloat16(), linear.bias))
 
 
-def test_its_printed_form_says_what_it_holds(linear):
+def test_its_printed_form_says_what_it_holds(linear, make_linear):
     assert repr(linear) == "Linear4bit((48, 128), nf4, blocksize=64, bias=True)"
+    assert repr(make_linear(nested=True)) == "Linear4bit((48, 128), nf4, blocksize=64, nested, bias=True)"

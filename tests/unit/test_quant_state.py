@@ -11,6 +11,7 @@ from flux_nf4.nf4_loader.quant_state import (
     BLOCKSIZES,
     CODES,
     NestedAbsmax,
+    NestedTables,
     QuantState,
     codes_of,
     expand_nested_absmax,
@@ -118,7 +119,7 @@ def test_the_source_dtype_does_not_matter():
 def expanded(nested, codes, *tables):
     absmax = torch.empty(codes.numel())
     codes_of(absmax).copy_(codes)
-    expand_nested_absmax(nested, absmax, *tables)
+    expand_nested_absmax(nested, absmax, NestedTables(*tables))
     return absmax
 
 
@@ -127,7 +128,7 @@ def test_expanded_absmax_is_bit_equal_to_bitsandbytes(quantise, fp32_absmax, blo
     _, state = quantise((blocks, 64), nested=True)
     tensors, json_bytes = as_written(state, (blocks, 64))
     parsed = parse_quant_state(json_bytes)
-    tables = (tensors["nested_absmax"], tensors["nested_quant_map"], parsed.nested_offset)
+    tables = (tensors["nested_absmax"], tensors["nested_quant_map"], torch.tensor([parsed.nested_offset]))
     ours = expanded(parsed.nested, tensors["absmax"], *tables)
     assert torch.equal(ours, fp32_absmax(state))
 
@@ -137,5 +138,5 @@ def test_absmax_nested_in_other_blocksizes_is_bit_equal_too(blocksize):
     absmax = torch.rand(70_000, generator=torch.Generator().manual_seed(0))
     offset = absmax.mean()
     codes, state = bnb.quantize_blockwise(absmax - offset, blocksize=blocksize)
-    ours = expanded(NestedAbsmax(70_000, blocksize), codes, state.absmax, state.code, offset.item())
+    ours = expanded(NestedAbsmax(70_000, blocksize), codes, state.absmax, state.code, offset.view(1))
     assert torch.equal(ours, bnb.dequantize_blockwise(codes, state) + offset)
