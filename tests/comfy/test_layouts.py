@@ -238,8 +238,9 @@ def test_parts_that_are_quantised_in_different_ways_stay_as_they_are(quantised, 
     path = tmp_path / "mixed.safetensors"
     save_file(tensors, path)
     model = read_model(path)
-    of_parts = [name for name, m in model.diffusion_model.named_modules() if isinstance(m, LinearOfParts)]
-    assert of_parts == ["double_blocks.0.img_attn.qkv", "single_blocks.1.linear1"]
+    of_parts = {name: m for name, m in model.diffusion_model.named_modules() if isinstance(m, LinearOfParts)}
+    assert list(of_parts) == ["double_blocks.0.img_attn.qkv", "single_blocks.1.linear1"]
+    assert not any(linear.nested for linear in of_parts.values())
     check_sizes(model, path)
 
     class Mixed:

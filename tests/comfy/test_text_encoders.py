@@ -112,6 +112,7 @@ def test_a_t5_of_transformers_is_the_same_model(options, t5, clip_l):
     ours = clip.cond_stage_model.t5xxl.transformer
     packed = {name: module for name, module in ours.named_modules() if isinstance(module, Linear4bit)}
     assert len(packed) == LAYERS * (7 - len(options.get("skip") or ("wo",)))
+    assert all(bool(linear.nested) == ("double_quant" in options) for linear in packed.values())
     for name, linear in packed.items():
         assert torch.equal(linear.dequantise(torch.float32), reference.get_submodule(name).weight), name
     tokens = torch.tensor([[3, 14, 159, 26, 5, 1]])
