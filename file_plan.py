@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .nf4_loader.catalogue import Catalogue, TransformerTensor, Weight4bit
-from .nf4_loader.quant_state import NESTED_MAP, QuantState
+from .nf4_loader.catalogue import Catalogue, TransformerTensor
+from .nf4_loader.header import TensorEntry
 from .offload.plan import BlockSize, ResidencyPlan, plan_by_budget, predict_stall_ms
 from .offload.record import Field, layout_from
 
@@ -81,20 +81,8 @@ def _tensor_bytes(tensor: TransformerTensor, dtype: torch.dtype) -> list[int]:
     """Bytes of each tensor that the model has for one of the file: packed codes and absmax, or dense values."""
     if not tensor.weights4bit:
         return [math.prod(tensor.shape) * dtype.itemsize]
-    nested = tensor.nested
-    if nested:
-        tables = [4 * sum(part.blocks for part in nested), 4 * NESTED_MAP * len(nested), 4 * len(nested)]
-        return [sum(weight.packed.nbytes for weight in tensor.weights4bit), sum(part.count for part in nested), *tables]
-    parts: list[QuantState | tuple[int, ...]] = [
-        part.state if isinstance(part, Weight4bit) else part.shape for part in tensor.parts
-    ]
-    sizes: list[int] = []
-    for part in parts if tensor.fused is None else [tensor.fused]:
-        if isinstance(part, QuantState):
-            sizes += [part.packed_bytes, 4 * part.absmax_count]
-        else:
-            sizes.append(math.prod(part) * dtype.itemsize)
-    return sizes
+    dense = [part for part in tensor.parts if isinstance(part, TensorEntry)]
+    return tensor.packed_sizes + [math.prod(part.shape) * dtype.itemsize for part in dense]
 
 
 def make_plan(blocks: tuple[BlockSize, ...], other_bytes: int, wanted: Wanted) -> ResidencyPlan | None:

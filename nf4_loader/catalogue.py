@@ -16,7 +16,7 @@ from . import layouts
 from .errors import CheckpointError
 from .header import Header, TensorEntry
 from .identify import what_else_it_is
-from .quant_state import MAX_QUANT_STATE_BYTES, NESTED_MAP, NestedAbsmax, QuantState, parse_quant_state
+from .quant_state import MAX_QUANT_STATE_BYTES, NESTED_MAP, NestedAbsmax, NestedTables, QuantState, parse_quant_state
 from .shards import read_checkpoint_header
 
 TEXT_ENCODERS_PREFIX = "text_encoders."
@@ -32,6 +32,9 @@ COMPANIONS = (*SCALES, ".scale_input", ".input_scale", "scaled_fp8", ".comfy_qua
 
 _QUANT_STATE = re.compile(r"(?P<weight>.+\.weight)\.quant_state\.bitsandbytes__(?P<type>\w+)$")
 _QUANT_FIELDS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+_ALIGNMENT = 16
+"""Bytes: what bitsandbytes' kernels want."""
+
 _DAMAGED = "The file is damaged or was made by a tool that this node does not know."
 
 
@@ -104,20 +107,27 @@ class TransformerTensor:
     def nested(self) -> tuple[NestedAbsmax, ...]:
         """How the absmax of each part is nested, where a model keeps it so; nothing where it has it in fp32.
 
-        It keeps it so where all is ``fused``, all parts are nested, and no halves change places.
+        It keeps it so where all is ``fused``, all parts are nested and begin where a kernel may read, and no halves
+        change places.
         """
         nested = tuple(weight.state.nested for weight in self.weights4bit if weight.state.nested is not None)
-        return nested if len(nested) == len(self.parts) and self.fused and not self.halves_swapped else ()
+        is_aligned = all(part.count % _ALIGNMENT == 0 and 4 * part.blocks % _ALIGNMENT == 0 for part in nested[:-1])
+        is_kept = self.fused is not None and len(nested) == len(self.parts) and is_aligned and not self.halves_swapped
+        return nested if is_kept else ()
+
+    @property
+    def packed_sizes(self) -> list[int]:
+        """Bytes of each tensor that a model holds of what is packed: codes, absmax and the tables of nested absmax."""
+        states = [weight.state for weight in self.weights4bit] if self.fused is None else [self.fused]
+        nested = self.nested
+        tables = [4 * math.prod(shape) for shape in NestedTables.shapes(nested)] if nested else []
+        width = 1 if nested else 4
+        return [size for state in states for size in (state.packed_bytes, width * state.absmax_count)] + tables
 
     @property
     def ram_bytes(self) -> int:
-        """Bytes of host memory of its packed codes and absmax, and of what is dense."""
-        dense = sum(part.nbytes for part in self.parts if isinstance(part, TensorEntry))
-        packed = sum(weight.packed.nbytes for weight in self.weights4bit)
-        nested = self.nested
-        if nested:
-            return packed + sum(part.count + part.table_bytes for part in nested)
-        return dense + packed + sum(4 * weight.state.absmax_count for weight in self.weights4bit)
+        """Bytes of host memory of what is packed, and of what is dense as the file has it."""
+        return sum(self.packed_sizes) + sum(part.nbytes for part in self.parts if isinstance(part, TensorEntry))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from .errors import is_out_of_memory
 from .quant_state import CODES, NESTED_BLOCKSIZE, NESTED_MAP, NestedAbsmax, NestedTables, QuantType
 
 logger = logging.getLogger(__name__)
@@ -201,7 +202,7 @@ def _maps_blockwise(device_type: str) -> bool:
     try:
         return torch.equal(_map_blockwise(codes, tables), _map_blockwise_by_table(codes, tables, NESTED_BLOCKSIZE))
     except Exception as error:
-        if "out of memory" in str(error).lower():
+        if is_out_of_memory(error):
             raise
         return False
 
@@ -222,7 +223,7 @@ def _bitsandbytes_problem(device_type: str) -> str | None:
             if not torch.equal(_dequantise_by_bitsandbytes(*arguments), dequantise_by_table(*arguments)):
                 return f"its {quant_type} kernel gives other values than the format says"
     except Exception as error:
-        if "out of memory" in str(error).lower():
+        if is_out_of_memory(error):
             raise
         return f"{type(error).__name__}: {error}"
     return None

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import kernels
-from .quant_state import NESTED_MAP, NestedAbsmax, NestedTables, QuantType
+from .quant_state import NestedAbsmax, NestedTables, QuantType
 
 _READ_ONLY = "a 4-bit weight cannot be written to; patch a dequantised copy instead"
 
@@ -62,8 +62,7 @@ class Linear4bit(nn.Module):
         absmax_dtype = torch.uint8 if nested else torch.float32
         self.register_buffer("absmax", torch.empty(-(-numel // blocksize), dtype=absmax_dtype, device=device))
         if nested:
-            shapes = ((sum(part.blocks for part in nested),), (len(nested), NESTED_MAP), (len(nested),))
-            for name, size in zip(NestedTables._fields, shapes, strict=True):
+            for name, size in zip(NestedTables._fields, NestedTables.shapes(nested), strict=True):
                 self.register_buffer(f"nested_{name}", torch.empty(size, dtype=torch.float32, device=device))
         self._register_bias(bias, device)
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .errors import is_out_of_memory
 from .kernels import code_table, dequantise_by_table
 from .quant_state import QuantType
 
@@ -116,7 +117,7 @@ def _problem(device: torch.device, dtype: torch.dtype) -> str | None:
     try:
         return _trial(device, dtype)
     except Exception as error:  # whatever a missing compiler, an old driver or a new GPU leads to
-        if "out of memory" in str(error).lower():
+        if is_out_of_memory(error):
             raise
         return f"{type(error).__name__}: {error}"
 

@@ -78,11 +78,6 @@ class NestedAbsmax:
         """Values of nested_absmax."""
         return -(-self.count // self.blocksize)
 
-    @property
-    def table_bytes(self) -> int:
-        """Bytes of `NestedTables`."""
-        return 4 * (self.blocks + NESTED_MAP + 1)
-
 
 class NestedTables(NamedTuple):
     """What the codes of nested absmax come with, in fp32: nested_absmax (blocks,), its map (256,), the offset (1,).
@@ -93,6 +88,11 @@ class NestedTables(NamedTuple):
     absmax: torch.Tensor
     map: torch.Tensor
     offset: torch.Tensor
+
+    @staticmethod
+    def shapes(nested: Sequence[NestedAbsmax]) -> tuple[tuple[int, ...], ...]:
+        """Of each of the three, for all of these parts."""
+        return (sum(part.blocks for part in nested),), (len(nested), NESTED_MAP), (len(nested),)
 
     def of_parts(self, nested: Sequence[NestedAbsmax]) -> "list[NestedTables]":
         """Each part's own, as views."""

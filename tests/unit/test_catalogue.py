@@ -8,9 +8,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flux_nf4.nf4_loader.catalogue import Weight4bit, read_catalogue, require_all_in_one, require_transformer
+from flux_nf4.nf4_loader.catalogue import (
+    TransformerTensor,
+    Weight4bit,
+    read_catalogue,
+    require_all_in_one,
+    require_transformer,
+)
 from flux_nf4.nf4_loader.errors import CheckpointError
-from flux_nf4.nf4_loader.quant_state import NestedAbsmax
+from flux_nf4.nf4_loader.quant_state import NestedAbsmax, QuantState
 
 QKV = "double_blocks.0.img_attn.qkv.weight"
 LINEARS = {
@@ -127,6 +133,18 @@ def test_every_weight_is_found_with_its_state_and_bytes(make_tensors, save, pref
             assert weight.state.nested is None
             assert weight.nested_absmax is None
             assert weight.nested_map is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "stays"),
+    [((128, 128, 3), True), ((3,), True), ((64, 128), False), ((125, 128), False)],
+    ids=["whole", "one part of any size", "scales end off 16 bytes", "codes end off 16 bytes"],
+)
+def test_absmax_stays_nested_where_each_part_begins_on_16_bytes(rows, stays):
+    states = [QuantState("nf4", 64, (count, 512), NestedAbsmax(8 * count, 256)) for count in rows]
+    tensor = TransformerTensor(tuple(Weight4bit(state, *[None] * 6) for state in states))
+    assert tensor.fused is not None
+    assert tensor.nested == (tuple(state.nested for state in states) if stays else ())
 
 
 @pytest.mark.parametrize("prefix", [PREFIX, ""], ids=["prefix", "no prefix"])
