@@ -219,16 +219,17 @@ def test_a_device_without_a_blockwise_kernel_is_not_tried(monkeypatch):
 
 
 @pytest.mark.usefixtures("untried")
-def test_a_full_device_is_no_lack_of_kernels(monkeypatch, caplog, dequantise_equals_bitsandbytes):
+@pytest.mark.parametrize("kernel", ["_dequantise_by_bitsandbytes", "_map_blockwise"])
+def test_a_full_device_is_no_lack_of_kernels(monkeypatch, caplog, dequantise_equals_bitsandbytes, kernel):
     def out_of_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
 
     with monkeypatch.context() as full:
-        full.setattr(kernels, "_dequantise_by_bitsandbytes", out_of_memory)
+        full.setattr(kernels, kernel, out_of_memory)
         kernels.warm_up(torch.device("cpu"))
         with pytest.raises(torch.OutOfMemoryError):
-            kernels._has_kernels("cpu")
-    assert kernels._has_kernels("cpu")
+            kernels._has_blockwise_kernel("cpu")
+    assert kernels._has_blockwise_kernel("cpu")
     dequantise_equals_bitsandbytes()
     assert caplog.records == []
 
