@@ -2,11 +2,11 @@
 
 from server import PromptServer
 
-from .offload.comfyui.contract import require_comfyui
+from .offload.comfyui.requires import require_comfyui
 
 try:
     from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
-    from .routes import register
+    from .page.routes import register
 except (ImportError, AttributeError):
     require_comfyui()  # says what is missing, where that is why
     raise

@@ -14,19 +14,19 @@ import torch
 
 import nodes as comfy_nodes
 
-from .loaded import key_of, load_all_in_one, load_transformer, streamed
-from .nf4_loader.catalogue import Catalogue, read_catalogue, require_all_in_one, require_transformer
-from .nf4_loader.errors import CheckpointError
-from .nf4_loader.header import read_header
-from .nf4_loader.model_sources import sources_of_encoders, sources_of_model
-from .nf4_loader.quant_state import QuantType
-from .nf4_loader.quantise import QuantSettings
-from .nf4_loader.save import layer_patterns, save_quantised
-from .nf4_loader.text_encoders import load_dual_clip
+from .checkpoints import key_of, load_all_in_one, load_transformer, streamed
+from .nf4_loader.checkpoint.catalogue import Catalogue, read_catalogue, require_all_in_one, require_transformer
+from .nf4_loader.checkpoint.errors import CheckpointError
+from .nf4_loader.checkpoint.header import read_header
+from .nf4_loader.checkpoint.quant_state import QuantType
+from .nf4_loader.models.text_encoders import load_dual_clip
+from .nf4_loader.saving.model_sources import sources_of_encoders, sources_of_model
+from .nf4_loader.saving.quantise import QuantSettings
+from .nf4_loader.saving.save import layer_patterns, save_quantised
 from .offload.comfyui.adopt import stream_model
+from .offload.comfyui.encoders import leave_unpinned, leave_without_copies
 from .offload.comfyui.patcher import StreamedModelPatcher
 from .offload.comfyui.streaming import Residency
-from .offload.comfyui.visitors import leave_unpinned, leave_without_copies
 
 logger = logging.getLogger(__name__)
 

@@ -76,10 +76,10 @@ class BnbModules:
 
 
 def _model(path: Path) -> Any:
-    from flux_nf4.nf4_loader.catalogue import read_catalogue
-    from flux_nf4.nf4_loader.fill import fill
-    from flux_nf4.nf4_loader.flux import build_flux, materialise
-    from flux_nf4.nf4_loader.linear4bit import Linear4bit
+    from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
+    from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
+    from flux_nf4.nf4_loader.models.fill import fill
+    from flux_nf4.nf4_loader.models.transformers import build_flux, materialise
 
     catalogue = read_catalogue(path)
     model = build_flux(catalogue)

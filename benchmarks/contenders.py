@@ -107,7 +107,7 @@ def family_maker(name: str, options: Options) -> Callable[[], Family]:
         import comfy.model_management
         from streamed import Streamed
 
-        from flux_nf4.nf4_loader.kernels import warm_up
+        from flux_nf4.nf4_loader.linear.kernels import warm_up
 
         warm_up(comfy.model_management.get_torch_device())
         return functools.partial(Streamed, files.nf4())

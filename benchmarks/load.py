@@ -32,8 +32,9 @@ from typing import Any
 import torch
 from arguments import ROOT
 from inside_comfyui import import_package
-from memory import resident_bytes
 from timing import seconds
+
+from memory import resident_bytes
 
 Range = tuple[int, int]
 MIB = 2**20
@@ -41,7 +42,7 @@ MIB = 2**20
 
 def ranges_read(path: Path) -> list[Range]:
     """(offset, bytes) of all that the loader reads of the transformer, in file order, neighbours joined."""
-    from flux_nf4.nf4_loader.catalogue import Weight4bit, read_catalogue
+    from flux_nf4.nf4_loader.checkpoint.catalogue import Weight4bit, read_catalogue
 
     catalogue = read_catalogue(path)
     weights = [part for part in catalogue.parts if isinstance(part, Weight4bit)]
@@ -58,7 +59,7 @@ def ranges_read(path: Path) -> list[Range]:
 
 def plain_read(path: Path, ranges: Sequence[Range], buffer: memoryview) -> memoryview:
     """Fill ``buffer`` with ``ranges``, one after the other, with the loader's number of threads and chunk size."""
-    from flux_nf4.nf4_loader.read import CHUNK_BYTES, THREADS
+    from flux_nf4.nf4_loader.checkpoint.read import CHUNK_BYTES, THREADS
 
     chunks, position = [], 0
     for offset, nbytes in ranges:
@@ -96,9 +97,9 @@ def fresh_seconds(call: Callable[[], Any]) -> float:
 def measure_time(path: Path, rounds: int) -> dict[str, float]:
     from streamed import load
 
-    import flux_nf4.loaded
+    import flux_nf4.checkpoints
 
-    loaded: Any = flux_nf4.loaded
+    loaded: Any = flux_nf4.checkpoints
     ranges = ranges_read(path)
     nbytes = sum(size for _, size in ranges)
     written = fresh_memory(nbytes)

@@ -45,9 +45,9 @@ def load_remembered(path: Path) -> tuple[Any, int]:
     """A streamed model without the modulation's weights in its blocks, and how many bytes those are."""
     import comfy.model_management
 
-    from flux_nf4.nf4_loader.catalogue import read_catalogue
-    from flux_nf4.nf4_loader.fill import fill
-    from flux_nf4.nf4_loader.flux import block_groups, build_flux, materialise
+    from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
+    from flux_nf4.nf4_loader.models.fill import fill
+    from flux_nf4.nf4_loader.models.transformers import block_groups, build_flux, materialise
     from flux_nf4.offload.comfyui.patcher import StreamedModelPatcher
     from flux_nf4.offload.comfyui.streaming import attach_streaming
 

@@ -25,8 +25,9 @@ import torch
 from arguments import parse, parser_for
 from cases import Case
 from inside_comfyui import import_package
-from memory import Use, resident_bytes
 from weights import TINY_BLOCKS, Files
+
+from memory import Use, resident_bytes
 
 MIB = 2**20
 SLACK_BYTES = {"device": 64 * MIB, "allocated": MIB, "pinned": 0, "resident": 64 * MIB}

@@ -12,8 +12,8 @@ from contenders import Unavailable
 
 def load(path: Path) -> Any:
     """The transformer of ``path`` as the nodes load it."""
-    from flux_nf4.loaded import load_transformer, streamed
-    from flux_nf4.nf4_loader.catalogue import read_catalogue
+    from flux_nf4.checkpoints import load_transformer, streamed
+    from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
     from flux_nf4.offload.comfyui.streaming import Residency
 
     return streamed(load_transformer(read_catalogue(path)), Residency(), node_id=None)

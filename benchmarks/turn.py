@@ -11,8 +11,9 @@ import torch
 from bus import slow_bus
 from cases import Case
 from contenders import Family, Model
-from memory import Use, Watch, capped, resident_bytes
 from timing import Clock, milliseconds, seconds
+
+from memory import Use, Watch, capped, resident_bytes
 
 
 @dataclass(frozen=True)

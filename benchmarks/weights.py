@@ -96,8 +96,9 @@ class Files:
 
 def dense_tensors(catalogue: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """Every transformer tensor of an NF4 file (its catalogue) by name, dequantised, on the CPU, one after the other."""
-    from flux_nf4.nf4_loader.kernels import dequantise
-    from flux_nf4.nf4_loader.parts import read_dense, read_fused
+    from flux_nf4.nf4_loader.checkpoint.read_parts import read_fused
+    from flux_nf4.nf4_loader.linear.kernels import dequantise
+    from flux_nf4.nf4_loader.saving.dense import read_dense
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, tensor in catalogue.transformer.items():
@@ -112,7 +113,7 @@ def dense_tensors(catalogue: Any, dtype: torch.dtype) -> Iterator[tuple[str, tor
 
 def write_dense(path: Path, nf4: Path, dtype: torch.dtype) -> None:
     """A safetensors file, written tensor by tensor: the whole is more than many a machine's memory."""
-    from flux_nf4.nf4_loader.catalogue import read_catalogue
+    from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
 
     catalogue = read_catalogue(nf4)
     names = {torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
@@ -133,7 +134,7 @@ def write_gguf(path: Path, nf4: Path) -> None:
     """As ComfyUI-GGUF reads it: the blocks' matrices in Q4_0, the rest in fp32."""
     import gguf
 
-    from flux_nf4.nf4_loader.catalogue import read_catalogue
+    from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
 
     writer = gguf.GGUFWriter(path, "flux", use_temp_file=False)
     for name, tensor in dense_tensors(read_catalogue(nf4), torch.bfloat16):

@@ -173,6 +173,7 @@ def _load(family: str, options: Any) -> tuple[Any, Loaded]:
     import torch
     from contenders import family_maker
     from inside_comfyui import has_dynamic_vram
+
     from memory import resident_bytes
 
     make = family_maker(family, options)

@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from arguments import parse, parser_for
 from inside_comfyui import import_package, require_gpu, use_allocator_of_comfyui
-from memory import GIB, Use, Watch, capped
 from timing import Clock
+
+from memory import GIB, Use, Watch, capped
 
 STAGES = ("encode", "sample", "decode")
 
@@ -206,8 +207,8 @@ def main() -> None:
     import comfy.model_management
     import comfy.sd
 
-    from flux_nf4.loaded import load_all_in_one, streamed
-    from flux_nf4.nf4_loader.catalogue import read_catalogue
+    from flux_nf4.checkpoints import load_all_in_one, streamed
+    from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
     from flux_nf4.offload.comfyui.streaming import Residency
 
     with torch.inference_mode():

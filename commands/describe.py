@@ -15,8 +15,7 @@ from pathlib import Path
 import package  # noqa: F401  makes flux_nf4 importable
 import torch
 
-from flux_nf4.file_plan import Wanted, block_sizes, make_plan, other_bytes
-from flux_nf4.nf4_loader.catalogue import (
+from flux_nf4.nf4_loader.checkpoint.catalogue import (
     CLIP_L_PREFIX,
     T5_PREFIX,
     VAE_PREFIX,
@@ -25,8 +24,9 @@ from flux_nf4.nf4_loader.catalogue import (
     read_catalogue,
     require_transformer,
 )
-from flux_nf4.nf4_loader.errors import CheckpointError
+from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
 from flux_nf4.offload.plan import least_device_bytes
+from flux_nf4.page.file_plan import Wanted, block_sizes, make_plan, other_bytes
 
 _MIB, _GIB = 2**20, 2**30
 _DTYPE = torch.bfloat16  # what tensors that are not packed are on a GPU

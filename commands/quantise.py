@@ -14,10 +14,10 @@ from pathlib import Path
 import package  # noqa: F401  makes flux_nf4 importable
 import torch
 
-from flux_nf4.nf4_loader.errors import CheckpointError
-from flux_nf4.nf4_loader.quantise import QuantSettings
-from flux_nf4.nf4_loader.save import layer_patterns, save_quantised
-from flux_nf4.nf4_loader.sources import has_others, sources_of_file
+from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
+from flux_nf4.nf4_loader.saving.quantise import QuantSettings
+from flux_nf4.nf4_loader.saving.save import layer_patterns, save_quantised
+from flux_nf4.nf4_loader.saving.sources import has_others, sources_of_file
 
 
 def main() -> None:

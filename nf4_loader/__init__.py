@@ -1,6 +1,8 @@
 """From a safetensors file to a ComfyUI Flux model whose Linears hold 4-bit weights.
 
-Knows files, bitsandbytes and ComfyUI's model classes; knows nothing of streaming. In the order of use:
+Knows files, bitsandbytes and ComfyUI's model classes; knows nothing of streaming. Four rooms, whose imports go one way:
+``checkpoint`` (what is in a file) <- ``linear`` (how a 4-bit Linear computes) <- ``models`` (ComfyUI's models from a
+catalogue) and ``saving`` (quantise and write). In the order of use:
 
 >>> catalogue = read_catalogue(path)  # the header only; every check on the file
 >>> model = build_flux(catalogue)  # ComfyUI's model on meta tensors, nothing allocated

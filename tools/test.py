@@ -39,7 +39,7 @@ def main() -> None:
     checks = {
         "lint": [*python, "ruff", "check", "."],
         "format": [*python, "ruff", "format", "--check", "."],
-        "types": [*python, "mypy", "-p", "flux_nf4.nf4_loader", "-p", "flux_nf4.offload", "-m", "flux_nf4.routes"],
+        "types": [*python, "mypy", "-p", "flux_nf4.nf4_loader", "-p", "flux_nf4.offload", "-p", "flux_nf4.page"],
         "types of tools": [*python, "mypy", *(str(path) for folder in _TOOLS for path in sorted(folder.glob("*.py")))],
     }
     variables = os.environ | {"MYPYPATH": os.pathsep.join((str(_ALIAS.parent), *map(str, _TOOLS)))}

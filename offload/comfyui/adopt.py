@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .contract import UnknownComfyUIError, require_comfyui
 from .patcher import StreamedModelPatcher
+from .requires import UnknownComfyUIError, require_comfyui
 from .streaming import Residency, attach_streaming
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..streamer import Streamer
 from ..telemetry import ForwardCost
-from .half_pairs import leave_out_half_pairs
+from .lora_reader import leave_out_half_pairs
 from .patching import Extras, Patching
 
 logger = logging.getLogger(__name__)

@@ -8,10 +8,10 @@ import torch
 from make_checkpoint import Recipe, make_checkpoint
 from tiny_flux import HIDDEN, detection_of
 
-from flux_nf4.loaded import load_transformer, streamed
-from flux_nf4.nf4_loader.catalogue import read_catalogue, require_transformer
-from flux_nf4.nf4_loader.fill import fill
-from flux_nf4.nf4_loader.flux import build_flux, materialise
+from flux_nf4.checkpoints import load_transformer, streamed
+from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue, require_transformer
+from flux_nf4.nf4_loader.models.fill import fill
+from flux_nf4.nf4_loader.models.transformers import build_flux, materialise
 from flux_nf4.offload import record
 from flux_nf4.offload.comfyui import patcher as patcher_module
 from flux_nf4.offload.comfyui.patcher import StreamedModelPatcher

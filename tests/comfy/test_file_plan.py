@@ -10,11 +10,11 @@ from make_checkpoint import Recipe, make_checkpoint
 from safetensors.torch import load_file, save_file
 from sparse_checkpoint import make_sparse_checkpoint
 
-from flux_nf4.file_plan import Advice, Measured, Wanted, advise, block_sizes, make_plan, other_bytes, predict_ms
-from flux_nf4.nf4_loader.catalogue import read_catalogue
-from flux_nf4.nf4_loader.flux import block_groups, build_flux
+from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
+from flux_nf4.nf4_loader.models.transformers import block_groups, build_flux
 from flux_nf4.offload.record import layout_of
 from flux_nf4.offload.streamer import Streamer
+from flux_nf4.page.file_plan import Advice, Measured, Wanted, advise, block_sizes, make_plan, other_bytes, predict_ms
 
 GIB = 1 << 30
 

@@ -20,12 +20,12 @@ from packed_tensors import packed_tensors
 from safetensors.torch import load_file, save_file
 from sparse_file import write_sparse
 
-from flux_nf4.file_plan import block_sizes
-from flux_nf4.nf4_loader.catalogue import Weight4bit, read_catalogue, require_all_in_one, require_transformer
-from flux_nf4.nf4_loader.errors import CheckpointError
-from flux_nf4.nf4_loader.flux import build_flux
-from flux_nf4.nf4_loader.linear4bit import Linear4bit
-from flux_nf4.nf4_loader.parts import DenseMemory, PackedMemory, memory_of_fused, read_parts
+from flux_nf4.nf4_loader.checkpoint.catalogue import Weight4bit, read_catalogue, require_all_in_one, require_transformer
+from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
+from flux_nf4.nf4_loader.checkpoint.read_parts import DenseMemory, PackedMemory, memory_of_fused, read_parts
+from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
+from flux_nf4.nf4_loader.models.transformers import build_flux
+from flux_nf4.page.file_plan import block_sizes
 
 FILES = int(os.environ.get("FUZZ_FILES", "400"))
 FIRST = int(os.environ.get("FUZZ_FIRST", "0"))

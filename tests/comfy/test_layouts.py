@@ -14,15 +14,15 @@ from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpo
 from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer
 from safetensors.torch import load_file, save_file
 
-from flux_nf4.file_plan import block_sizes
-from flux_nf4.loaded import load_transformer, streamed
-from flux_nf4.nf4_loader import layouts
-from flux_nf4.nf4_loader.catalogue import read_catalogue
-from flux_nf4.nf4_loader.flux import block_groups
-from flux_nf4.nf4_loader.linear4bit import Linear4bit
-from flux_nf4.nf4_loader.linear_of_parts import LinearOfParts
+from flux_nf4.checkpoints import load_transformer, streamed
+from flux_nf4.nf4_loader.checkpoint import layouts
+from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
+from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
+from flux_nf4.nf4_loader.linear.linear_of_parts import LinearOfParts
+from flux_nf4.nf4_loader.models.transformers import block_groups
 from flux_nf4.offload.comfyui.streaming import Residency
 from flux_nf4.offload.streamer import Streamer
+from flux_nf4.page.file_plan import block_sizes
 
 HIDDEN, DEPTH = 256, 2
 

@@ -14,9 +14,9 @@ from make_checkpoint import Recipe, make_checkpoint
 from there_and_back import Copied, move
 from tiny_flux import HIDDEN
 
-from flux_nf4.loaded import load_transformer, streamed
-from flux_nf4.nf4_loader.catalogue import read_catalogue
-from flux_nf4.nf4_loader.errors import CheckpointError
+from flux_nf4.checkpoints import load_transformer, streamed
+from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
+from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
 from flux_nf4.offload.comfyui.streaming import Residency
 from flux_nf4.offload.host_memory import keep_host_memory
 

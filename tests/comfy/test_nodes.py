@@ -14,11 +14,11 @@ from make_checkpoint import Recipe, make_checkpoint, make_twin
 from safetensors.torch import load_file
 
 from flux_nf4 import nodes
-from flux_nf4.loaded import load_transformer
-from flux_nf4.nf4_loader import kernels
-from flux_nf4.nf4_loader.catalogue import read_catalogue
-from flux_nf4.nf4_loader.errors import CheckpointError
-from flux_nf4.nf4_loader.kernels import dequantise_by_table
+from flux_nf4.checkpoints import load_transformer
+from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
+from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
+from flux_nf4.nf4_loader.linear import kernels
+from flux_nf4.nf4_loader.linear.kernels import dequantise_by_table
 
 OLD_NODE = "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload"
 

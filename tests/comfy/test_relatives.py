@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flux_nf4.nf4_loader.catalogue import read_catalogue, require_transformer
-from flux_nf4.nf4_loader.fill import fill
-from flux_nf4.nf4_loader.flux import build_flux, materialise
-from flux_nf4.nf4_loader.linear4bit import Linear4bit
-from flux_nf4.nf4_loader.quantise import QuantSettings, quantise
+from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue, require_transformer
+from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
+from flux_nf4.nf4_loader.models.fill import fill
+from flux_nf4.nf4_loader.models.transformers import build_flux, materialise
+from flux_nf4.nf4_loader.saving.quantise import QuantSettings, quantise
 
 COMMON = {
     "context_in_dim": 64,

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from sparse_checkpoint import make_sparse_checkpoint
 
-from flux_nf4 import routes
-from flux_nf4.file_plan import Measured, Wanted
+from flux_nf4.page import routes
+from flux_nf4.page.file_plan import Measured, Wanted
 
 MEASURED = Measured(link_gbps=12.0, compute_ms=3.0)
 

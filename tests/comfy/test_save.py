@@ -32,12 +32,12 @@ from saved_files import HIDDEN, SHAPES, WEIGHTS, check, dequantised, requantised
 from scaled_fp8 import load_scaled_fp8
 
 from flux_nf4 import nodes
-from flux_nf4.nf4_loader import layouts
-from flux_nf4.nf4_loader.errors import CheckpointError
-from flux_nf4.nf4_loader.model_sources import sources_of_model
-from flux_nf4.nf4_loader.quantise import QuantSettings
-from flux_nf4.nf4_loader.save import save_quantised
-from flux_nf4.nf4_loader.sources import sources_of_file
+from flux_nf4.nf4_loader.checkpoint import layouts
+from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
+from flux_nf4.nf4_loader.saving.model_sources import sources_of_model
+from flux_nf4.nf4_loader.saving.quantise import QuantSettings
+from flux_nf4.nf4_loader.saving.save import save_quantised
+from flux_nf4.nf4_loader.saving.sources import sources_of_file
 
 V2 = QuantSettings()
 

@@ -19,14 +19,15 @@ from sparse_file import write_sparse
 from there_and_back import Copied, move
 from transformers import BitsAndBytesConfig, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from flux_nf4.loaded import load_all_in_one
-from flux_nf4.nf4_loader import flux, text_encoders
-from flux_nf4.nf4_loader.catalogue import read_catalogue, require_all_in_one
-from flux_nf4.nf4_loader.errors import CheckpointError
-from flux_nf4.nf4_loader.linear4bit import Linear4bit
-from flux_nf4.nf4_loader.model_sources import sources_of_encoders
-from flux_nf4.nf4_loader.parts import TORCH_DTYPES
-from flux_nf4.nf4_loader.text_encoders import load_dual_clip
+from flux_nf4.checkpoints import load_all_in_one
+from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue, require_all_in_one
+from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
+from flux_nf4.nf4_loader.checkpoint.read_parts import TORCH_DTYPES
+from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
+from flux_nf4.nf4_loader.models import text_encoders
+from flux_nf4.nf4_loader.models import transformers as flux
+from flux_nf4.nf4_loader.models.text_encoders import load_dual_clip
+from flux_nf4.nf4_loader.saving.model_sources import sources_of_encoders
 from flux_nf4.nodes import NODE_CLASS_MAPPINGS
 
 CPU = torch.device("cpu")

@@ -15,11 +15,11 @@ from make_checkpoint import Recipe, make_checkpoint, quantised
 from packed_tensors import packed_tensors
 from sparse_file import write_sparse
 
-from flux_nf4.nf4_loader.catalogue import Weight4bit, read_catalogue
-from flux_nf4.nf4_loader.errors import CheckpointError
-from flux_nf4.nf4_loader.fill import fill
-from flux_nf4.nf4_loader.flux import build_flux, load_clip_and_vae, materialise
-from flux_nf4.nf4_loader.linear4bit import Linear4bit
+from flux_nf4.nf4_loader.checkpoint.catalogue import Weight4bit, read_catalogue
+from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
+from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
+from flux_nf4.nf4_loader.models.fill import fill
+from flux_nf4.nf4_loader.models.transformers import build_flux, load_clip_and_vae, materialise
 
 PREFIX = "model.diffusion_model."
 

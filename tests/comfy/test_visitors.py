@@ -4,7 +4,7 @@ import comfy.model_patcher
 import pytest
 import torch
 
-from flux_nf4.offload.comfyui.visitors import leave_unpinned, leave_without_copies
+from flux_nf4.offload.comfyui.encoders import leave_unpinned, leave_without_copies
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 

@@ -10,7 +10,7 @@ import pytest
 def interpreted():
     """`patched_weight`, with its kernel interpreted."""
     pytest.importorskip("triton")
-    from flux_nf4.nf4_loader import patched_weight, patched_weight_kernel
+    from flux_nf4.nf4_loader.linear import patched_weight, patched_weight_kernel
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from flux_nf4.nf4_loader.quant_state import CODES
+from flux_nf4.nf4_loader.checkpoint.quant_state import CODES
 
 
 def packed_tensors(name, shape, quant_type, blocksize):

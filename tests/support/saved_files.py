@@ -6,7 +6,7 @@ import torch
 from bitsandbytes import functional as bnb
 from bitsandbytes.nn import Params4bit
 
-from flux_nf4.nf4_loader.quantise import QuantSettings
+from flux_nf4.nf4_loader.saving.quantise import QuantSettings
 
 HIDDEN = 256
 SHAPES = layout.flux(1, 1, guidance=True, hidden=HIDDEN)

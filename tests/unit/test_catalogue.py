@@ -8,15 +8,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flux_nf4.nf4_loader.catalogue import (
+from flux_nf4.nf4_loader.checkpoint.catalogue import (
     TransformerTensor,
     Weight4bit,
     read_catalogue,
     require_all_in_one,
     require_transformer,
 )
-from flux_nf4.nf4_loader.errors import CheckpointError
-from flux_nf4.nf4_loader.quant_state import NestedAbsmax, QuantState
+from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
+from flux_nf4.nf4_loader.checkpoint.quant_state import NestedAbsmax, QuantState
 
 QKV = "double_blocks.0.img_attn.qkv.weight"
 LINEARS = {

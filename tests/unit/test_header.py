@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import _TYPES, save_file
 
-from flux_nf4.nf4_loader.errors import CheckpointError
-from flux_nf4.nf4_loader.header import BITS, MAX_HEADER_BYTES, natural_key, read_header
+from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
+from flux_nf4.nf4_loader.checkpoint.header import BITS, MAX_HEADER_BYTES, natural_key, read_header
 
 DTYPE_NAMES = {dtype: name for name, dtype in _TYPES.items()}
 

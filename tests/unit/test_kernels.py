@@ -9,8 +9,8 @@ import pytest
 import torch
 from bitsandbytes import functional as bnb
 
-from flux_nf4.nf4_loader import kernels
-from flux_nf4.nf4_loader.quant_state import BLOCKSIZES, CODES, NestedAbsmax, NestedTables
+from flux_nf4.nf4_loader.checkpoint.quant_state import BLOCKSIZES, CODES, NestedAbsmax, NestedTables
+from flux_nf4.nf4_loader.linear import kernels
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -254,7 +254,8 @@ package.__path__ = [sys.argv[1]]
 sys.modules["flux_nf4"] = package
 
 import torch
-from flux_nf4.nf4_loader import catalogue, header, kernels, linear4bit, quant_state, read
+from flux_nf4.nf4_loader.checkpoint import catalogue, header, quant_state, read
+from flux_nf4.nf4_loader.linear import kernels, linear4bit
 
 assert "bitsandbytes" not in sys.modules, "imported before anything was dequantised"
 linear = linear4bit.Linear4bit((4, 64), "nf4", 64, bias=False, dtype=torch.float32)

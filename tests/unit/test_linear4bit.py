@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from flux_nf4.nf4_loader import kernels
-from flux_nf4.nf4_loader.linear4bit import Linear4bit
-from flux_nf4.nf4_loader.quant_state import NestedAbsmax
+from flux_nf4.nf4_loader.checkpoint.quant_state import NestedAbsmax
+from flux_nf4.nf4_loader.linear import kernels
+from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHAPE = (48, 128)

@@ -7,8 +7,8 @@ import torch
 from interpreted_kernel import interpreted
 from own_python import run_script
 
-from flux_nf4.nf4_loader import kernels, patched_weight
-from flux_nf4.nf4_loader.patched_weight import Patch
+from flux_nf4.nf4_loader.linear import kernels, patched_weight
+from flux_nf4.nf4_loader.linear.patched_weight import Patch
 
 SHAPE = (48, 128)
 NEW = (torch.device("meta"), torch.bfloat16)
@@ -67,7 +67,7 @@ def test_it_compiles_for_gpus_of(capability, dtype, tmp_path, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from flux_nf4.nf4_loader.patched_weight_kernel import kernel
+    from flux_nf4.nf4_loader.linear.patched_weight_kernel import kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     sizes = {"RANKS": 12, "BLOCK_BYTES": 32, "ROWS": 16, "BYTES": 32, "MOST": 16}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from bitsandbytes import functional as bnb
 
-from flux_nf4.nf4_loader.quant_state import (
+from flux_nf4.nf4_loader.checkpoint.quant_state import (
     BLOCKSIZES,
     CODES,
     NestedAbsmax,

@@ -5,8 +5,8 @@ import torch
 from bitsandbytes import functional as bnb
 from bitsandbytes.nn import Params4bit
 
-from flux_nf4.nf4_loader import quantise as module
-from flux_nf4.nf4_loader.quantise import QuantSettings, quantise
+from flux_nf4.nf4_loader.saving import quantise as module
+from flux_nf4.nf4_loader.saving.quantise import QuantSettings, quantise
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from flux_nf4.nf4_loader import read
-from flux_nf4.nf4_loader.errors import CheckpointError
-from flux_nf4.nf4_loader.read import FileSlice, read_slices, read_small
+from flux_nf4.nf4_loader.checkpoint import read
+from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
+from flux_nf4.nf4_loader.checkpoint.read import FileSlice, read_slices, read_small
 
 CHUNK = 64
 

@@ -7,8 +7,8 @@ import signal
 
 import pytest
 
-from flux_nf4.nf4_loader import whole_file as module
-from flux_nf4.nf4_loader.whole_file import PARTIAL_SUFFIX, remove_abandoned, whole_file
+from flux_nf4.nf4_loader.saving import atomic_file as module
+from flux_nf4.nf4_loader.saving.atomic_file import PARTIAL_SUFFIX, remove_abandoned, whole_file
 
 
 def names(folder):

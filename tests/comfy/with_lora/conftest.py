@@ -10,7 +10,7 @@ import pytest
 import torch
 from make_checkpoint import Recipe, make_checkpoint, make_twin
 
-from flux_nf4.nf4_loader import patched_linear
+from flux_nf4.nf4_loader.linear import patched_linear
 
 RECIPE = Recipe(double_blocks=2, single_blocks=3, hidden=256, unet_only=True)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from comfy.weight_adapter import LoRAAdapter
 
-from flux_nf4.offload.comfyui.half_pairs import leave_out_half_pairs
+from flux_nf4.offload.comfyui.lora_reader import leave_out_half_pairs
 
 BAD = "diffusion_model.double_blocks.0.img_mlp.0"
 SHAPE = (1024, 256)

@@ -19,8 +19,8 @@ from comfy_extras import nodes_edit_model, nodes_slg
 from make_checkpoint import Recipe, make_checkpoint
 
 import nodes
-from flux_nf4.loaded import load_transformer, streamed
-from flux_nf4.nf4_loader.catalogue import read_catalogue
+from flux_nf4.checkpoints import load_transformer, streamed
+from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
 from flux_nf4.offload.comfyui.streaming import Residency
 
 HOST = torch.device("cpu")

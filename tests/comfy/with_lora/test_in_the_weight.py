@@ -6,9 +6,9 @@ from comfy.weight_adapter import LoRAAdapter
 from interpreted_kernel import interpreted
 from torch import nn
 
-from flux_nf4.nf4_loader import patched_weight
-from flux_nf4.nf4_loader.patched_linear import PatchedLinear4bit, PatchedLinearOfParts
-from flux_nf4.nf4_loader.quant_state import NestedAbsmax, QuantState
+from flux_nf4.nf4_loader.checkpoint.quant_state import NestedAbsmax, QuantState
+from flux_nf4.nf4_loader.linear import patched_weight
+from flux_nf4.nf4_loader.linear.patched_linear import PatchedLinear4bit, PatchedLinearOfParts
 
 SHAPE = OUT, IN = 96, 128
 

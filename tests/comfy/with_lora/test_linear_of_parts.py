@@ -5,8 +5,8 @@ import torch
 from comfy.weight_adapter import LoRAAdapter
 from torch.nn.functional import linear
 
-from flux_nf4.nf4_loader.patched_linear import PatchedLinearOfParts
-from flux_nf4.nf4_loader.quant_state import QuantState
+from flux_nf4.nf4_loader.checkpoint.quant_state import QuantState
+from flux_nf4.nf4_loader.linear.patched_linear import PatchedLinearOfParts
 from flux_nf4.offload.comfyui.patching import Patching
 
 OUT, IN, RANK = 96, 128, 4

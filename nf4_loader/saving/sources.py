@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from . import layouts
-from .catalogue import COMPANIONS, SCALES, Catalogue, TransformerTensor, read_catalogue
-from .errors import CheckpointError
-from .header import TensorEntry
-from .identify import of_another_kind, what_else_it_is
-from .parts import TORCH_DTYPES, read_dense
+from ..checkpoint import layouts
+from ..checkpoint.catalogue import COMPANIONS, SCALES, Catalogue, TransformerTensor, read_catalogue
+from ..checkpoint.errors import CheckpointError
+from ..checkpoint.header import TensorEntry
+from ..checkpoint.identify import of_another_kind, what_else_it_is
+from ..checkpoint.read_parts import TORCH_DTYPES
+from .dense import read_dense
 from .save import Source
 
 

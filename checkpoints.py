@@ -17,16 +17,16 @@ import folder_paths
 import psutil
 import torch
 
-from .nf4_loader.catalogue import Catalogue
-from .nf4_loader.errors import CheckpointError
-from .nf4_loader.fill import fill
-from .nf4_loader.flux import block_groups, build_flux, load_clip_and_vae, materialise
-from .nf4_loader.kernels import warm_up
-from .nf4_loader.mapped import Mapped, map_packed
-from .offload.comfyui.contract import require_comfyui
+from .nf4_loader.checkpoint.catalogue import Catalogue
+from .nf4_loader.checkpoint.errors import CheckpointError
+from .nf4_loader.linear.kernels import warm_up
+from .nf4_loader.models.fill import fill
+from .nf4_loader.models.mapped import Mapped, map_packed
+from .nf4_loader.models.transformers import block_groups, build_flux, load_clip_and_vae, materialise
+from .offload.comfyui.encoders import leave_unpinned, leave_without_copies
 from .offload.comfyui.patcher import StreamedModelPatcher
+from .offload.comfyui.requires import require_comfyui
 from .offload.comfyui.streaming import Residency, attach_streaming
-from .offload.comfyui.visitors import leave_unpinned, leave_without_copies
 from .offload.host_memory import give_back_host_memory
 
 logger = logging.getLogger(__name__)

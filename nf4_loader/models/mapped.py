@@ -7,11 +7,11 @@ from pathlib import Path
 import comfy.model_base
 import torch
 
-from .catalogue import Catalogue
-from .errors import CheckpointError
-from .flux import block_groups, model_names
-from .linear4bit import Linear4bit
-from .linear_of_parts import LinearOfParts
+from ..checkpoint.catalogue import Catalogue
+from ..checkpoint.errors import CheckpointError
+from ..linear.linear4bit import Linear4bit
+from ..linear.linear_of_parts import LinearOfParts
+from .transformers import block_groups, model_names
 
 Mapped = dict[torch.nn.Module, dict[str, torch.Tensor]]
 """Tensors by their module, then by the name of its buffer."""

@@ -21,13 +21,13 @@ import folder_paths
 import torch
 from aiohttp import web
 
+from ..nf4_loader.checkpoint.catalogue import read_catalogue, require_all_in_one, require_transformer
+from ..nf4_loader.checkpoint.errors import CheckpointError
+from ..nodes import NODE_CLASS_MAPPINGS
+from ..offload.comfyui.patcher import StreamedModelPatcher
+from ..offload.comfyui.streaming import StreamingReport, observers
+from ..offload.plan import BlockSize, least_device_bytes
 from .file_plan import Advice, Measured, Wanted, advise, block_sizes, make_plan, other_bytes, predict_ms
-from .nf4_loader.catalogue import read_catalogue, require_all_in_one, require_transformer
-from .nf4_loader.errors import CheckpointError
-from .nodes import NODE_CLASS_MAPPINGS
-from .offload.comfyui.patcher import StreamedModelPatcher
-from .offload.comfyui.streaming import StreamingReport, observers
-from .offload.plan import BlockSize, least_device_bytes
 
 EVENT = "flux_nf4.report"
 

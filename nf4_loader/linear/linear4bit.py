@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..checkpoint.quant_state import NestedAbsmax, NestedTables, QuantType
 from . import kernels
-from .quant_state import NestedAbsmax, NestedTables, QuantType
 
 _READ_ONLY = "a 4-bit weight cannot be written to; patch a dequantised copy instead"
 

@@ -13,12 +13,12 @@ import comfy.sd
 import torch
 from torch import nn
 
-from .catalogue import TEXT_ENCODERS_PREFIX, Catalogue, TransformerTensor, Weight4bit
-from .errors import CheckpointError
-from .header import natural_key
-from .linear4bit import Linear4bit
-from .parts import read_entries
-from .patched_linear import PatchedLinear4bit, PatchedLinearOfParts
+from ..checkpoint.catalogue import TEXT_ENCODERS_PREFIX, Catalogue, TransformerTensor, Weight4bit
+from ..checkpoint.errors import CheckpointError
+from ..checkpoint.header import natural_key
+from ..checkpoint.read_parts import read_entries
+from ..linear.linear4bit import Linear4bit
+from ..linear.patched_linear import PatchedLinear4bit, PatchedLinearOfParts
 from .text_encoders import adopt_4bit, options_for, read_encoders, require_computable
 
 logger = logging.getLogger(__name__)

@@ -15,13 +15,13 @@ from typing import Any, BinaryIO
 
 import torch
 
-from .catalogue import TransformerTensor, Weight4bit
-from .errors import CheckpointError
-from .header import TensorEntry, read_header
-from .parts import CPU, TORCH_DTYPES, read_fused
-from .quant_state import QuantState
+from ..checkpoint.catalogue import TransformerTensor, Weight4bit
+from ..checkpoint.errors import CheckpointError
+from ..checkpoint.header import TensorEntry, read_header
+from ..checkpoint.quant_state import QuantState
+from ..checkpoint.read_parts import CPU, TORCH_DTYPES, read_fused
+from .atomic_file import remove_abandoned, whole_file
 from .quantise import QuantSettings, described, quantise
-from .whole_file import remove_abandoned, whole_file
 
 logger = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from . import layouts
-from .catalogue import COMPANIONS, Catalogue
-from .errors import CheckpointError
-from .header import TensorEntry
-from .linear4bit import Linear4bit
-from .parts import TORCH_DTYPES
+from ..checkpoint import layouts
+from ..checkpoint.catalogue import COMPANIONS, Catalogue
+from ..checkpoint.errors import CheckpointError
+from ..checkpoint.header import TensorEntry
+from ..checkpoint.read_parts import TORCH_DTYPES
+from ..linear.linear4bit import Linear4bit
 from .save import Source
 from .sources import dequantised_gguf, sources_of_catalogue, sources_of_entries
 

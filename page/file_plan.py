@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .nf4_loader.catalogue import Catalogue, TransformerTensor
-from .nf4_loader.header import TensorEntry
-from .offload.plan import BlockSize, ResidencyPlan, plan_by_budget, predict_stall_ms
-from .offload.record import Field, layout_from
+from ..nf4_loader.checkpoint.catalogue import Catalogue, TransformerTensor
+from ..nf4_loader.checkpoint.header import TensorEntry
+from ..offload.plan import BlockSize, ResidencyPlan, plan_by_budget, predict_stall_ms
+from ..offload.record import Field, layout_from
 
 _BLOCK = re.compile(r"(?P<kind>double|single)_blocks\.(?P<index>\d+)\.(?P<module>.+)\.(?P<name>\w+)$")
 

@@ -10,8 +10,8 @@ from typing import Protocol
 
 import torch
 
-from .errors import is_out_of_memory
-from .quant_state import CODES, NESTED_BLOCKSIZE, NESTED_MAP, NestedAbsmax, NestedTables, QuantType
+from ...memory import is_out_of_memory
+from ..checkpoint.quant_state import CODES, NESTED_BLOCKSIZE, NESTED_MAP, NestedAbsmax, NestedTables, QuantType
 
 logger = logging.getLogger(__name__)
 

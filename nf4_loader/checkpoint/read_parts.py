@@ -3,12 +3,10 @@
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 from safetensors import safe_open
 
-from . import kernels
 from .catalogue import TransformerTensor, Weight4bit
 from .errors import CheckpointError
 from .header import TensorEntry
@@ -104,31 +102,6 @@ def memory_of_fused(
         yield PackedMemory(weight, own_packed, own_absmax, own)
 
 
-def read_dense(
-    tensor: TransformerTensor,
-    dtype: torch.dtype | None = None,
-    device: torch.device = CPU,
-    scales: Mapping[str, TensorEntry] = MappingProxyType({}),
-) -> torch.Tensor:
-    """The values of a tensor, dequantised where they are packed.
-
-    They go to the device as they are stored, which is the smallest that they ever are, and are converted there.
-
-    Args:
-        tensor: Of a file.
-        dtype: Of the result; None for the file's own, which for packed weights is bf16.
-        device: Where the result is to be.
-        scales: By the names of parts, numbers that they are to be multiplied by: one, or one a row.
-    """
-    if tensor.weights4bit and dtype is None:
-        dtype = torch.bfloat16
-    parts = [_read_part(part, dtype, device, scales.get(part.name)) for part in tensor.parts]
-    values = torch.cat(parts) if len(parts) > 1 else parts[0]
-    if tensor.halves_swapped:
-        swap_halves(values)
-    return values
-
-
 def read_entries(entries: Collection[TensorEntry]) -> dict[str, torch.Tensor]:
     """Tensors of any dtype and of any number of files, by their names, as safetensors maps them."""
     tensors: dict[str, torch.Tensor] = {}
@@ -136,21 +109,6 @@ def read_entries(entries: Collection[TensorEntry]) -> dict[str, torch.Tensor]:
         with safe_open(path, framework="pt") as file:
             tensors |= {entry.name: file.get_tensor(entry.name) for entry in entries if entry.path == path}
     return tensors
-
-
-def _read_part(
-    part: Weight4bit | TensorEntry, dtype: torch.dtype | None, device: torch.device, scale: TensorEntry | None
-) -> torch.Tensor:
-    if scale is not None:
-        values = _read_part(part, torch.float32, device, None)
-        return values.mul_(_read_part(scale, torch.float32, device, None).view(-1, 1)).to(dtype)
-    if isinstance(part, TensorEntry):
-        values = torch.empty(part.shape, dtype=torch_dtype(part))
-        read_parts([DenseMemory(part, values)], lambda _: None)
-        return values.to(device).to(dtype)
-    state = part.state
-    packed, absmax = (memory.to(device) for memory in read_fused(TransformerTensor((part,))))
-    return kernels.dequantise(packed, absmax, state.shape, state.blocksize, state.quant_type, dtype or torch.bfloat16)
 
 
 def swap_halves(tensor: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The one exception that leaves this package, and one that must not be taken for another."""
+"""The one exception that leaves this package."""
 
 from pathlib import Path
 
@@ -11,8 +11,3 @@ class CheckpointError(Exception):
 
     def __init__(self, path: Path, problem: str) -> None:
         super().__init__(f"{path.name or path.resolve().name}: {problem}")
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether there was too little memory on a device: not every backend raises torch's own class for that."""
-    return "out of memory" in str(error).lower()

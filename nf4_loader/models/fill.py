@@ -6,12 +6,12 @@ from dataclasses import replace
 import comfy.model_base
 import torch
 
-from .catalogue import Catalogue, TransformerTensor
-from .flux import model_names
-from .header import TensorEntry
-from .linear4bit import Linear4bit
-from .linear_of_parts import LinearOfParts
-from .parts import DenseMemory, PackedMemory, memory_of_fused, read_parts, swap_halves
+from ..checkpoint.catalogue import Catalogue, TransformerTensor
+from ..checkpoint.header import TensorEntry
+from ..checkpoint.read_parts import DenseMemory, PackedMemory, memory_of_fused, read_parts, swap_halves
+from ..linear.linear4bit import Linear4bit
+from ..linear.linear_of_parts import LinearOfParts
+from .transformers import model_names
 
 
 def fill(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .quant_state import NESTED_BLOCKSIZE, QuantType
+from ..checkpoint.quant_state import NESTED_BLOCKSIZE, QuantType
 
 _CHUNK = 1 << 20
 """Elements that a CPU quantises at once: whole blocks of any blocksize, each of which stands for itself. Small, so that

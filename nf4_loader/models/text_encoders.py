@@ -12,14 +12,14 @@ import comfy.utils
 import torch
 from torch import nn
 
-from . import kernels
-from .catalogue import COMPANIONS, TransformerTensor, Weight4bit, group_4bit
-from .errors import CheckpointError
-from .header import Header, TensorEntry
-from .identify import of_another_kind
-from .linear4bit import Linear4bit
-from .parts import PackedMemory, memory_of_fused, read_entries, read_parts
-from .shards import read_checkpoint_header
+from ..checkpoint.catalogue import COMPANIONS, TransformerTensor, Weight4bit, group_4bit
+from ..checkpoint.errors import CheckpointError
+from ..checkpoint.header import Header, TensorEntry
+from ..checkpoint.identify import of_another_kind
+from ..checkpoint.read_parts import PackedMemory, memory_of_fused, read_entries, read_parts
+from ..checkpoint.shards import read_checkpoint_header
+from ..linear import kernels
+from ..linear.linear4bit import Linear4bit
 
 _MARKS = {
     "t5xxl": re.compile(r"encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.q\.weight$"),

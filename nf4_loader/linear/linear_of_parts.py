@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from ..checkpoint.quant_state import QuantState
 from . import kernels
 from .linear4bit import Linear4bit
-from .quant_state import QuantState
 
 
 class LinearOfParts(Linear4bit):

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .errors import is_out_of_memory
+from ...memory import is_out_of_memory
+from ..checkpoint.quant_state import QuantType
 from .kernels import code_table, dequantise_by_table
-from .quant_state import QuantType
 
 try:
     from .patched_weight_kernel import kernel
