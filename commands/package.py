@@ -1,4 +1,8 @@
-"""Makes this package importable as ``flux_nf4`` for the commands in this folder, whatever its folder is called."""
+"""Makes this package importable as ``flux_nf4``, whatever its folder is called, for whoever imports this module.
+
+In ComfyUI its name is the folder's. What runs outside of ComfyUI (commands, tests, tools, benchmarks) needs a name that
+it can write down: it puts this folder on ``sys.path`` and says ``import package``.
+"""
 
 import importlib.util
 import sys

@@ -1,11 +1,11 @@
 """Makes this package importable as ``flux_nf4``, whatever its folder is called, and ComfyUI as ComfyUI sees itself.
 
-``COMFYUI_PATH`` names the ComfyUI tree. The tests in ``unit`` need none.
+``COMFYUI_PATH`` names the ComfyUI tree. The tests in ``unit`` need none. ComfyUI is on the CPU, unless only tests in
+``gpu`` are asked for.
 """
 
 import os
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -15,21 +15,23 @@ ROOT = Path(__file__).parent.parent
 COMFYUI_PATH = os.environ.get("COMFYUI_PATH")
 
 
-def _alias_package() -> None:
-    package = types.ModuleType("flux_nf4")
-    package.__path__ = [str(ROOT)]
-    sys.modules["flux_nf4"] = package
-
-
 def _enter_comfyui(tree: str) -> None:
     sys.path.insert(0, tree)
-    arguments, sys.argv = sys.argv, ["comfyui", "--cpu"]
+    is_for_gpu = _only_gpu_tests_are_asked_for(sys.argv[1:]) and torch.cuda.is_available()
+    arguments, sys.argv = sys.argv, ["comfyui", *([] if is_for_gpu else ["--cpu"])]
     import comfy.options
 
     comfy.options.enable_args_parsing()
     import comfy.cli_args  # reads sys.argv once
 
     sys.argv = arguments
+
+
+def _only_gpu_tests_are_asked_for(arguments: list[str]) -> bool:
+    """ComfyUI picks its device when it is imported, before pytest has told any conftest what it will run."""
+    given = [Path(argument.split("::")[0]).resolve() for argument in arguments]
+    tests = [path for path in given if path.is_relative_to(ROOT / "tests") and path.exists()]
+    return bool(tests) and all(path.is_relative_to(ROOT / "tests" / "gpu") for path in tests)
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +51,8 @@ def comfyui():
 
 
 sys.path[:0] = [str(ROOT / folder) for folder in ("tools", "commands", "benchmarks", "tests/support")]
-_alias_package()
+
+import package  # noqa: E402, F401
+
 if COMFYUI_PATH:
     _enter_comfyui(COMFYUI_PATH)
