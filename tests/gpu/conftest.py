@@ -72,8 +72,8 @@ def other_tiny(load_recipe):
 
 @pytest.fixture(scope="session")
 def wide(load_recipe):
-    """Hidden size 3072, as Flux has: kernels and copies of the real size, at 512x512."""
-    return load_recipe(WIDE, latent_side=64, staging_bytes=160 << 20)
+    """Hidden size 3072, as Flux has: kernels and copies of the real size, at 1024x1024."""
+    return load_recipe(WIDE, latent_side=128, staging_bytes=160 << 20)
 
 
 @pytest.fixture(params=["tiny", "wide"])
