@@ -17,6 +17,7 @@ import folder_paths
 import psutil
 import torch
 
+from .memory import GIB
 from .nf4_loader.checkpoint.catalogue import Catalogue
 from .nf4_loader.checkpoint.errors import CheckpointError
 from .nf4_loader.linear.kernels import warm_up
@@ -32,7 +33,6 @@ from .offload.host_memory import give_back_host_memory
 logger = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
-_GIB = 1024**3
 
 Key = frozenset[tuple[str, int, int]]
 """Name, time of change in ns and size in bytes of each file that a checkpoint has."""
@@ -120,7 +120,7 @@ def _read(model: comfy.model_base.BaseModel, catalogue: Catalogue, mapped: Mappe
     materialise(model.diffusion_model)
     left = _bytes_of(mapped)
     progress = comfy.utils.ProgressBar(catalogue.transformer_bytes - left)
-    in_ram = (catalogue.transformer_ram - left) / _GIB
+    in_ram = (catalogue.transformer_ram - left) / GIB
     logger.info("NF4: reading the transformer of %s, %.2f GiB", catalogue.path.name, in_ram)
     device = comfy.model_management.get_torch_device()
     warming_up = Thread(target=warm_up, args=(device,))
@@ -154,7 +154,7 @@ def _mapped_where_ram_is_short(
     if rest > free + psutil.swap_memory().free:
         raise CheckpointError(
             catalogue.path,
-            f"loading it takes {rest / _GIB:.2f} GiB of RAM; {free / _GIB:.2f} GiB are free, and swap does not make up "
+            f"loading it takes {rest / GIB:.2f} GiB of RAM; {free / GIB:.2f} GiB are free, and swap does not make up "
             "for it. Close other programs, free ComfyUI's models (Manager: Unload Models), or enlarge the swap or page "
             "file.",
         )
@@ -164,9 +164,9 @@ def _mapped_where_ram_is_short(
             "are read from there in every step. That is as slow as the disk where the system has no RAM left to keep "
             "them. Close other programs, or keep more blocks in VRAM.",
             catalogue.path.name,
-            needed / _GIB,
-            free / _GIB,
-            _bytes_of(mapped) / _GIB,
+            needed / GIB,
+            free / GIB,
+            _bytes_of(mapped) / GIB,
         )
     return mapped
 

@@ -1,4 +1,4 @@
-"""Prints what a Flux file is: layout, variant, quantisation, sizes, what is missing, and the plan for a VRAM budget.
+"""Prints what a 4-bit file is: layout, model, quantisation, sizes, what is missing, and the plan for a VRAM budget.
 
     python commands/describe.py flux1-dev-bnb-nf4-v2.safetensors
     python commands/describe.py ~/models/FLUX.1-dev-bnb-4bit/transformer --budget 4
@@ -15,6 +15,8 @@ from pathlib import Path
 import package  # noqa: F401  makes flux_nf4 importable
 import torch
 
+from flux_nf4.families import Found
+from flux_nf4.memory import GIB, MIB
 from flux_nf4.nf4_loader.checkpoint.catalogue import (
     CLIP_L_PREFIX,
     T5_PREFIX,
@@ -22,15 +24,14 @@ from flux_nf4.nf4_loader.checkpoint.catalogue import (
     Catalogue,
     Weight4bit,
     read_catalogue,
-    require_transformer,
 )
 from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
+from flux_nf4.nf4_loader.checkpoint.quant_state import QUANT_STATE
+from flux_nf4.nf4_loader.checkpoint.require import require_transformer
 from flux_nf4.offload.plan import least_device_bytes
 from flux_nf4.page.file_plan import Wanted, block_sizes, make_plan, other_bytes
 
-_MIB, _GIB = 2**20, 2**30
 _DTYPE = torch.bfloat16  # what tensors that are not packed are on a GPU
-_INPUT_CHANNELS = {64: "", 128: " (Canny or Depth)", 384: " (Fill)"}
 
 
 def main() -> None:
@@ -54,18 +55,18 @@ def main() -> None:
 
 def describe(catalogue: Catalogue) -> Iterator[str]:
     """One line a fact."""
+    assert catalogue.found is not None, "`require_transformer` has checked it"
     sizes = block_sizes(catalogue, _DTYPE)
-    shapes = catalogue.logical_shapes
     counts = Counter(size.kind for size in sizes)
     files = {entry.path for entry in catalogue.header.tensors.values()}
-    yield f"layout        {catalogue.layout}, {'1 file' if len(files) == 1 else f'{len(files)} files'}"
-    yield f"model         {_model(shapes)}"
-    yield f"blocks        {counts['double']} double, {counts['single']} single"
+    yield f"layout        {catalogue.found.layout.name}, {'1 file' if len(files) == 1 else f'{len(files)} files'}"
+    yield f"model         {_model(catalogue.found, catalogue.logical_shapes)}"
+    yield f"blocks        {', '.join(f'{counts[kind]} {kind}' for kind in catalogue.found.family.kinds)}"
     for kind in counts:
-        yield f"  {kind:<12}{_range([size.nbytes / _MIB for size in sizes if size.kind == kind])} MiB each"
+        yield f"  {kind:<12}{_range([size.nbytes / MIB for size in sizes if size.kind == kind])} MiB each"
     for kind, count in Counter(map(_kind, catalogue.parts)).most_common():
         yield f"  {count:<12}{kind}"
-    ram, disk = catalogue.transformer_ram / _GIB, catalogue.transformer_bytes / _GIB
+    ram, disk = catalogue.transformer_ram / GIB, catalogue.transformer_bytes / GIB
     yield f"transformer   {ram:.2f} GiB in RAM ({disk:.2f} on disk)"
     for part, prefix in (("CLIP-L", CLIP_L_PREFIX), ("T5-XXL", T5_PREFIX), ("VAE", VAE_PREFIX)):
         yield f"{part:<14}{_summary(catalogue, prefix)}"
@@ -73,14 +74,8 @@ def describe(catalogue: Catalogue) -> Iterator[str]:
         yield f"{key:<14}{value}"
 
 
-def _model(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    if any(name.startswith("distilled_guidance_layer.") for name in shapes):
-        return "Chroma"
-    if "double_stream_modulation_img.lin.weight" in shapes:
-        return "Flux 2"
-    inputs = shapes.get("img_in.weight", (0, 0))[1]
-    guidance = "dev" if "guidance_in.in_layer.weight" in shapes else "schnell"
-    return f"Flux.1 {guidance}{_INPUT_CHANNELS.get(inputs, f' ({inputs} input channels)')}"
+def _model(found: Found, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return f"{found.family.name} {found.family.variant(shapes)}".rstrip()
 
 
 def _range(values: list[float]) -> str:
@@ -94,8 +89,8 @@ def _summary(catalogue: Catalogue, prefix: str) -> str:
     if not entries:
         return "not in the file"
     ((dtype, _),) = Counter(entry.dtype for entry in entries).most_common(1)
-    is_4bit = any(".quant_state.bitsandbytes__" in entry.name for entry in entries)
-    return f"{sum(entry.nbytes for entry in entries) / _GIB:.2f} GiB, {'4-bit' if is_4bit else dtype}"
+    is_4bit = any(QUANT_STATE in entry.name for entry in entries)
+    return f"{sum(entry.nbytes for entry in entries) / GIB:.2f} GiB, {'4-bit' if is_4bit else dtype}"
 
 
 def _kind(part: object) -> str:
@@ -113,10 +108,10 @@ def plan(catalogue: Catalogue, budget_gib: float) -> Iterator[str]:
     """
     sizes, others = block_sizes(catalogue, _DTYPE), other_bytes(catalogue, _DTYPE)
     least = others + least_device_bytes(sizes)
-    if budget_gib * _GIB < least:
-        takes = math.ceil(least / _GIB * 100) / 100
+    if budget_gib * GIB < least:
+        takes = math.ceil(least / GIB * 100) / 100
         raise ValueError(f"a budget of {budget_gib:g} GiB is too small: streaming every block takes {takes:.2f}.")
-    made = make_plan(sizes, others, Wanted((), int(budget_gib * _GIB)))
+    made = make_plan(sizes, others, Wanted((), int(budget_gib * GIB)))
     assert made is not None
     stays = set(made.resident)
     yield f"with {budget_gib:g} GiB"
@@ -125,7 +120,7 @@ def plan(catalogue: Catalogue, budget_gib: float) -> Iterator[str]:
         bar = "".join("█" if mark else "▄" for mark in marks)
         yield f"  {kind:<12}{bar}  {sum(marks)} of {len(marks)} stay"
     everything = others + sum(size.nbytes for size in sizes)
-    yield f"  VRAM        {(others + made.device_bytes) / _GIB:.2f} GiB, of {everything / _GIB:.2f} for all"
+    yield f"  VRAM        {(others + made.device_bytes) / GIB:.2f} GiB, of {everything / GIB:.2f} for all"
     yield f"  bus         {made.bytes_per_forward / 1e9:.2f} GB a step, for {len(made.streamed)} streamed blocks"
 
 

@@ -1,4 +1,6 @@
-"""Makes an NF4 or FP4 file of a Flux model: of bf16, fp16, fp8 or GGUF, in one file, shards or a folder of diffusers.
+"""Makes an NF4 or FP4 file of Flux.1, Flux 2 or Chroma, from bf16, fp16, fp8 or GGUF.
+
+The model may be one file, shards or a folder of diffusers.
 
     python commands/quantise.py flux1-dev.safetensors flux1-dev-nf4.safetensors
     python commands/quantise.py flux1-dev-Q8_0.gguf flux1-dev-fp4.safetensors --type fp4 --nested
@@ -14,6 +16,8 @@ from pathlib import Path
 import package  # noqa: F401  makes flux_nf4 importable
 import torch
 
+from flux_nf4.families import CHECKPOINT_PREFIX
+from flux_nf4.memory import GIB
 from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
 from flux_nf4.nf4_loader.saving.quantise import QuantSettings
 from flux_nf4.nf4_loader.saving.save import layer_patterns, save_quantised
@@ -69,13 +73,13 @@ def _quantise(given: argparse.Namespace) -> None:
         given.output,
         sources,
         QuantSettings(given.type, given.nested),
-        prefix="model.diffusion_model." if given.all_in_one else "",
+        prefix=CHECKPOINT_PREFIX if given.all_in_one else "",
         keep_dense=layer_patterns(given.keep_dense),
         metadata={"flux_nf4.source": given.model.name},
         device=given.device,
         progress=progress,
     )
-    print(f"\n{given.output}: {given.output.stat().st_size / 2**30:.2f} GiB")
+    print(f"\n{given.output}: {given.output.stat().st_size / GIB:.2f} GiB")
     if not given.all_in_one and has_others(given.model):
         print("It is the transformer only, for models/diffusion_models: --all-in-one keeps text encoders and VAE, too.")
 

@@ -3,21 +3,20 @@
 Nothing is loaded and no model is built, so that the page can ask while a widget is dragged.
 """
 
+import itertools
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from ..families import Family
+from ..memory import GIB
 from ..nf4_loader.checkpoint.catalogue import Catalogue, TransformerTensor
 from ..nf4_loader.checkpoint.header import TensorEntry
 from ..offload.plan import BlockSize, ResidencyPlan, plan_by_budget, predict_stall_ms
 from ..offload.record import Field, layout_from
 
-_BLOCK = re.compile(r"(?P<kind>double|single)_blocks\.(?P<index>\d+)\.(?P<module>.+)\.(?P<name>\w+)$")
-
-_GIB = 1 << 30
 _STALL_WORTH_ADVICE = 0.1
 _SLOW_LINK_GBPS = 10.0
 
@@ -44,22 +43,34 @@ class Measured:
 
 @dataclass(frozen=True)
 class Advice:
-    """One thing that the user should know or change: a code that the page has words for, and its figures."""
+    """One thing that the user should know or change: a code that the page has words for, and its figures.
+
+    ``kept`` is how many blocks of each kind would stay, where the advice is to keep more of them.
+    """
 
     code: str
-    figures: Mapping[str, float]
+    figures: Mapping[str, float] = field(default_factory=dict)
+    kept: Mapping[str, int] = field(default_factory=dict)
 
 
 def block_sizes(catalogue: Catalogue, dtype: torch.dtype) -> tuple[BlockSize, ...]:
     """What `Streamer.sizes` gives for the loaded model, tiles in the file's order; dense tensors are of ``dtype``."""
-    blocks: dict[tuple[str, int], dict[str, list[Field]]] = {}
+    family = _family(catalogue)
+    order = list(family.lists)
+    blocks: dict[tuple[int, int], dict[str, list[Field]]] = {}
     for name, tensor in catalogue.transformer.items():
-        match = _BLOCK.match(name)
-        if match:
-            block = blocks.setdefault((match["kind"], int(match["index"])), {})
-            fields = block.setdefault(match["module"], [])
-            fields += [_field(match["module"], match["name"], nbytes) for nbytes in _tensor_bytes(tensor, dtype)]
-    return tuple(_size_of(kind, owners) for (kind, _), owners in sorted(blocks.items()))
+        found = family.block_of(name)
+        if found is not None:
+            block = blocks.setdefault((order.index(found.blocks), found.index), {})
+            module, _, end = found.name.rpartition(".")
+            fields = block.setdefault(module, [])
+            fields += [_field(module, end, nbytes) for nbytes in _tensor_bytes(tensor, dtype)]
+    return tuple(_size_of(family.kinds[of], owners) for (of, _), owners in sorted(blocks.items()))
+
+
+def _family(catalogue: Catalogue) -> Family:
+    assert catalogue.found is not None, "`require_transformer` has checked it"
+    return catalogue.found.family
 
 
 def _size_of(kind: str, owners: Mapping[str, Sequence[Field]]) -> BlockSize:
@@ -73,7 +84,8 @@ def _field(module: str, name: str, nbytes: int) -> Field:
 
 def other_bytes(catalogue: Catalogue, dtype: torch.dtype) -> int:
     """Bytes of the transformer that belong to no block, and are always on the device."""
-    others = [tensor for name, tensor in catalogue.transformer.items() if not _BLOCK.match(name)]
+    family = _family(catalogue)
+    others = [tensor for name, tensor in catalogue.transformer.items() if family.block_of(name) is None]
     return sum(sum(_tensor_bytes(tensor, dtype)) for tensor in others)
 
 
@@ -102,16 +114,19 @@ def make_plan(blocks: tuple[BlockSize, ...], other_bytes: int, wanted: Wanted) -
 
 def predict_ms(plan: ResidencyPlan, blocks: Sequence[BlockSize], measured: Measured) -> tuple[float, float]:
     """Compute and stall of one forward, in ms."""
-    stall = predict_stall_ms(plan, blocks, measured.link_gbps, measured.compute_ms)
-    return measured.compute_ms * len(blocks), stall
+    return measured.compute_ms * len(blocks), _stall_ms(plan, blocks, measured)
+
+
+def _stall_ms(plan: ResidencyPlan, blocks: Sequence[BlockSize], measured: Measured) -> float:
+    return predict_stall_ms(plan, blocks, measured.link_gbps, measured.compute_ms)
 
 
 def advise(plan: ResidencyPlan, blocks: tuple[BlockSize, ...], measured: Measured | None) -> Advice:
     """The most useful thing to say of ``plan``."""
     if not plan.streamed:
-        return Advice("all_resident", {})
+        return Advice("all_resident")
     if measured is None:
-        return Advice("not_measured", {})
+        return Advice("not_measured")
     compute, stall = predict_ms(plan, blocks, measured)
     if stall < _STALL_WORTH_ADVICE * (compute + stall):
         return Advice("keeps_up", {"gbps": measured.link_gbps})
@@ -126,14 +141,12 @@ def _advise_more_memory(
     plan: ResidencyPlan, blocks: tuple[BlockSize, ...], measured: Measured, compute: float, stall: float
 ) -> Advice:
     """How many GiB more take away most of ``stall``, and what they save of a step."""
-    extra_gib, better = 0, plan
-    while better.streamed:
-        extra_gib += 1
-        better = plan_by_budget(blocks, plan.device_bytes + extra_gib * _GIB)
-        left = predict_ms(better, blocks, measured)[1]
-        if left < stall / 5:
-            break
-    saved = 100 * (stall - left) / (compute + stall)
-    kinds = [blocks[index].kind for index in better.resident]
-    figures = {"gbps": measured.link_gbps, "gib": extra_gib, "percent": saved}
-    return Advice("bus_is_limit", figures | {kind: kinds.count(kind) for kind in ("double", "single")})
+    larger = ((gib, plan_by_budget(blocks, plan.device_bytes + gib * GIB)) for gib in itertools.count(1))
+    gib, better = next(
+        (gib, one) for gib, one in larger if not one.streamed or _stall_ms(one, blocks, measured) < stall / 5
+    )
+    saved = 100 * (stall - _stall_ms(better, blocks, measured)) / (compute + stall)
+    figures = {"gbps": measured.link_gbps, "gib": gib, "percent": saved}
+    kinds = [block.kind for block in blocks]
+    resident = [kinds[index] for index in better.resident]
+    return Advice("bus_is_limit", figures, {kind: resident.count(kind) for kind in dict.fromkeys(kinds)})

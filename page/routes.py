@@ -9,21 +9,21 @@ import asyncio
 import dataclasses
 import functools
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import comfy.model_management
-import comfy.supported_models
 import folder_paths
-import torch
 from aiohttp import web
 
-from ..nf4_loader.checkpoint.catalogue import read_catalogue, require_all_in_one, require_transformer
+from ..memory import GIB
+from ..nf4_loader.checkpoint.catalogue import read_catalogue
 from ..nf4_loader.checkpoint.errors import CheckpointError
+from ..nf4_loader.checkpoint.require import require_all_in_one, require_transformer
+from ..nf4_loader.models.transformers import model_dtype
 from ..nodes import NODE_CLASS_MAPPINGS
+from ..nodes_shared import PlannedNode
 from ..offload.comfyui.patcher import StreamedModelPatcher
 from ..offload.comfyui.streaming import StreamingReport, observers
 from ..offload.plan import BlockSize, least_device_bytes
@@ -31,37 +31,19 @@ from .file_plan import Advice, Measured, Wanted, advise, block_sizes, make_plan,
 
 EVENT = "flux_nf4.report"
 
-_GIB = 1 << 30
 _MAX_BUDGET_GIB = 1024.0
 
 
-@dataclass(frozen=True)
-class PlannedNode:
-    """Names of the widgets that a node's plan depends on; ``folder`` is where its ``file`` is. None: it has no such."""
-
-    folder: str | None = None
-    file: str | None = None
-    double: str | None = None
-    single: str | None = None
-    budget: str | None = None
-
-
-_BUDGET = {"double": "double_blocks", "single": "single_blocks", "budget": "vram_budget_gb"}
-_OLD_COUNTS = {"double": "double_blocks_cuda_size", "single": "single_blocks_cuda_size"}
-PLANNED_NODES = {
-    "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload": PlannedNode("checkpoints", "ckpt_name", **_OLD_COUNTS),
-    "FluxNF4CheckpointLoaderStreamed": PlannedNode("checkpoints", "ckpt_name", **_BUDGET),
-    "FluxNF4UNETLoaderStreamed": PlannedNode("diffusion_models", "unet_name", **_BUDGET),
-    "StreamModelBlocks": PlannedNode(**_BUDGET),
-    "MZ_Flux1PartialLoad_Patch": PlannedNode(**_OLD_COUNTS),
-    "MZ_Flux1CheckpointLoader_cpuDynOffload": PlannedNode(**_OLD_COUNTS),
-    "MZ_Flux1UnetLoader_cpuDynOffload": PlannedNode(**_OLD_COUNTS),
+PLANNED_NODES: Mapping[str, PlannedNode] = {
+    name: node.PLAN for name, node in NODE_CLASS_MAPPINGS.items() if hasattr(node, "PLAN")
 }
+_FOLDERS = {node.folder for node in PLANNED_NODES.values() if node.folder}
+_KINDS = tuple(dict.fromkeys(kind for node in PLANNED_NODES.values() for kind in node.counts))
 
 
 @dataclass(frozen=True)
-class Block:
-    """A block of the bar; ``is_resident`` is None where that is decided when the model is loaded."""
+class BarBlock:
+    """A block of the bar. ``is_resident`` is None where that is decided when the model is loaded."""
 
     kind: str
     nbytes: int
@@ -72,7 +54,7 @@ class Block:
 class Answer:
     """The plan for a file: bytes, and ms of one forward where this machine's speed has been measured."""
 
-    blocks: tuple[Block, ...]
+    blocks: tuple[BarBlock, ...]
     device_bytes: int | None
     least_device_bytes: int
     most_device_bytes: int
@@ -162,14 +144,14 @@ def parse_question(query: Mapping[str, str]) -> tuple[str, str, Wanted]:
         ValueError: one is missing, no number, or out of range.
     """
     folder, name = query.get("folder", ""), query.get("file", "")
-    if folder not in {node.folder for node in PLANNED_NODES.values()} or not name:
+    if folder not in _FOLDERS or not name:
         raise ValueError("folder and file name the checkpoint that is asked about")
-    counts = {kind: int(query.get(kind, "-1")) for kind in ("double", "single")}
+    counts = {kind: int(query.get(kind, "-1")) for kind in _KINDS}
     budget = float(query.get("budget", "0"))
     if not (min(counts.values()) >= -1 and max(counts.values()) < 1000 and 0 <= budget <= _MAX_BUDGET_GIB):
-        raise ValueError("double and single are -1 to 999, budget is 0 to 1024 (GiB)")
+        raise ValueError(f"{' and '.join(_KINDS)} are -1 to 999, budget is 0 to 1024 (GiB)")
     given = tuple((kind, count) for kind, count in counts.items() if count >= 0)
-    return folder, name, Wanted(given, round(budget * _GIB) or None)
+    return folder, name, Wanted(given, round(budget * GIB) or None)
 
 
 def _listed_path(folder: str, name: str) -> Path | None:
@@ -217,16 +199,10 @@ def _read_file(path: Path, is_all_in_one: bool) -> _File | Problem:
     try:
         catalogue = read_catalogue(path)
         (require_all_in_one if is_all_in_one else require_transformer)(catalogue)
+        dtype = model_dtype(catalogue)
     except CheckpointError as error:
         return Problem(str(error))
-    dtype = _model_dtype(sum(math.prod(shape) for shape in catalogue.logical_shapes.values()))
     return _File(block_sizes(catalogue, dtype), other_bytes(catalogue, dtype))
-
-
-def _model_dtype(numel: int) -> torch.dtype:
-    """The dtype that `build_flux` gives dense tensors."""
-    supported = list(comfy.supported_models.Flux.supported_inference_dtypes)
-    return comfy.model_management.unet_dtype(model_params=numel, supported_dtypes=supported)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -235,13 +211,13 @@ def _answer(file: _File, wanted: Wanted, measured: Measured | None) -> str:
     least = other + least_device_bytes(blocks)
     try:
         plan = make_plan(blocks, other, wanted)
-        advice = Advice("automatic", {}) if plan is None else advise(plan, blocks, measured)
+        advice = Advice("automatic") if plan is None else advise(plan, blocks, measured)
     except ValueError:
-        plan, advice = None, Advice("budget_too_small", {"gib": least / _GIB})
+        plan, advice = None, Advice("budget_too_small", {"gib": least / GIB})
     resident = None if plan is None else set(plan.resident)
     compute_ms, stall_ms = predict_ms(plan, blocks, measured) if plan and measured else (None, None)
     answer = Answer(
-        tuple(Block(b.kind, b.nbytes, None if resident is None else i in resident) for i, b in enumerate(blocks)),
+        tuple(BarBlock(b.kind, b.nbytes, None if resident is None else i in resident) for i, b in enumerate(blocks)),
         device_bytes=None if plan is None else other + plan.device_bytes,
         least_device_bytes=least,
         most_device_bytes=other + sum(block.nbytes for block in blocks),

@@ -15,6 +15,7 @@ from pathlib import Path
 import environment
 
 _TOOLS = (Path("tools"), Path("benchmarks"), Path("commands"))
+_PACKAGES = ("families", "nf4_loader", "offload", "page")
 _BESIDE = ("tests/browser", "tests/server")
 """Tests that mostly wait for processes of their own: they run beside all others."""
 
@@ -39,7 +40,7 @@ def main() -> None:
     checks = {
         "lint": [*python, "ruff", "check", "."],
         "format": [*python, "ruff", "format", "--check", "."],
-        "types": [*python, "mypy", "-p", "flux_nf4.nf4_loader", "-p", "flux_nf4.offload", "-p", "flux_nf4.page"],
+        "types": [*python, "mypy", *(part for name in _PACKAGES for part in ("-p", f"flux_nf4.{name}"))],
         "types of tools": [*python, "mypy", *(str(path) for folder in _TOOLS for path in sorted(folder.glob("*.py")))],
     }
     variables = os.environ | {"MYPYPATH": os.pathsep.join((str(_ALIAS.parent), *map(str, _TOOLS)))}

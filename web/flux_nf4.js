@@ -8,7 +8,7 @@ import { words } from "./words.js";
 const SHOW_BAR = "FluxNF4.Bar.Show";
 const DEFAULT_BUDGET = "FluxNF4.Budget.Default";
 
-/** What the server says of our nodes: {class: {aliases, plan: {folder, file, double, single, budget} or null}}. */
+/** What the server says of our nodes: {class: {aliases, plan: {folder, file, counts: {kind: widget}, budget} or null}}. */
 let nodes = {};
 /** The last report of each node, by its id in the prompt: of any graph that had such a node. */
 let reports = {};

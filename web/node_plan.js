@@ -3,16 +3,16 @@
 import { PlanBar } from "./plan_bar.js";
 import { viewOf } from "./plan_view.js";
 
-const COUNTS = ["double", "single", "budget"];
-
 export class NodePlan {
   /**
    * @param node The LiteGraph node.
-   * @param inputs Names of the widgets that the plan depends on: {folder, file, double, single, budget}.
+   * @param inputs Names of the widgets that the plan depends on: {folder, file, counts: {kind: widget}, budget}.
    * @param page What this needs of the page: getJson(path), reportOf(node), locale().
    */
   constructor(node, inputs, page) {
-    Object.assign(this, { node, inputs, page });
+    Object.assign(this, { node, page, folder: inputs.folder });
+    /** The name of the widget for each word of the question; null where the node has none. */
+    this.widgets = { file: inputs.file, ...inputs.counts, budget: inputs.budget };
     this.bar = new PlanBar(page.locale());
     this.isShown = true;
     this.answer = null;
@@ -28,13 +28,13 @@ export class NodePlan {
       getMaxHeight: () => this.layoutHeight(),
     });
     this.widget.serialize = false;
-    for (const name of ["file", ...COUNTS]) this.watch(this.widgetOf(name));
+    for (const word of Object.keys(this.widgets)) this.watch(this.widgetOf(word));
     queueMicrotask(() => this.refresh()); // not before the node has its values
   }
 
-  widgetOf(name) {
-    const widgetName = this.inputs[name];
-    return widgetName && this.node.widgets?.find((widget) => widget.name === widgetName);
+  widgetOf(word) {
+    const name = this.widgets[word];
+    return name && this.node.widgets?.find((widget) => widget.name === name);
   }
 
   watch(widget) {
@@ -74,12 +74,12 @@ export class NodePlan {
 
   /** The question to the server, or why there is none: "linked", "no file". */
   query() {
-    if (!this.inputs.file) return "no file";
-    const values = { folder: this.inputs.folder };
-    for (const name of ["file", ...COUNTS]) {
-      if (!this.inputs[name]) continue;
-      if (this.isLinked(this.inputs[name])) return "linked";
-      values[name] = this.widgetOf(name)?.value ?? "";
+    if (!this.widgets.file) return "no file";
+    const values = { folder: this.folder };
+    for (const [word, name] of Object.entries(this.widgets)) {
+      if (!name) continue;
+      if (this.isLinked(name)) return "linked";
+      values[word] = this.widgetOf(word)?.value ?? "";
     }
     return `?${new URLSearchParams(values)}`;
   }

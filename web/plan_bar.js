@@ -6,7 +6,8 @@ const SVG = "http://www.w3.org/2000/svg";
 const WIDTH = 1000;
 const HEIGHT = 20;
 const GAP = 2; // between blocks
-const GROUP_GAP = 10; // between double and single blocks
+const GROUP_GAP = 10; // between blocks of different kinds
+const COLOURS = 4; // that plan_bar.css has for kinds
 
 const style = document.createElement("link");
 style.rel = "stylesheet";
@@ -20,8 +21,12 @@ function make(tag, className, parent) {
   return element;
 }
 
-/** Rectangles of the blocks, as wide as they weigh, by what they are: {"double resident": "M0 0h9v20h-9z ...", ...}. */
+/** The class that gives a kind of block its colour: by its place among the kinds of the model. */
+const colourOf = (kind, kinds) => `kind-${kinds.indexOf(kind) % COLOURS}`;
+
+/** Rectangles of the blocks, as wide as they weigh, by what they are: {"kind-0 resident": "M0 0h9v20h-9z ...", ...}. */
 export function shapesOf(blocks) {
+  const kinds = Object.keys(countsOf(blocks));
   const total = blocks.reduce((sum, { nbytes }) => sum + nbytes, 0);
   const scale = (WIDTH - GROUP_GAP - GAP * blocks.length) / total;
   const shapes = {};
@@ -32,7 +37,7 @@ export function shapesOf(blocks) {
     const width = nbytes * scale;
     // Streamed blocks are half as high: the difference is not in the colour alone.
     const [top, height] = state === "streamed" ? [HEIGHT / 2, HEIGHT / 2] : [0, HEIGHT];
-    const key = `${kind} ${state}`;
+    const key = `${colourOf(kind, kinds)} ${state}`;
     shapes[key] = `${shapes[key] ?? ""}M${x.toFixed(1)} ${top}h${width.toFixed(1)}v${height}h-${width.toFixed(1)}z`;
     x += width + GAP;
   });
@@ -83,7 +88,7 @@ export class PlanBar {
     this.svg.setAttribute("aria-label", this.words.blocks(counts));
     this.key.replaceChildren();
     for (const [kind, [resident, all]] of Object.entries(counts)) {
-      make("span", kind, this.key).textContent = resident === null ? `${all} ${kind}` : `${resident} / ${all} ${kind}`;
+      make("span", colourOf(kind, Object.keys(counts)), this.key).textContent = resident === null ? `${all} ${kind}` : `${resident} / ${all} ${kind}`;
     }
     if (blocks.length) this.key.append(this.words.key(blocks[0].is_resident === null));
   }
@@ -100,7 +105,7 @@ export class PlanBar {
   sentence({ problem, advice, run }, isLowered, query) {
     if (problem) return problem;
     if (run && isLowered) return this.words.lowered(run.resident.length, run.wanted.length);
-    if (advice && !(run && advice.code === "automatic")) return this.words.advice(advice.code, advice.figures);
+    if (advice && !(run && advice.code === "automatic")) return this.words.advice(advice.code, advice.figures, advice.kept);
     if (run) return "";
     return query === "linked" ? this.words.notAsked : this.words.noFileYet;
   }

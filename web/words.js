@@ -7,6 +7,12 @@ const gib = (bytes) => `${fixed(bytes / GIB, 2)} GiB`;
 const gb = (bytes) => `${fixed(bytes / 1e9, 2)} GB`;
 const ms = (value) => `${fixed(value, value < 100 ? 1 : 0)} ms`;
 
+/** "5 double and 9 single" of {double: 5, single: 9}. */
+const listOf = (counts, and, before = "", after = "") =>
+  Object.entries(counts)
+    .map(([kind, count]) => `${count} ${before}${kind}${after}`)
+    .join(and);
+
 /** Rows of [term, value] for a view of `viewOf`, in the words of ``say``. */
 function figuresIn(say) {
   return ({ device_bytes, least_device_bytes, most_device_bytes, host_bytes, bytes_per_forward, compute_ms, stall_ms, run }) => {
@@ -41,7 +47,7 @@ const en = {
     pinned: (size, share) => `${size}, ${share >= 1 ? "pinned" : `${fixed(100 * share, 0)} % pinned`}`,
     step: (total, stall) => `${total}, of which ${stall} waiting`,
   }),
-  advice: (code, f) =>
+  advice: (code, f, kept = {}) =>
     ({
       all_resident: () => "All blocks stay in VRAM: nothing is streamed.",
       automatic: () => "Automatic: ComfyUI's free VRAM decides when the model is loaded.",
@@ -50,8 +56,8 @@ const en = {
       not_pinned: () => "Not all RAM is pinned, which slows the bus down: unload other models, or see the log.",
       slow_link: () => `The bus is slow: ${fixed(f.gbps, 1)} GB/s. Check that the card sits in a full-width slot.`,
       bus_is_limit: () =>
-        `The bus is the limit (${fixed(f.gbps, 0)} GB/s): ${f.gib} GiB more, with ${f.double} double and ${f.single} ` +
-        `single blocks in VRAM, would save ${fixed(f.percent, 0)} %.`,
+        `The bus is the limit (${fixed(f.gbps, 0)} GB/s): ${f.gib} GiB more, with ${listOf(kept, " and ")} blocks in VRAM, ` +
+        `would save ${fixed(f.percent, 0)} %.`,
       budget_too_small: () => `The budget is too small: with every block streamed it takes ${fixed(f.gib, 2)} GiB.`,
     })[code]?.() ?? "",
   notAsked: "A value comes from a link: the plan is known when it runs.",
@@ -79,7 +85,7 @@ const zh = {
     pinned: (size, share) => `${size}，${share >= 1 ? "已锁页" : `${fixed(100 * share, 0)} % 已锁页`}`,
     step: (total, stall) => `${total}，其中等待 ${stall}`,
   }),
-  advice: (code, f) =>
+  advice: (code, f, kept = {}) =>
     ({
       all_resident: () => "所有块都常驻显存，无需传输。",
       automatic: () => "自动：加载模型时由 ComfyUI 的空闲显存决定。",
@@ -88,7 +94,7 @@ const zh = {
       not_pinned: () => "内存未全部锁页，传输会变慢：请卸载其他模型，或查看日志。",
       slow_link: () => `总线较慢：${fixed(f.gbps, 1)} GB/s。请检查显卡是否插在全宽插槽上。`,
       bus_is_limit: () =>
-        `瓶颈是总线（${fixed(f.gbps, 0)} GB/s）：再多用 ${f.gib} GiB 显存（${f.double} 个 double 块、${f.single} 个 single 块常驻），` +
+        `瓶颈是总线（${fixed(f.gbps, 0)} GB/s）：再多用 ${f.gib} GiB 显存（${listOf(kept, "、", "个 ", " 块")}常驻），` +
         `可节省 ${fixed(f.percent, 0)} %。`,
       budget_too_small: () => `预算太小：即使全部流式传输也需要 ${fixed(f.gib, 2)} GiB。`,
     })[code]?.() ?? "",

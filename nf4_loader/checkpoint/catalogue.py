@@ -1,6 +1,6 @@
 """What a checkpoint holds: its tensors grouped into transformer, text encoders and VAE.
 
-The transformer in any layout of `layouts`, any of its Linears packed; in all-in-one files (lllyasviel's
+The transformer in any layout of `families`, any of its Linears packed; in all-in-one files (lllyasviel's
 flux1-dev-bnb-nf4 v1 and v2, and what Forge and others save alike) ``text_encoders.clip_l.``,
 ``text_encoders.t5xxl.`` and ``vae.`` beside it.
 """
@@ -12,11 +12,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import layouts
-from .errors import CheckpointError
+from ... import families
+from .errors import DAMAGED, CheckpointError
 from .header import Header, TensorEntry
-from .identify import what_else_it_is
-from .quant_state import MAX_QUANT_STATE_BYTES, NESTED_MAP, NestedAbsmax, NestedTables, QuantState, parse_quant_state
+from .quant_state import (
+    MAX_QUANT_STATE_BYTES,
+    NESTED_MAP,
+    QUANT_STATE,
+    NestedAbsmax,
+    NestedTables,
+    QuantState,
+    parse_quant_state,
+)
 from .shards import read_checkpoint_header
 
 TEXT_ENCODERS_PREFIX = "text_encoders."
@@ -30,12 +37,10 @@ SCALES = (".scale_weight", ".weight_scale")
 COMPANIONS = (*SCALES, ".scale_input", ".input_scale", "scaled_fp8", ".comfy_quant")
 """Ends of all names that come with quantised weights of ComfyUI's: scaled fp8, and its formats from 0.8 on."""
 
-_QUANT_STATE = re.compile(r"(?P<weight>.+\.weight)\.quant_state\.bitsandbytes__(?P<type>\w+)$")
+_QUANT_STATE = re.compile(rf"(?P<weight>.+\.weight){re.escape(QUANT_STATE)}(?P<type>\w+)$")
 _QUANT_FIELDS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _ALIGNMENT = 16
 """Bytes: what bitsandbytes' kernels want."""
-
-_DAMAGED = "The file is damaged or was made by a tool that this node does not know."
 
 
 @dataclass(frozen=True)
@@ -134,13 +139,13 @@ class TransformerTensor:
 class Catalogue:
     """The parts of one checkpoint.
 
-    ``transformer`` has its tensors by their Black Forest Labs names without prefix (``img_in.weight``), and whatever
-    else is in the file by its own name; ``text_encoders`` and ``vae`` keep the file's full names. ``layout`` is None
-    where there is no Flux transformer.
+    ``transformer`` has its tensors by the names of ComfyUI's model without prefix (``img_in.weight``), and whatever
+    else is in the file by its own name. ``text_encoders`` and ``vae`` keep the file's full names. ``found`` is None
+    where there is no transformer that can be read.
     """
 
     header: Header
-    layout: layouts.Layout | None
+    found: families.Found | None
     transformer: Mapping[str, TransformerTensor]
     text_encoders: Mapping[str, TensorEntry]
     vae: Mapping[str, TensorEntry]
@@ -179,7 +184,7 @@ class Catalogue:
 def read_catalogue(path: Path) -> Catalogue:
     """Read the header and the quant states of a checkpoint and sort its tensors into parts.
 
-    It need not be of a Flux model: `require_transformer` and `require_all_in_one` decide.
+    It need not be of a known family: `require_transformer` and `require_all_in_one` decide.
 
     Args:
         path: A file, any one of its shards, their index, or a folder of diffusers.
@@ -193,59 +198,11 @@ def read_catalogue(path: Path) -> Catalogue:
     for name, entry in header.tensors.items():
         part = next((prefix for prefix in (TEXT_ENCODERS_PREFIX, VAE_PREFIX) if name.startswith(prefix)), "rest")
         parts[part][name] = entry
-    prefix, layout = layouts.detect(parts["rest"])
-    found = group_4bit(path, parts["rest"])
-    transformer = _placed(path, layout, {name.removeprefix(prefix): tensor for name, tensor in found.items()})
-    return Catalogue(header, layout, transformer, parts[TEXT_ENCODERS_PREFIX], parts[VAE_PREFIX])
-
-
-def require_transformer(catalogue: Catalogue) -> None:
-    """Check that there is a Flux transformer with 4-bit weights, in any layout, and that all of it can be read.
-
-    Raises:
-        CheckpointError: saying what the file is and which loader is right.
-    """
-    is_4bit = any(isinstance(part, Weight4bit) for part in catalogue.parts)
-    if catalogue.layout is None or not is_4bit:
-        raise CheckpointError(catalogue.path, what_else_it_is(catalogue.header, catalogue.layout is not None))
-    for part in catalogue.parts:
-        if isinstance(part, TensorEntry) and _is_packed(part):
-            weight = part.name.removesuffix(".absmax")
-            raise CheckpointError(
-                catalogue.path,
-                f"{weight}: it is packed, but '{weight}.quant_state.bitsandbytes__nf4', which gives its shape, is not "
-                f"in the file. {_DAMAGED}",
-            )
-        if part.name.endswith(SCALES):
-            raise CheckpointError(
-                catalogue.path,
-                f"{part.name}: beside its 4-bit layers it has scaled fp8 ones, which this node does not compute with. "
-                "Make a 4-bit file of it with commands/quantise.py, and load that.",
-            )
-
-
-def require_all_in_one(catalogue: Catalogue) -> None:
-    """Check that the transformer, CLIP-L, T5 and the VAE are in the file.
-
-    Raises:
-        CheckpointError: saying what the file is, or naming the parts that are missing, and what to do.
-    """
-    require_transformer(catalogue)
-    parts = {
-        "CLIP-L": any(name.startswith(CLIP_L_PREFIX) for name in catalogue.text_encoders),
-        "T5-XXL": catalogue.t5_layers > 0,
-        "VAE": bool(catalogue.vae),
-    }
-    missing = [part for part, present in parts.items() if not present]
-    if missing:
-        raise CheckpointError(
-            catalogue.path,
-            f"it has the Flux transformer but no {', no '.join(missing)} (looked for '{CLIP_L_PREFIX}*', "
-            f"'{T5_PREFIX}*' and '{VAE_PREFIX}*'). This node gives MODEL, CLIP and VAE from one all-in-one file, such "
-            "as flux1-dev-bnb-nf4-v2.safetensors. A file without them goes into models/diffusion_models: load it with "
-            "'Load Flux NF4 UNet (streamed)', with 'DualCLIPLoader' (clip_l and t5xxl, type flux) and 'Load VAE' "
-            "(ae.safetensors) beside it.",
-        )
+    found = families.detect(parts["rest"])
+    if found is not None and not found.layout.is_read:
+        found = None
+    transformer = _placed(path, found, group_4bit(path, parts["rest"]))
+    return Catalogue(header, found, transformer, parts[TEXT_ENCODERS_PREFIX], parts[VAE_PREFIX])
 
 
 def group_4bit(path: Path, tensors: Mapping[str, TensorEntry]) -> dict[str, Weight4bit | TensorEntry]:
@@ -261,7 +218,7 @@ def group_4bit(path: Path, tensors: Mapping[str, TensorEntry]) -> dict[str, Weig
         try:
             weights4bit[weight] = _weight4bit(tensors, weight, states[weight], parse_quant_state(raw))
         except ValueError as error:
-            raise CheckpointError(path, f"{weight}: {error}. {_DAMAGED}") from None
+            raise CheckpointError(path, f"{weight}: {error}. {DAMAGED}") from None
         used.update((weight, states[weight].name), (f"{weight}.{field}" for field in _QUANT_FIELDS))
     return weights4bit | {name: entry for name, entry in tensors.items() if name not in used}
 
@@ -273,7 +230,7 @@ def _read_all(path: Path, states: Mapping[str, TensorEntry]) -> dict[str, bytes]
         with source.open("rb") as file:
             for weight, entry in group:
                 if entry.nbytes > MAX_QUANT_STATE_BYTES:
-                    problem = f"{entry.name}: {entry.nbytes:,} bytes are no quant state. {_DAMAGED}"
+                    problem = f"{entry.name}: {entry.nbytes:,} bytes are no quant state. {DAMAGED}"
                     raise CheckpointError(path, problem)
                 file.seek(entry.offset)
                 read[weight] = file.read(entry.nbytes)
@@ -323,33 +280,33 @@ def _check_entry(described: str, field: str, entry: TensorEntry, dtype: str, cou
 
 
 def _placed(
-    path: Path, layout: layouts.Layout | None, found: Mapping[str, Weight4bit | TensorEntry]
+    path: Path, found: families.Found | None, tensors: Mapping[str, Weight4bit | TensorEntry]
 ) -> dict[str, TransformerTensor]:
-    """The tensors of a file by Black Forest Labs' names, made of their parts."""
+    """The tensors of a file by the names of ComfyUI's model, made of their parts."""
     parts: dict[str, dict[int, Weight4bit | TensorEntry]] = {}
-    places: dict[str, layouts.Place] = {}
-    for name, tensor in found.items():
-        place = layouts.place(layout, name)
+    places: dict[str, families.Place] = {}
+    for name, tensor in tensors.items():
+        place = found.place(name) if found is not None else families.Place(name)
         other = parts.setdefault(place.name, {}).setdefault(place.part, tensor)
         if other is not tensor:
-            raise CheckpointError(path, f"{tensor.name}: {other.name} is the same tensor of the model. {_DAMAGED}")
+            raise CheckpointError(path, f"{tensor.name}: {other.name} is the same tensor of the model. {DAMAGED}")
         places[place.name] = place
     return {name: _stacked(path, places[name], parts[name]) for name in parts}
 
 
-def _stacked(path: Path, place: layouts.Place, parts: Mapping[int, Weight4bit | TensorEntry]) -> TransformerTensor:
+def _stacked(path: Path, place: families.Place, parts: Mapping[int, Weight4bit | TensorEntry]) -> TransformerTensor:
     ordered = tuple(parts[part] for part in sorted(parts))
     names = ", ".join(part.name for part in ordered)
     if len(ordered) < place.parts:
         raise CheckpointError(
-            path, f"{place.name}: it is made of {place.parts} tensors, of which the file has only {names}. {_DAMAGED}"
+            path, f"{place.name}: it is made of {place.parts} tensors, of which the file has only {names}. {DAMAGED}"
         )
     if len(ordered) > 1 and len({part.shape[1:] if part.shape else part for part in ordered}) != 1:
         shapes = ", ".join(str(part.shape) for part in ordered)
-        raise CheckpointError(path, f"{names}: of shapes {shapes}, they make no {place.name}. {_DAMAGED}")
+        raise CheckpointError(path, f"{names}: of shapes {shapes}, they make no {place.name}. {DAMAGED}")
     tensor = TransformerTensor(ordered, place.halves_swapped)
     if place.halves_swapped and not _halves_are_whole_blocks(tensor):
-        raise CheckpointError(path, f"{names}: its two halves, which change places, end inside a block. {_DAMAGED}")
+        raise CheckpointError(path, f"{names}: its two halves, which change places, end inside a block. {DAMAGED}")
     return tensor
 
 
@@ -357,7 +314,3 @@ def _halves_are_whole_blocks(tensor: TransformerTensor) -> bool:
     shape = tensor.shape
     state = tensor.fused
     return bool(shape) and shape[0] % 2 == 0 and (state is None or state.numel // 2 % state.blocksize == 0)
-
-
-def _is_packed(entry: TensorEntry) -> bool:
-    return entry.name.endswith(".absmax") or (entry.name.endswith(".weight") and entry.dtype in ("U8", "I8"))

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+DAMAGED = "The file is damaged or was made by a tool that this node does not know."
+
 
 class CheckpointError(Exception):
     """A file that cannot be loaded, with what was found, what was expected and what to do.

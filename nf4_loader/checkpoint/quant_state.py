@@ -57,6 +57,9 @@ MAX_QUANT_STATE_BYTES = 1 << 16
 NESTED_MAP = 256
 """Values of a nested_quant_map."""
 
+QUANT_STATE = ".quant_state.bitsandbytes__"
+"""In the name of each quant state, between the weight's name and ``nf4`` or ``fp4``."""
+
 NESTED_BLOCKSIZE = 256
 """The one that bitsandbytes writes; others are read, too."""
 

@@ -1,7 +1,8 @@
-"""From a catalogue to ComfyUI's Flux model, CLIP and VAE."""
+"""From a catalogue to ComfyUI's model of the transformer, CLIP and VAE."""
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import comfy.sd
 import torch
 from torch import nn
 
+from ... import families
 from ..checkpoint.catalogue import TEXT_ENCODERS_PREFIX, Catalogue, TransformerTensor, Weight4bit
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.header import natural_key
@@ -22,13 +24,6 @@ from ..linear.patched_linear import PatchedLinear4bit, PatchedLinearOfParts
 from .text_encoders import adopt_4bit, options_for, read_encoders, require_computable
 
 logger = logging.getLogger(__name__)
-
-_CHECKPOINT_PREFIX = "model.diffusion_model."
-"""Of the transformer in a checkpoint, for ComfyUI's eyes."""
-
-
-_MODELS = ("flux", "flux2", "chroma")
-"""ComfyUI's names of models that consist of double and single blocks."""
 
 
 class _Operations(comfy.ops.manual_cast):
@@ -40,29 +35,18 @@ class _Operations(comfy.ops.manual_cast):
             nn.Linear._load_from_state_dict(self, *args, **kwargs)
 
 
-def build_flux(catalogue: Catalogue) -> comfy.model_base.Flux:
+def build_flux(catalogue: Catalogue) -> comfy.model_base.BaseModel:
     """Make ComfyUI's model for the file, every tensor of it on the meta device.
 
     The configuration is ComfyUI's own detection, run on meta tensors of the logical shapes. Packed weights
     become `Linear4bit`; the rest are ComfyUI's layers in the dtype it picks for this machine.
 
     Raises:
-        CheckpointError: ComfyUI does not see a Flux.1 model in it, or a layer is missing or has another shape.
+        CheckpointError: ComfyUI sees no model of a known family in it, or a layer is missing or has another shape.
     """
-    shapes = catalogue.logical_shapes
-    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    with _refusing_what_comfyui_cannot_take(catalogue):
-        config = comfy.model_detection.model_config_from_unet(state, "")
-    found = getattr(config, "unet_config", {}).get("image_model")
-    if found not in _MODELS:
-        raise CheckpointError(
-            catalogue.path,
-            f"ComfyUI sees {'no model that it knows' if found is None else repr(found)} in it, not Flux.1 "
-            "(dev, schnell, Fill, Canny, Depth, Kontext, Krea), Flux 2 or Chroma, which are all that this node loads.",
-        )
-    numel = sum(torch.Size(shape).numel() for shape in shapes.values())
+    config = _detected(catalogue)
+    dtype = _inference_dtype(config, catalogue)
     management = comfy.model_management
-    dtype = management.unet_dtype(model_params=numel, supported_dtypes=list(config.supported_inference_dtypes))
     manual_cast = management.unet_manual_cast(
         dtype, management.get_torch_device(), list(config.supported_inference_dtypes)
     )
@@ -76,6 +60,37 @@ def build_flux(catalogue: Catalogue) -> comfy.model_base.Flux:
     model.device = management.unet_offload_device()
     _check_complete(model, catalogue)
     return model
+
+
+def model_dtype(catalogue: Catalogue) -> torch.dtype:
+    """The dtype that `build_flux` gives dense tensors.
+
+    Raises:
+        CheckpointError: ComfyUI sees no model of a known family in the file.
+    """
+    return _inference_dtype(_detected(catalogue), catalogue)
+
+
+def _detected(catalogue: Catalogue) -> Any:
+    """ComfyUI's configuration of the model."""
+    state = {name: torch.empty(shape, device="meta") for name, shape in catalogue.logical_shapes.items()}
+    with _refusing_what_comfyui_cannot_take(catalogue):
+        config = comfy.model_detection.model_config_from_unet(state, "")
+    found = getattr(config, "unet_config", {}).get("image_model")
+    if families.family_of_model(found) is None:
+        raise CheckpointError(
+            catalogue.path,
+            f"ComfyUI sees {'no model that it knows' if found is None else repr(found)} in it. This node loads only "
+            f"{families.names()}.",
+        )
+    return config
+
+
+def _inference_dtype(config: Any, catalogue: Catalogue) -> torch.dtype:
+    numel = sum(math.prod(shape) for shape in catalogue.logical_shapes.values())
+    supported = list(config.supported_inference_dtypes)
+    dtype: torch.dtype = comfy.model_management.unet_dtype(model_params=numel, supported_dtypes=supported)
+    return dtype
 
 
 @contextlib.contextmanager
@@ -136,7 +151,7 @@ def _check_complete(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> 
     if missing:
         raise CheckpointError(
             catalogue.path,
-            f"tensors of the Flux transformer are missing ({len(missing)}): {', '.join(missing[:4])}"
+            f"tensors of the transformer are missing ({len(missing)}): {', '.join(missing[:4])}"
             f"{', ...' if len(missing) > 4 else ''}. The file is incomplete: download it again.",
         )
     for name in wanted:
@@ -180,8 +195,9 @@ def _tensor_shapes(diffusion_model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def block_groups(model: comfy.model_base.BaseModel) -> dict[str, Sequence[nn.Module]]:
     """The transformer's blocks by kind, in the order in which a forward runs them."""
-    diffusion_model = model.diffusion_model
-    return {"double": list(diffusion_model.double_blocks), "single": list(diffusion_model.single_blocks)}
+    family = families.family_of_model(model.model_config.unet_config.get("image_model"))
+    assert family is not None, "`build_flux` has checked it"
+    return {kind: list(model.diffusion_model.get_submodule(blocks)) for blocks, kind in family.lists.items()}
 
 
 def materialise(module: nn.Module) -> None:
@@ -207,7 +223,7 @@ def load_clip_and_vae(catalogue: Catalogue, embedding_directory: Sequence[str]) 
         CheckpointError: ComfyUI does not recognise them, or they have other shapes.
     """
     shapes = catalogue.logical_shapes
-    state = {_CHECKPOINT_PREFIX + name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    state = {families.CHECKPOINT_PREFIX + name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     encoders, packed = read_encoders(catalogue.path, catalogue.text_encoders)
     require_computable(catalogue.path, encoders, packed)
     weights = {name.removeprefix(TEXT_ENCODERS_PREFIX): weight for name, weight in packed.items()}

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from ...memory import GIB
+
 if sys.platform != "win32":
     import fcntl
 
@@ -46,7 +48,7 @@ def remove_abandoned(folder: Path) -> None:
             nbytes = partial.stat().st_size
             _remove_unless_in_use(partial)
             logger.warning(
-                "NF4: removed %s (%.2f GiB), which a saving that was broken off had left", partial, nbytes / 2**30
+                "NF4: removed %s (%.2f GiB), which a saving that was broken off had left", partial, nbytes / GIB
             )
 
 

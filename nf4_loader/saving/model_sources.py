@@ -11,7 +11,7 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from ..checkpoint import layouts
+from ... import families
 from ..checkpoint.catalogue import COMPANIONS, Catalogue
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.header import TensorEntry
@@ -24,17 +24,22 @@ _TRANSFORMER = "diffusion_model."
 
 
 def sources_of_model(patcher: comfy.model_patcher.ModelPatcher) -> list[Source]:
-    """The tensors of a Flux MODEL with its patches; those without a patch that this package has loaded from a file are
-    taken from there, byte by byte.
+    """The tensors of a MODEL of a known family with its patches. Those without a patch that this package has loaded
+    from a file are copied from there, byte by byte.
 
     Raises:
-        CheckpointError: a tensor is in a form whose values are not known here.
+        CheckpointError: the model is of no known family, or a tensor is in a form whose values are not known here.
     """
+    family = families.family_of_model(patcher.model.model_config.unet_config.get("image_model"))
+    if family is None:
+        raise CheckpointError(
+            Path(type(patcher.model).__name__), f"only models of {families.names()} can be saved in 4 bits."
+        )
     catalogue: Catalogue | None = getattr(patcher.model, "nf4_catalogue", None)
     in_file = {source.name: source for source in sources_of_catalogue(catalogue)} if catalogue else {}
     sources: dict[str, Source] = dict(in_file)
     for key, (original, *patches) in _key_patches(patcher, _TRANSFORMER).items():
-        name = layouts.place("Black Forest Labs", key.removeprefix(_TRANSFORMER)).name
+        name = family.place(family.native, key.removeprefix(_TRANSFORMER)).name
         if name.endswith(COMPANIONS) or _is_a_part(patcher.model, key) or (name in in_file and not patches):
             continue
         _require_values(patcher.model, key, original[0])

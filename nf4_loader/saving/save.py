@@ -1,4 +1,4 @@
-"""Quantise a Flux transformer and write it, layer by layer: a file appears whole, or not at all."""
+"""Quantise a transformer and write it, layer by layer: a file appears whole, or not at all."""
 
 import fnmatch
 import json
@@ -15,10 +15,11 @@ from typing import Any, BinaryIO
 
 import torch
 
+from ...memory import GIB
 from ..checkpoint.catalogue import TransformerTensor, Weight4bit
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.header import TensorEntry, read_header
-from ..checkpoint.quant_state import QuantState
+from ..checkpoint.quant_state import QUANT_STATE, QuantState
 from ..checkpoint.read_parts import CPU, TORCH_DTYPES, read_fused
 from .atomic_file import remove_abandoned, whole_file
 from .quantise import QuantSettings, described, quantise
@@ -35,7 +36,7 @@ _TENSORS_AHEAD = 8
 _HEADER_ENTRY_BYTES = 140
 """Of one tensor in the header, beside its name, at most."""
 
-_ENDS = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".quant_state.bitsandbytes__nf4")
+_ENDS = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", f"{QUANT_STATE}nf4")
 _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()} | {torch.uint8: "U8"}
 
 
@@ -44,7 +45,7 @@ class Source:
     """A tensor to be saved.
 
     Attributes:
-        name: In Black Forest Labs' names, without prefix.
+        name: Of ComfyUI's model, without prefix.
         shape: The logical shape.
         read: Gives its dense values, patches applied, in any float dtype, on a device.
         stored: The same values in a file, where there are such: what need not change is copied from there as it is.
@@ -162,7 +163,7 @@ def _require_room(path: Path, sources: Sequence[Source], settings: QuantSettings
     if needed > free:
         raise CheckpointError(
             path,
-            f"the new file takes about {needed / 2**30:.1f} GiB; {free / 2**30:.1f} GiB are free in {path.parent}. "
+            f"the new file takes about {needed / GIB:.1f} GiB; {free / GIB:.1f} GiB are free in {path.parent}. "
             "Make room, or save it elsewhere.",
         )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import layouts
+from ... import families
 from ..checkpoint.catalogue import COMPANIONS, SCALES, Catalogue, TransformerTensor, read_catalogue
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.header import TensorEntry
@@ -18,14 +18,14 @@ from .save import Source
 
 
 def sources_of_file(path: Path, *, all_in_one: bool) -> list[Source]:
-    """The tensors of a Flux transformer, dense or in 4 bits, in any layout; or of a GGUF file of one.
+    """The tensors of a transformer of a known family, dense or in 4 bits, in any layout; or of a GGUF file of one.
 
     Args:
         path: As `read_catalogue` takes it, or a GGUF file.
         all_in_one: Give the text encoders and the VAE of the file, too.
 
     Raises:
-        CheckpointError: there is no Flux transformer in it that can be read, or the encoders and the VAE are not there.
+        CheckpointError: there is no transformer in it that can be read, or the encoders and the VAE are not there.
     """
     catalogue = None if path.suffix == ".gguf" else read_catalogue(path)
     if all_in_one and not (catalogue and catalogue.text_encoders and catalogue.vae):
@@ -51,9 +51,10 @@ def sources_of_catalogue(catalogue: Catalogue) -> list[Source]:
     Raises:
         CheckpointError: there is none, or it has weights that are neither float numbers nor in 4 bits.
     """
-    if catalogue.layout is None:
-        raise CheckpointError(catalogue.path, what_else_it_is(catalogue.header, is_flux=False))
-    _require_whole(catalogue.path, catalogue.transformer, of_another_kind(catalogue.header.tensors))
+    if catalogue.found is None:
+        raise CheckpointError(catalogue.path, what_else_it_is(catalogue.header))
+    other = of_another_kind(catalogue.header.tensors)
+    _require_whole(catalogue.path, catalogue.found.family, catalogue.transformer, other)
     sources = []
     for name, tensor in catalogue.transformer.items():
         if name.endswith(COMPANIONS):
@@ -74,17 +75,17 @@ def sources_of_entries(entries: Mapping[str, TensorEntry]) -> list[Source]:
     ]
 
 
-def _require_whole(path: Path, names: Collection[str], other: str | None = None) -> None:
-    """Check that there is more than blocks, which additions to a model have, too; ``other`` says what it is if not."""
-    missing = [name for name in ("img_in.weight", "final_layer.linear.weight") if name not in names]
+def _require_whole(path: Path, family: families.Family, names: Collection[str], other: str | None = None) -> None:
+    """Check that there is more than blocks, which additions to a model have, too. If not, ``other`` says what it is."""
+    missing = [name for name in family.beside_blocks if name not in names]
     if missing:
-        incomplete = f"it has blocks of a Flux model, but no {' and no '.join(missing)}. Download a whole one."
+        incomplete = f"it has blocks of a {family.name} model, but no {' and no '.join(missing)}. Download a whole one."
         raise CheckpointError(path, other or incomplete)
 
 
 def _require_values(catalogue: Catalogue, tensor: TransformerTensor) -> None:
     if any(isinstance(part, TensorEntry) and part.dtype not in TORCH_DTYPES for part in tensor.parts):
-        raise CheckpointError(catalogue.path, what_else_it_is(catalogue.header, is_flux=True))
+        raise CheckpointError(catalogue.path, what_else_it_is(catalogue.header))
 
 
 def _scales_of(catalogue: Catalogue, tensor: TransformerTensor) -> dict[str, TensorEntry]:
@@ -121,11 +122,11 @@ def _sources_of_gguf(path: Path) -> list[Source]:
         tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise CheckpointError(path, f"it is not readable as GGUF ({error}). Download it again.") from error
-    prefix, layout = layouts.detect(tensors)
-    if layout != "Black Forest Labs":
-        raise CheckpointError(path, "it holds no Flux transformer ('double_blocks.0.*' is missing).")
-    placed = {layouts.place(layout, name.removeprefix(prefix)).name: tensor for name, tensor in tensors.items()}
-    _require_whole(path, placed)
+    found = families.detect(tensors)
+    if found is None or found.layout is not found.family.native or not found.layout.is_read:
+        raise CheckpointError(path, f"it holds no transformer of {families.names()} in the names of ComfyUI's model.")
+    placed = {found.place(name).name: tensor for name, tensor in tensors.items()}
+    _require_whole(path, found.family, placed)
     return [
         Source(name, tuple(reversed(tensor.shape.tolist())), functools.partial(_read_gguf, tensor))
         for name, tensor in placed.items()

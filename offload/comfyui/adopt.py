@@ -15,14 +15,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ... import families
 from .patcher import StreamedModelPatcher
 from .requires import UnknownComfyUIError, require_comfyui
 from .streaming import Residency, attach_streaming
 
 logger = logging.getLogger(__name__)
-
-_KINDS = {"double_blocks": "double", "single_blocks": "single"}
-"""What a `Residency` calls the blocks in these lists of Flux and its relatives; elsewhere it is the list's own name."""
 
 _GIB = 2**30
 
@@ -95,7 +93,7 @@ def _make_root(patcher: Any) -> StreamedModelPatcher:
     originals, streamed = ([block for of in each.values() for block in of] for each in (lists, blocks))
     attach_streaming(
         model,
-        {_KINDS.get(name, name): list(of) for name, of in blocks.items()},
+        {families.kind_of(name): list(of) for name, of in blocks.items()},
         each=lambda index: _share_host_memory(originals[index], streamed[index]),
     )
     return StreamedModelPatcher(model, patcher.load_device, patcher.offload_device)

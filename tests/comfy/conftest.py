@@ -9,7 +9,8 @@ from make_checkpoint import Recipe, make_checkpoint
 from tiny_flux import HIDDEN, detection_of
 
 from flux_nf4.checkpoints import load_transformer, streamed
-from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue, require_transformer
+from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
+from flux_nf4.nf4_loader.checkpoint.require import require_transformer
 from flux_nf4.nf4_loader.models.fill import fill
 from flux_nf4.nf4_loader.models.transformers import build_flux, materialise
 from flux_nf4.offload import record

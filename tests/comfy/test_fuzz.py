@@ -20,9 +20,10 @@ from packed_tensors import packed_tensors
 from safetensors.torch import load_file, save_file
 from sparse_file import write_sparse
 
-from flux_nf4.nf4_loader.checkpoint.catalogue import Weight4bit, read_catalogue, require_all_in_one, require_transformer
+from flux_nf4.nf4_loader.checkpoint.catalogue import Weight4bit, read_catalogue
 from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
 from flux_nf4.nf4_loader.checkpoint.read_parts import DenseMemory, PackedMemory, memory_of_fused, read_parts
+from flux_nf4.nf4_loader.checkpoint.require import require_all_in_one, require_transformer
 from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
 from flux_nf4.nf4_loader.models.transformers import build_flux
 from flux_nf4.page.file_plan import block_sizes

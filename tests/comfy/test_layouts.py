@@ -15,7 +15,7 @@ from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuan
 from safetensors.torch import load_file, save_file
 
 from flux_nf4.checkpoints import load_transformer, streamed
-from flux_nf4.nf4_loader.checkpoint import layouts
+from flux_nf4.families import FLUX1
 from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
 from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
 from flux_nf4.nf4_loader.linear.linear_of_parts import LinearOfParts
@@ -82,10 +82,11 @@ def dequantised(module, dtype):
 
 def names_of_diffusers(name):
     """diffusers' modules for one of Black Forest Labs', by the table that the first test checks."""
-    tables = [("", "", layouts._REST)]
+    layout = FLUX1.layouts[1]
+    tables = [("", "", layout.layers[""])]
     tables += [
-        (f"{ours}.{i}.", f"{theirs}.{i}.", layers)
-        for theirs, (ours, layers) in layouts._BLOCKS.items()
+        (f"{ours}.{i}.", f"{theirs}.{i}.", layout.layers[ours])
+        for theirs, ours in layout.lists.items()
         for i in range(DEPTH)
     ]
     return next(
@@ -152,7 +153,7 @@ def test_every_row_goes_where_the_converter_of_diffusers_takes_it_from(tmp_path)
     path = tmp_path / "rows.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in converted.items()}, path)
     catalogue = read_catalogue(path)
-    assert catalogue.layout == "diffusers"
+    assert catalogue.found.layout.name == "diffusers"
     assert catalogue.transformer.keys() == rows.keys()
     stored = load_file(path)
     for name, tensor in catalogue.transformer.items():

@@ -13,7 +13,7 @@ import torch
 from make_checkpoint import Recipe, make_checkpoint, make_twin
 from safetensors.torch import load_file
 
-from flux_nf4 import nodes
+from flux_nf4 import nodes, nodes_old, nodes_shared
 from flux_nf4.checkpoints import load_transformer
 from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
 from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
@@ -51,27 +51,28 @@ def dense_file(tmp_path, monkeypatch):
     (tmp_path / "dense.safetensors").touch()
     paths = {"checkpoints": tmp_path, "diffusion_models": tmp_path}
     monkeypatch.setattr(folder_paths, "get_full_path", lambda folder, name: str(paths[folder] / name))
-    monkeypatch.setattr(nodes, "stream_model", lambda model, *_: model)
+    monkeypatch.setattr(nodes_shared, "stream_model", lambda model, *_: model)
 
     def load(_, **inputs):
         reads.append(inputs)
         return [f"{part} {len(reads)}" for part in ("model", "clip", "vae")]
 
-    monkeypatch.setattr(nodes.comfy_nodes.CheckpointLoaderSimple, "load_checkpoint", load)
-    monkeypatch.setattr(nodes.comfy_nodes.UNETLoader, "load_unet", lambda _, **inputs: load(_, **inputs)[:1])
+    monkeypatch.setattr(nodes_old.comfy_nodes.CheckpointLoaderSimple, "load_checkpoint", load)
+    monkeypatch.setattr(nodes_old.comfy_nodes.UNETLoader, "load_unet", lambda _, **inputs: load(_, **inputs)[:1])
     return tmp_path / "dense.safetensors", reads
 
 
 def load_checkpoint(node, name, count):
-    return node.load_checkpoint(name, count, count)
+    return node.load_checkpoint(name, double_blocks_cuda_size=count, single_blocks_cuda_size=count)
 
 
 def load_unet(node, name, count):
-    return node.load_unet(count, count, unet_name=name, weight_dtype="default")
+    counts = {"double_blocks_cuda_size": count, "single_blocks_cuda_size": count}
+    return node.load_unet(unet_name=name, weight_dtype="default", **counts)
 
 
 @pytest.mark.parametrize(
-    ("node", "load"), [(nodes.OldCheckpointLoader, load_checkpoint), (nodes.OldUNETLoader, load_unet)]
+    ("node", "load"), [(nodes_old.OldCheckpointLoader, load_checkpoint), (nodes_old.OldUNETLoader, load_unet)]
 )
 def test_other_counts_of_an_old_node_read_the_dense_file_no_more(node, load, dense_file):
     file, reads = dense_file
@@ -87,8 +88,8 @@ def test_other_counts_of_an_old_node_read_the_dense_file_no_more(node, load, den
 @pytest.mark.parametrize(
     ("node", "load", "right"),
     [
-        (nodes.OldCheckpointLoader, load_checkpoint, r"'Load Flux NF4 \(streamed\)'"),
-        (nodes.OldUNETLoader, load_unet, r"'Load Flux NF4 UNet \(streamed\)'"),
+        (nodes_old.OldCheckpointLoader, load_checkpoint, r"'Load Flux NF4 \(streamed\)'"),
+        (nodes_old.OldUNETLoader, load_unet, r"'Load Flux NF4 UNet \(streamed\)'"),
     ],
 )
 def test_a_file_in_4_bits_is_sent_to_the_node_that_loads_it(node, load, right, dense_file):
@@ -107,7 +108,7 @@ def test_nothing_is_kept_where_comfyui_gives_outputs_up(gives_up, dense_file, mo
     if gives_up == "by callback":
         memory_management.extra_ram_release_callback = lambda *_: 0
     monkeypatch.setattr(comfy.cli_args.args, "cache_ram", 4.0 if gives_up == "by option" else [], raising=False)
-    node = nodes.OldCheckpointLoader()
+    node = nodes_old.OldCheckpointLoader()
     for _ in range(2):
         load_checkpoint(node, file.name, 7)
     assert len(reads) == 2

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue, require_transformer
+from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
+from flux_nf4.nf4_loader.checkpoint.require import require_transformer
 from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
 from flux_nf4.nf4_loader.models.fill import fill
 from flux_nf4.nf4_loader.models.transformers import build_flux, materialise

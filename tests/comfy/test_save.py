@@ -32,7 +32,7 @@ from saved_files import HIDDEN, SHAPES, WEIGHTS, check, dequantised, requantised
 from scaled_fp8 import load_scaled_fp8
 
 from flux_nf4 import nodes
-from flux_nf4.nf4_loader.checkpoint import layouts
+from flux_nf4.families import FLUX1
 from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
 from flux_nf4.nf4_loader.saving.model_sources import sources_of_model
 from flux_nf4.nf4_loader.saving.quantise import QuantSettings
@@ -125,7 +125,7 @@ def joined(state):
     """Tensors of diffusers, in Black Forest Labs' names and order."""
     parts = {}
     for name, tensor in state.items():
-        place = layouts.place("diffusers", name)
+        place = FLUX1.place(FLUX1.layouts[1], name)
         parts.setdefault((place.name, place.halves_swapped), {})[place.part] = tensor
     stacked = {key: torch.cat([of[part] for part in sorted(of)]) for key, of in parts.items()}
     return {
@@ -170,7 +170,7 @@ PARTS = {
     ),
     "a part": (
         {name: tensor for name, tensor in values().items() if name.startswith("double_blocks")},
-        r"it has blocks of a Flux model, but no img_in\.weight and no final_layer\.linear\.weight",
+        r"it has blocks of a Flux.1 model, but no img_in\.weight and no final_layer\.linear\.weight",
     ),
 }
 
@@ -193,7 +193,7 @@ def test_gguf_without_the_rest_of_the_model_or_as_an_all_in_one_file_is_refused(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(CheckpointError, match=r"^flux\.gguf: it has blocks of a Flux model, but no img_in"):
+    with pytest.raises(CheckpointError, match=r"^flux\.gguf: it has blocks of a Flux.1 model, but no img_in"):
         sources_of_file(path, all_in_one=False)
 
 
@@ -436,9 +436,10 @@ def test_diffusers_reads_the_weights(dense, tmp_path, monkeypatch):
 
 def diffusers_places():
     """Where each layer of diffusers is in Black Forest Labs' model with one block of each kind."""
-    blocks = {f"{kind}.0.{layer}": kind for kind, layers in layouts._PLACES.items() for layer in layers}
-    names = [*layouts._PLACES_OF_REST, *blocks]
-    places = {name: layouts.place("diffusers", f"{name}.weight") for name in names}
+    layout = FLUX1.layouts[1]
+    folders = {ours: f"{theirs}.0." for theirs, ours in layout.lists.items()} | {"": ""}
+    names = [folders[of] + part for of, layers in layout.layers.items() for parts in layers.values() for part in parts]
+    places = {name: FLUX1.place(layout, f"{name}.weight") for name in names}
     return {name: replace(place, name=place.name.rpartition(".")[0]) for name, place in places.items()}
 
 
@@ -585,7 +586,7 @@ def test_the_command_says_what_a_wrong_file_is(tmp_path, monkeypatch):
     monkeypatch.setattr(
         sys, "argv", ["quantise.py", str(tmp_path / "ae.safetensors"), str(tmp_path / "made.safetensors")]
     )
-    with pytest.raises(SystemExit, match=r"^ae\.safetensors: it is a VAE, not a Flux transformer"):
+    with pytest.raises(SystemExit, match=r"^ae\.safetensors: it is a VAE, not a transformer of Chroma, Flux 2 or Flux"):
         quantise_command.main()
     assert not (tmp_path / "made.safetensors").exists()
 

@@ -20,9 +20,10 @@ from there_and_back import Copied, move
 from transformers import BitsAndBytesConfig, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from flux_nf4.checkpoints import load_all_in_one
-from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue, require_all_in_one
+from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
 from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
 from flux_nf4.nf4_loader.checkpoint.read_parts import TORCH_DTYPES
+from flux_nf4.nf4_loader.checkpoint.require import require_all_in_one
 from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
 from flux_nf4.nf4_loader.models import text_encoders
 from flux_nf4.nf4_loader.models import transformers as flux

@@ -233,7 +233,7 @@ CASES = {
     gguf: ["GGUF", "'Unet Loader (GGUF)'"],
     pickle: ["PyTorch pickle", "convert or download"],
     nunchaku: ["nunchaku (SVDQuant)", "'Nunchaku FLUX DiT Loader'"],
-    not_flux: ["not of a Flux model"],
+    not_flux: ["not of a model that this node loads"],
     lora: ["it is a LoRA", "models/loras"],
     unet_only: ["no CLIP-L, no T5-XXL, no VAE", "'DualCLIPLoader'", "'Load VAE'"],
     without_vae: ["no VAE", "all-in-one"],

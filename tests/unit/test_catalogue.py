@@ -8,15 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flux_nf4.nf4_loader.checkpoint.catalogue import (
-    TransformerTensor,
-    Weight4bit,
-    read_catalogue,
-    require_all_in_one,
-    require_transformer,
-)
+from flux_nf4.nf4_loader.checkpoint.catalogue import TransformerTensor, Weight4bit, read_catalogue
 from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
 from flux_nf4.nf4_loader.checkpoint.quant_state import NestedAbsmax, QuantState
+from flux_nf4.nf4_loader.checkpoint.require import require_all_in_one, require_transformer
 
 QKV = "double_blocks.0.img_attn.qkv.weight"
 LINEARS = {
@@ -251,8 +246,8 @@ def dense_flux(dtype, prefix=PREFIX):
 @pytest.mark.parametrize("prefix", [PREFIX, ""], ids=["prefix", "no prefix"])
 def test_a_dense_flux_is_refused_with_its_loader(refusal, dtype, name, rest, loader, prefix):
     message = refusal(dense_flux(dtype, prefix) | rest)
-    assert f"it is a Flux model with dense {name} weights" in message
-    assert f"Load it with {loader} and stream it with 'Stream Model Blocks', or make an NF4 file of it" in message
+    assert f"it is a Flux.1 model with dense {name} weights" in message
+    assert f"Load it with {loader} and stream it with 'Stream Model Blocks', or make an NF4 file" in message
 
 
 def test_a_gguf_file_is_refused_with_its_loader(tmp_path):
@@ -276,8 +271,8 @@ def renamed(tensors, old, new):
 def test_4bit_of_another_model_is_refused_with_its_names(make_tensors, refusal):
     tensors = {n: t for n, t in make_tensors("", rest={}).items() if n.startswith("double_blocks")}
     message = refusal(renamed(tensors, "double_blocks.0", "model.layers.10") | {"model.layers.2.a": torch.ones(1)})
-    assert "it is a bitsandbytes 4-bit file, but not of a Flux model: it has no 'double_blocks.0.*'" in message
-    assert "its first names: model.layers.2.a, model.layers.10." in message
+    assert "a bitsandbytes 4-bit file, but not of a model that this node loads (Chroma, Flux 2 or Flux.1)" in message
+    assert "its first names are model.layers.2.a, model.layers.10." in message
 
 
 def of_other_models(*names):
@@ -387,7 +382,7 @@ def test_a_relative_in_the_layout_of_diffusers_is_refused_with_the_one_that_is_l
 @pytest.mark.parametrize("scale", ["scale_weight", "weight_scale"])
 def test_scaled_fp8_beside_4bit_is_refused_and_not_taken_for_plain_fp8(make_tensors, refusal, scale):
     message = refusal(make_tensors() | {f"{PREFIX}img_in.{scale}": torch.ones(())})
-    assert f"img_in.{scale}: beside its 4-bit layers it has scaled fp8 ones" in message
+    assert f"img_in.{scale}: some of its layers are in 4 bits and others in scaled fp8" in message
     assert "commands/quantise.py" in message
 
 
@@ -403,18 +398,18 @@ def test_scaled_fp8_beside_4bit_is_refused_and_not_taken_for_plain_fp8(make_tens
 def test_4bit_of_another_model_is_refused_with_what_it_is(make_tensors, refusal, name, kind, loader):
     tensors = {n: t for n, t in make_tensors("", rest={}).items() if n.startswith("double_blocks")}
     message = refusal(renamed(tensors, "double_blocks.0", name))
-    assert f"a bitsandbytes 4-bit file, but not of a Flux model: {kind} has no 'double_blocks.0.*'" in message
+    assert f"4-bit file, but not of a model that this node loads (Chroma, Flux 2 or Flux.1): it is {kind}" in message
     assert loader in message
 
 
 @pytest.mark.parametrize("tensors", [{"a.weight": torch.ones(4, 4)}, {}])
 def test_a_file_without_a_flux_transformer_is_refused(refusal, tensors):
-    assert "it holds no Flux transformer ('double_blocks.0.*' is missing)" in refusal(tensors)
+    assert "it holds no transformer of Chroma, Flux 2 or Flux.1 (such as 'double_blocks.0.*')" in refusal(tensors)
 
 
 def test_4bit_text_encoders_do_not_make_a_dense_flux_4bit(make_tensors, refusal):
     encoder = {f"text_encoders.t5xxl.{name}": tensor for name, tensor in make_tensors("", rest={}).items()}
-    assert "it is a Flux model with dense BF16 weights" in refusal(dense_flux(torch.bfloat16) | encoder)
+    assert "it is a Flux.1 model with dense BF16 weights" in refusal(dense_flux(torch.bfloat16) | encoder)
 
 
 # 4-bit Flux files that are damaged

@@ -1,0 +1,82 @@
+"""The families of models that this package knows, in one table. Nothing else knows the names of their blocks.
+
+To add a family, add a `Family` to `FAMILIES`: what ComfyUI calls it, its lists of blocks, and a `Layout` for each way
+in which tools name its tensors. Loader, plan, bar and streaming read it from here. Knows neither torch nor ComfyUI.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from .family import BlockTensor, Family, Layers, Layout, Place, Shapes
+from .flux import CHROMA, FLUX1, FLUX2, HUNYUAN_VIDEO
+
+__all__ = [
+    "CHECKPOINT_PREFIX",
+    "FAMILIES",
+    "FLUX1",
+    "BlockTensor",
+    "Family",
+    "Found",
+    "Layers",
+    "Layout",
+    "Place",
+    "Shapes",
+    "detect",
+    "family_of_model",
+    "kind_of",
+    "names",
+]
+
+FAMILIES: tuple[Family, ...] = (CHROMA, FLUX2, HUNYUAN_VIDEO, FLUX1)
+"""Relatives that have more marks come first: a Chroma file has all the marks of a Flux.1 file."""
+
+CHECKPOINT_PREFIX = "model.diffusion_model."
+"""Before the transformer's names in a file that has text encoders and VAE, too."""
+
+_PREFIXES = (CHECKPOINT_PREFIX, "diffusion_model.", "model.", "transformer.", "")
+
+
+@dataclass(frozen=True)
+class Found:
+    """The transformer in a file: the prefix of its names, its family, and the layout of its names."""
+
+    prefix: str
+    family: Family
+    layout: Layout
+
+    def place(self, name: str) -> Place:
+        """Where the tensor that the file calls ``name`` goes in ComfyUI's model."""
+        return self.family.place(self.layout, name.removeprefix(self.prefix))
+
+
+def detect(tensors: Iterable[str]) -> Found | None:
+    """The transformer among these names of tensors; None where there is none of a known family."""
+    ordered = sorted(tensors)
+    for prefix in _PREFIXES:
+        for family in FAMILIES:
+            for layout in family.layouts:
+                if all(_any_begins(ordered, prefix + mark) for mark in layout.marks):
+                    return Found(prefix, family, layout)
+    return None
+
+
+def family_of_model(image_model: object) -> Family | None:
+    """The family of a model that ComfyUI's detection calls ``image_model``, if its files can be loaded."""
+    return next((family for family in FAMILIES if family.native.is_read and image_model in family.image_models), None)
+
+
+def kind_of(blocks: str) -> str:
+    """What the blocks in the list ``blocks`` of a model are called: the list's own name if no family has it."""
+    return next((family.lists[blocks] for family in FAMILIES if blocks in family.lists), blocks)
+
+
+def names() -> str:
+    """Of the families whose files can be loaded, for messages."""
+    *others, last = sorted(family.name for family in FAMILIES if family.native.is_read)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _any_begins(ordered: Sequence[str], beginning: str) -> bool:
+    index = bisect_left(ordered, beginning)
+    return index < len(ordered) and ordered[index].startswith(beginning)

@@ -1,0 +1,133 @@
+"""What a family of models is: the names of its blocks, and the layouts in which tools write its tensors."""
+
+import functools
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+Layers = Mapping[str, tuple[str, ...]]
+"""Layers of ComfyUI's model, and the layers of a file whose rows, one below the other, make each."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Logical shapes of a transformer's tensors, by ComfyUI's names."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of a file goes: part ``part`` of the ``parts`` whose rows, one below the other, make ``name``.
+
+    With ``halves_swapped`` the second half of all these rows comes first.
+    """
+
+    name: str
+    part: int = 0
+    parts: int = 1
+    halves_swapped: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The names that one tool gives the tensors of a family.
+
+    Attributes:
+        name: As `describe` shows it.
+        marks: Beginnings of names, without prefix, that are all in a file of this layout.
+        sample: A large layer in the first block. Its dtype is that of a dense file.
+        lists: Its lists of blocks, and ComfyUI's name of each.
+        layers: By ComfyUI's list of blocks ("" is what is in no block), the layers that have other names here. Names
+            that are not in it stay as they are.
+        halves_swapped: Layers of ComfyUI's model whose two halves are the other way round in the file.
+        is_read: False where files of this layout are known but cannot be loaded.
+    """
+
+    name: str
+    marks: tuple[str, ...]
+    sample: str = ""
+    lists: Mapping[str, str] = field(default_factory=dict)
+    layers: Mapping[str, Layers] = field(default_factory=dict)
+    halves_swapped: frozenset[str] = frozenset()
+    is_read: bool = True
+
+    @functools.cached_property
+    def _places(self) -> dict[tuple[str, str], Place]:
+        """By the file's list of blocks ("" is none) and layer: the place, its name without the block's."""
+        theirs = {ours: name for name, ours in self.lists.items()} | {"": ""}
+        return {
+            (theirs[blocks], layer): Place(ours, part, len(parts), ours in self.halves_swapped)
+            for blocks, layers in self.layers.items()
+            for ours, parts in layers.items()
+            for part, layer in enumerate(parts)
+        }
+
+    def place(self, name: str) -> Place:
+        """Where the tensor ``name`` (without prefix) goes."""
+        layer, _, kind = name.rpartition(".")
+        if kind not in ("weight", "bias"):
+            return Place(name)
+        if ("", layer) in self._places:
+            found = self._places["", layer]
+            return replace(found, name=f"{found.name}.{kind}")
+        block = re.fullmatch(r"(\w+)\.(\d+)\.(.+)", layer)
+        if block is None or (block[1], block[3]) not in self._places:
+            return Place(name)
+        found = self._places[block[1], block[3]]
+        return replace(found, name=f"{self.lists[block[1]]}.{block[2]}.{found.name}.{kind}")
+
+
+@dataclass(frozen=True)
+class BlockTensor:
+    """A tensor in a block: which list's block it is, and its name in there."""
+
+    blocks: str
+    index: int
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """Models of one architecture.
+
+    Attributes:
+        name: As people call it.
+        image_models: What ComfyUI's detection calls it (``unet_config["image_model"]``).
+        lists: ComfyUI's lists of blocks in the order in which a forward runs them, and what the blocks of each are
+            called: their kind.
+        layouts: In which its files come; the first one has the names of ComfyUI's model.
+        beside_blocks: Tensors in no block that every whole model has.
+        renames: Ends of names that some tools write, and their ends in ComfyUI's model.
+        variant: What describes one model within the family, from its shapes, such as "dev".
+    """
+
+    name: str
+    image_models: frozenset[str]
+    lists: Mapping[str, str]
+    layouts: tuple[Layout, ...]
+    beside_blocks: tuple[str, ...]
+    renames: Mapping[str, str] = field(default_factory=dict)
+    variant: Callable[[Shapes], str] = field(default=lambda _: "")
+
+    @property
+    def native(self) -> Layout:
+        """The layout of ComfyUI's model."""
+        return self.layouts[0]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(self.lists.values())
+
+    def place(self, layout: Layout, name: str) -> Place:
+        """Where the tensor ``name`` of a file in ``layout`` goes."""
+        place = layout.place(name)
+        for end, ours in self.renames.items():
+            if place.name.endswith(end):
+                return replace(place, name=place.name.removesuffix(end) + ours)
+        return place
+
+    @functools.cached_property
+    def _in_block(self) -> re.Pattern[str]:
+        return re.compile(rf"(?P<blocks>{'|'.join(map(re.escape, self.lists))})\.(?P<index>\d{{1,6}})\.(?P<name>.+)")
+
+    def block_of(self, name: str) -> BlockTensor | None:
+        """The block that the tensor ``name`` of ComfyUI's model belongs to; None where it is in no block."""
+        match = self._in_block.fullmatch(name)
+        return BlockTensor(match["blocks"], int(match["index"]), match["name"]) if match else None

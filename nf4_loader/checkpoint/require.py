@@ -1,0 +1,60 @@
+"""What a file has to hold so that a node can load it."""
+
+from .catalogue import CLIP_L_PREFIX, SCALES, T5_PREFIX, VAE_PREFIX, Catalogue, Weight4bit
+from .errors import DAMAGED, CheckpointError
+from .header import TensorEntry
+from .identify import what_else_it_is
+from .quant_state import QUANT_STATE
+
+
+def require_transformer(catalogue: Catalogue) -> None:
+    """Check that there is a transformer of a known family with 4-bit weights, and that all of it can be read.
+
+    Raises:
+        CheckpointError: saying what the file is and which loader is right.
+    """
+    is_4bit = any(isinstance(part, Weight4bit) for part in catalogue.parts)
+    if catalogue.found is None or not is_4bit:
+        raise CheckpointError(catalogue.path, what_else_it_is(catalogue.header))
+    for part in catalogue.parts:
+        if isinstance(part, TensorEntry) and _is_packed(part):
+            weight = part.name.removesuffix(".absmax")
+            raise CheckpointError(
+                catalogue.path,
+                f"{weight}: it is packed, but '{weight}{QUANT_STATE}nf4', which gives its shape, is not in the file. "
+                f"{DAMAGED}",
+            )
+        if part.name.endswith(SCALES):
+            raise CheckpointError(
+                catalogue.path,
+                f"{part.name}: some of its layers are in 4 bits and others in scaled fp8, which this node cannot run. "
+                "Make a 4-bit file of it with commands/quantise.py and load that.",
+            )
+
+
+def require_all_in_one(catalogue: Catalogue) -> None:
+    """Check that the transformer, CLIP-L, T5 and the VAE are in the file.
+
+    Raises:
+        CheckpointError: saying what the file is, or naming the parts that are missing, and what to do.
+    """
+    require_transformer(catalogue)
+    parts = {
+        "CLIP-L": any(name.startswith(CLIP_L_PREFIX) for name in catalogue.text_encoders),
+        "T5-XXL": catalogue.t5_layers > 0,
+        "VAE": bool(catalogue.vae),
+    }
+    missing = [part for part, present in parts.items() if not present]
+    if missing:
+        raise CheckpointError(
+            catalogue.path,
+            f"it has the Flux transformer but no {', no '.join(missing)} (looked for '{CLIP_L_PREFIX}*', "
+            f"'{T5_PREFIX}*' and '{VAE_PREFIX}*'). This node gives MODEL, CLIP and VAE from one all-in-one file, such "
+            "as flux1-dev-bnb-nf4-v2.safetensors. A file without them goes into models/diffusion_models: load it with "
+            "'Load Flux NF4 UNet (streamed)', with 'DualCLIPLoader' (clip_l and t5xxl, type flux) and 'Load VAE' "
+            "(ae.safetensors) beside it.",
+        )
+
+
+def _is_packed(entry: TensorEntry) -> bool:
+    return entry.name.endswith(".absmax") or (entry.name.endswith(".weight") and entry.dtype in ("U8", "I8"))

@@ -1,0 +1,117 @@
+"""The node that quantises a model and saves it."""
+
+import logging
+from pathlib import Path
+from typing import Any, ClassVar
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+
+from .families import CHECKPOINT_PREFIX, FLUX1, family_of_model
+from .memory import GIB
+from .nf4_loader.checkpoint.catalogue import Catalogue
+from .nf4_loader.checkpoint.errors import CheckpointError
+from .nf4_loader.checkpoint.quant_state import QuantType
+from .nf4_loader.saving.model_sources import sources_of_encoders, sources_of_model
+from .nf4_loader.saving.quantise import QuantSettings
+from .nf4_loader.saving.save import layer_patterns, save_quantised
+
+logger = logging.getLogger(__name__)
+
+
+class FluxNF4QuantiseSave:
+    """Makes an NF4 or FP4 file of any Flux MODEL."""
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": ("MODEL", {"tooltip": "A Flux model, dense, fp8, GGUF or 4-bit. LoRAs on it are merged."}),
+                "filename_prefix": (
+                    "STRING",
+                    {
+                        "default": "diffusion_models/flux1-nf4",
+                        "tooltip": "The name of the file, to which a number is added; folders may stand before it. "
+                        "ComfyUI finds models in output/diffusion_models and output/checkpoints.",
+                    },
+                ),
+                "folder": (
+                    ["output", "diffusion_models", "checkpoints"],
+                    {"tooltip": "ComfyUI's output folder, or the first folder of that kind of models."},
+                ),
+                "quant_type": (["nf4", "fp4"], {"tooltip": "NF4 is the more exact for weights of a model."}),
+                "absmax": (
+                    ["fp32", "nested"],
+                    {"tooltip": "fp32: as in v2 files, more exact. nested: as in v1 files, 8 % smaller."},
+                ),
+                "keep_dense": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "tooltip": "Layers whose weights are dense in the file, with commas between them, such as: "
+                        "img_in, final_layer.*, double_blocks.0.*",
+                    },
+                ),
+            },
+            "optional": {
+                "clip": ("CLIP", {"tooltip": "With VAE: make an all-in-one file, with these text encoders."}),
+                "vae": ("VAE", {"tooltip": "With CLIP: make an all-in-one file, with this VAE."}),
+            },
+        }
+
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "save"
+    CATEGORY = "advanced/model_merging/flux nf4"
+    SEARCH_ALIASES: ClassVar = ["quantize", "nf4", "fp4", "bitsandbytes", "convert", "merge lora"]
+    DESCRIPTION = (
+        "Quantises a Flux model to NF4 or FP4, layer by layer, and saves it: the transformer alone, or with CLIP and "
+        "VAE as an all-in-one file. 4-bit weights of a file that have no LoRA keep their values if they are of the "
+        "type that is saved (fp32 absmax that is nested changes a little); those of the other type are quantised "
+        "again, and the log says so."
+    )
+
+    def save(
+        self,
+        model: Any,
+        filename_prefix: str,
+        folder: str,
+        quant_type: QuantType,
+        absmax: str,
+        keep_dense: str,
+        clip: Any = None,
+        vae: Any = None,
+    ) -> dict[str, Any]:
+        root = folder_paths.get_output_directory() if folder == "output" else folder_paths.get_folder_paths(folder)[0]
+        place, name, counter, _, _ = folder_paths.get_save_imagepath_of(filename_prefix, root)
+        path = Path(place, f"{name}_{counter:05}_.safetensors")
+        if family_of_model(model.model.model_config.unet_config.get("image_model")) is not FLUX1:
+            raise CheckpointError(
+                path, f"the model is a {type(model.model).__name__}, and this node saves only {FLUX1.name}."
+            )
+        if (clip is None) != (vae is None):
+            raise CheckpointError(path, "connect both CLIP and VAE for an all-in-one file, or neither.")
+        device = comfy.model_management.get_torch_device()
+        comfy.model_management.free_memory(GIB, device)  # first: what a source holds stays where it is
+        sources = sources_of_model(model) + (sources_of_encoders(clip, vae) if clip is not None else [])
+        progress = comfy.utils.ProgressBar(sum(torch.Size(source.shape).numel() for source in sources))
+        save_quantised(
+            path,
+            sources,
+            QuantSettings(quant_type, nested=absmax == "nested"),
+            prefix=CHECKPOINT_PREFIX if clip is not None else "",
+            keep_dense=layer_patterns(keep_dense),
+            metadata=_origin(model),
+            device=device,
+            progress=progress.update,
+        )
+        logger.info("NF4: saved %s (%.2f GiB)", path, path.stat().st_size / GIB)
+        return {"ui": {"text": [str(path)]}}
+
+
+def _origin(model: Any) -> dict[str, str]:
+    catalogue: Catalogue | None = getattr(model.model, "nf4_catalogue", None)
+    source = catalogue.path.name if catalogue else type(model.model).__name__
+    return {"flux_nf4.source": source, "flux_nf4.patched_weights": str(len(model.patches))}

@@ -1,0 +1,177 @@
+"""What the nodes have in common: inputs that say what stays in VRAM, files by name, and models kept between runs."""
+
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import comfy.cli_args
+import folder_paths
+
+from .checkpoints import key_of, load_all_in_one, streamed
+from .families import FLUX1
+from .memory import GIB
+from .nf4_loader.checkpoint.catalogue import read_catalogue
+from .nf4_loader.checkpoint.require import require_all_in_one
+from .offload.comfyui.adopt import stream_model
+from .offload.comfyui.patcher import StreamedModelPatcher
+from .offload.comfyui.streaming import Residency
+
+logger = logging.getLogger(__name__)
+
+CATEGORY = "loaders/flux nf4"
+HIDDEN = {"unique_id": "UNIQUE_ID"}
+MODEL_TOOLTIP = "The Flux model, for a sampler."
+STREAMED_TOOLTIP = "The same model, streamed."
+ALL_IN_ONE = ("MODEL", "CLIP", "VAE")
+ALL_IN_ONE_TOOLTIPS = (
+    MODEL_TOOLTIP,
+    "CLIP-L and T5-XXL of the file, for the prompt.",
+    "The VAE of the file, to decode the picture.",
+)
+
+Input = tuple[Any, dict[str, Any]]
+"""A type (or the values to choose from) and the options of an input, as ComfyUI wants them."""
+
+
+def _count_input(kind: str, most: int, mib: int, default: int = 7, least: int = 0) -> Input:
+    tooltip = (
+        f"How many of the {kind} blocks stay in VRAM (about {mib} MiB each in NF4). The others are streamed from RAM "
+        "while the block before them computes. The picture is the same."
+    )
+    if least < 0:
+        tooltip += " -1: as the budget allows."
+    return ("INT", {"default": default, "min": least, "max": most, "tooltip": tooltip})
+
+
+_OLD = "_cuda_size"
+_FLUX1_BLOCKS = dict(zip(FLUX1.lists.items(), ((19, 16, 182), (38, 37, 76)), strict=True))
+"""Of each list of Flux.1's blocks: how many there are, how many the old nodes let stay, and MiB of one in NF4."""
+
+COUNTED = dict(FLUX1.lists)
+OLD_COUNTED = {f"{blocks}{_OLD}": kind for blocks, kind in FLUX1.lists.items()}
+"""Inputs that count blocks, and the kind of block that each counts."""
+
+OLD_COUNTS = {
+    f"{blocks}{_OLD}": _count_input(kind, most, mib) for (blocks, kind), (_, most, mib) in _FLUX1_BLOCKS.items()
+}
+RESIDENCY: dict[str, Input] = {
+    "vram_budget_gb": (
+        "FLOAT",
+        {
+            "default": 0.0,
+            "min": 0.0,
+            "max": 256.0,
+            "step": 0.1,
+            "tooltip": "VRAM for the model, in GiB. 0: as much as fits beside ComfyUI's reserve. The picture is the "
+            "same with any budget; less is slower only where the bus is slower than the GPU.",
+        },
+    ),
+    **{
+        blocks: _count_input(kind, depth, mib, default=-1, least=-1)
+        for (blocks, kind), (depth, _, mib) in _FLUX1_BLOCKS.items()
+    },
+}
+
+
+@dataclass(frozen=True)
+class PlannedNode:
+    """The inputs of a node that its plan depends on. ``PLAN`` of a node class; the page asks for the plan by them.
+
+    Attributes:
+        folder: The models folder of ``file``.
+        file: The input that names the file; None where the node gets a MODEL.
+        counts: By kind of block, the input that says how many stay.
+        budget: The input that gives GiB of VRAM; None where there is none.
+    """
+
+    folder: str | None = None
+    file: str | None = None
+    counts: Mapping[str, str] = field(default_factory=dict)
+    budget: str | None = None
+
+
+BY_BUDGET: dict[str, Any] = {
+    "counts": {kind: given for given, kind in COUNTED.items()},
+    "budget": "vram_budget_gb",
+}
+BY_OLD_COUNTS: dict[str, Any] = {"counts": {kind: given for given, kind in OLD_COUNTED.items()}}
+
+
+def residency_of(vram_budget_gb: float = 0.0, **counts: int) -> Residency:
+    """What these inputs ask for: 0 GiB and counts of -1 leave it to the free VRAM."""
+    kinds = COUNTED | OLD_COUNTED
+    wanted = tuple((kinds[given], count) for given, count in counts.items() if count >= 0)
+    return Residency(wanted, int(vram_budget_gb * GIB) or None)
+
+
+def path_of(folder: str, name: str) -> Path:
+    """Where the file ``name`` of a models folder is.
+
+    Raises:
+        FileNotFoundError: it is in none of the folder's places.
+    """
+    found = folder_paths.get_full_path(folder, name)
+    if found is None:
+        folders = ", ".join(folder_paths.get_folder_paths(folder))
+        raise FileNotFoundError(
+            f"{name}: there is no such file in the {folder} folder ({folders}). Put it there, refresh the page (key R) "
+            "and pick it in this node."
+        )
+    return Path(found)
+
+
+def say_what_is_too_many(patcher: StreamedModelPatcher, residency: Residency) -> None:
+    """Log the counts that ask for more blocks than the model has."""
+    kinds = patcher.report().kinds
+    for kind, count in residency.counts:
+        depth = kinds.count(kind)
+        if count and not depth:
+            others = ", ".join(sorted(set(kinds)))
+            logger.warning("NF4: this model has no %s blocks (it has: %s), so their count is ignored", kind, others)
+        elif count > depth:
+            logger.info("NF4: %d %s blocks requested, the model has %d: keeping all %d", count, kind, depth, depth)
+
+
+def stream(model: Any, residency: Residency, node_id: str | None) -> Any:
+    """A clone of the MODEL that is streamed as ``residency`` says."""
+    streaming = stream_model(model, residency, node_id)
+    if isinstance(streaming, StreamedModelPatcher):
+        say_what_is_too_many(streaming, residency)
+    return streaming
+
+
+class Loader:
+    """Keeps what it has loaded until it loads something else, so that changed settings read nothing again.
+
+    ComfyUI keeps a node as long as it is in the graph, but lets go of its outputs before it runs with changed inputs.
+    """
+
+    _kept: tuple[Any, Any] | None = None
+
+    def once(self, key: Any, load: Callable[[], Any]) -> Any:
+        """What ``load`` gives, or what it gave for the last key if ``key`` is equal to that."""
+        if self._kept is not None and self._kept[0] == key:
+            return self._kept[1]
+        self._kept = None  # first: there may be no room for both
+        loaded = load()
+        self._kept = None if _gives_outputs_up() else (key, loaded)
+        return loaded
+
+    def all_in_one(self, name: str, residency: Residency, node_id: str | None) -> tuple[Any, Any, Any]:
+        """MODEL, CLIP and VAE of a 4-bit file in the folder ``checkpoints``."""
+        catalogue = read_catalogue(path_of("checkpoints", name))
+        require_all_in_one(catalogue)
+        loaded = self.once(key_of(catalogue), lambda: load_all_in_one(catalogue))
+        say_what_is_too_many(loaded.model, residency)
+        return streamed(loaded.model, residency, node_id), loaded.clip, loaded.vae
+
+
+def _gives_outputs_up() -> bool:
+    """Whether ComfyUI caches outputs until RAM is short: then nothing here may keep them as well."""
+    memory_management: Any = sys.modules.get("comfy.memory_management")
+    if hasattr(memory_management, "extra_ram_release_callback"):
+        return memory_management.extra_ram_release_callback is not None
+    return bool(getattr(comfy.cli_args.args, "cache_ram", None))
