@@ -58,9 +58,9 @@ class FluxNF4CheckpointLoader(Loader):
     CATEGORY = CATEGORY
     SEARCH_ALIASES: ClassVar = ["nf4", "fp4", "bitsandbytes", "bnb", "low vram", "block swap", "offload"]
     DESCRIPTION = (
-        "Loads a Flux checkpoint in NF4 or FP4 and runs it on a GPU that cannot hold it: some blocks stay in VRAM, the "
-        "others are streamed from RAM while the one before them computes. 0 and 0 needs the least VRAM; more only "
-        "matters where the bus is slower than the GPU (small pictures, slow slots)."
+        "Loads a Flux checkpoint in NF4 or FP4 and runs it on a GPU that cannot hold it. Some blocks stay in VRAM; the "
+        "others are streamed from RAM while the block before them computes. 0 and 0 needs the least VRAM. More helps "
+        "only where the bus is slower than the GPU (small pictures, slow slots)."
     )
 
     def load_checkpoint(self, ckpt_name: str, unique_id: str | None = None, **counts: int) -> tuple[Any, Any, Any]:
@@ -81,8 +81,8 @@ class FluxNF4CheckpointLoaderStreamed(Loader):
     CATEGORY = CATEGORY
     SEARCH_ALIASES: ClassVar = FluxNF4CheckpointLoader.SEARCH_ALIASES
     DESCRIPTION = (
-        "Loads a Flux checkpoint in NF4 or FP4 and runs it in as much VRAM as there is, or as the budget says: what "
-        "does not fit is streamed from RAM while the block before it computes. The picture is the same."
+        "Loads a Flux checkpoint in NF4 or FP4 and runs it in the VRAM that is free, or within the budget. Blocks that "
+        "do not fit are streamed from RAM while the block before them computes. The picture is the same."
     )
 
     def load_checkpoint(
@@ -96,7 +96,7 @@ class FluxNF4CheckpointLoaderStreamed(Loader):
 
 
 class FluxNF4UNETLoaderStreamed(Loader):
-    """A file that has the transformer alone, or whose transformer alone is wanted."""
+    """The transformer of a file, which may hold nothing else."""
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -111,9 +111,9 @@ class FluxNF4UNETLoaderStreamed(Loader):
     CATEGORY = CATEGORY
     SEARCH_ALIASES: ClassVar = [*FluxNF4CheckpointLoader.SEARCH_ALIASES, "diffusion model"]
     DESCRIPTION = (
-        "Loads a Flux transformer in NF4 or FP4 that comes without text encoders and VAE, in any layout: lllyasviel's, "
-        "InvokeAI's, diffusers' (one file, or any of its shards). It runs in as much VRAM as there is, or as the "
-        "budget says."
+        "Loads a Flux transformer in NF4 or FP4 from a file without text encoders and VAE. It takes every layout: "
+        "lllyasviel's, InvokeAI's, diffusers' (one file, or any one of its shards). It runs in the VRAM that is free, "
+        "or within the budget."
     )
 
     def load_unet(
@@ -137,8 +137,8 @@ class StreamModelBlocks:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         tooltip = (
-            "A model built of blocks (Flux, Chroma and others), in bf16, fp16 or fp8; before LoRAs or after them, "
-            "before bypass LoRAs and torch.compile."
+            "A model built of blocks (Flux, Chroma and others), in bf16, fp16 or fp8. LoRAs may come before or after "
+            "this node; bypass LoRAs and torch.compile come after it."
         )
         return {"required": {"model": ("MODEL", {"tooltip": tooltip})}, "optional": RESIDENCY, "hidden": HIDDEN}
 
@@ -149,8 +149,8 @@ class StreamModelBlocks:
     CATEGORY = CATEGORY
     SEARCH_ALIASES: ClassVar = ["low vram", "block swap", "offload", "fp8"]
     DESCRIPTION = (
-        "Runs a model in as much VRAM as there is, or as the budget says: blocks that do not fit are streamed from RAM "
-        "while the one before them computes. On a model that is streamed already it changes the settings."
+        "Runs a model in the VRAM that is free, or within the budget. Blocks that do not fit are streamed from RAM "
+        "while the block before them computes. On a model that is already streamed it changes the settings."
     )
 
     def stream(
@@ -169,7 +169,7 @@ class FluxNF4DualCLIPLoader:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         files = folder_paths.get_filename_list("text_encoders")
-        tooltip = "CLIP-L or T5-XXL, in any order, of the folder models/text_encoders: dense, or in NF4 or FP4."
+        tooltip = "CLIP-L or T5-XXL, in either order, from the folder models/text_encoders: dense, or in NF4 or FP4."
         return {"required": {f"clip_name{number}": (files, {"tooltip": tooltip}) for number in (1, 2)}}
 
     RETURN_TYPES = ("CLIP",)
@@ -178,8 +178,8 @@ class FluxNF4DualCLIPLoader:
     CATEGORY = CATEGORY
     SEARCH_ALIASES: ClassVar = ["t5", "nf4", "text encoder", "bitsandbytes"]
     DESCRIPTION = (
-        "Loads the two text encoders of Flux. A T5 in 4 bits, as transformers and bitsandbytes save it, stays so: "
-        "3 GB of memory in place of 10. One that is in shards is loaded by any one of them."
+        "Loads the two text encoders of Flux. A 4-bit T5, as transformers and bitsandbytes save it, stays in 4 bits: "
+        "3 GB of memory instead of 10. If it is in shards, pick any one of them."
     )
 
     def load_clip(self, clip_name1: str, clip_name2: str) -> tuple[Any]:

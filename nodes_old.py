@@ -33,11 +33,11 @@ class _OldNode:
     CATEGORY = CATEGORY
     PLAN: ClassVar = PlannedNode(**BY_OLD_COUNTS)
     SEARCH_ALIASES: ClassVar = ["fluxext", "mz", "partial load", "low vram"]
-    DESCRIPTION = "For graphs that were made with the package FluxExt-MZ. In new ones use Stream Model Blocks."
+    DESCRIPTION = "For graphs made with the package FluxExt-MZ. In new graphs use Stream Model Blocks."
 
 
 def _refuse_4_bits(path: Path, right: str) -> None:
-    """ComfyUI's own loader would take packed shapes for the model's, and fail far from here."""
+    """Refuse a file that ComfyUI's own loader would misread: it takes packed shapes for the model's."""
     try:
         names = read_header(path).tensors if path.suffix == ".safetensors" else ()
     except CheckpointError:

@@ -33,15 +33,15 @@ class FluxNF4QuantiseSave:
                     "STRING",
                     {
                         "default": "diffusion_models/flux1-nf4",
-                        "tooltip": "The name of the file, to which a number is added; folders may stand before it. "
+                        "tooltip": "The name of the file. A number is added to it, and it may begin with folders. "
                         "ComfyUI finds models in output/diffusion_models and output/checkpoints.",
                     },
                 ),
                 "folder": (
                     ["output", "diffusion_models", "checkpoints"],
-                    {"tooltip": "ComfyUI's output folder, or the first folder of that kind of models."},
+                    {"tooltip": "ComfyUI's output folder, or the first folder of that kind of model."},
                 ),
-                "quant_type": (["nf4", "fp4"], {"tooltip": "NF4 is the more exact for weights of a model."}),
+                "quant_type": (["nf4", "fp4"], {"tooltip": "NF4 is more exact for a model's weights."}),
                 "absmax": (
                     ["fp32", "nested"],
                     {"tooltip": "fp32: as in v2 files, more exact. nested: as in v1 files, 8 % smaller."},
@@ -50,14 +50,14 @@ class FluxNF4QuantiseSave:
                     "STRING",
                     {
                         "default": "",
-                        "tooltip": "Layers whose weights are dense in the file, with commas between them, such as: "
+                        "tooltip": "Layers whose weights stay dense, with commas between them, such as: "
                         "img_in, final_layer.*, double_blocks.0.*",
                     },
                 ),
             },
             "optional": {
-                "clip": ("CLIP", {"tooltip": "With VAE: make an all-in-one file, with these text encoders."}),
-                "vae": ("VAE", {"tooltip": "With CLIP: make an all-in-one file, with this VAE."}),
+                "clip": ("CLIP", {"tooltip": "Connect it together with VAE to save an all-in-one file."}),
+                "vae": ("VAE", {"tooltip": "Connect it together with CLIP to save an all-in-one file."}),
             },
         }
 
@@ -67,10 +67,10 @@ class FluxNF4QuantiseSave:
     CATEGORY = "advanced/model_merging/flux nf4"
     SEARCH_ALIASES: ClassVar = ["quantize", "nf4", "fp4", "bitsandbytes", "convert", "merge lora"]
     DESCRIPTION = (
-        "Quantises a Flux model to NF4 or FP4, layer by layer, and saves it: the transformer alone, or with CLIP and "
-        "VAE as an all-in-one file. 4-bit weights of a file that have no LoRA keep their values if they are of the "
-        "type that is saved (fp32 absmax that is nested changes a little); those of the other type are quantised "
-        "again, and the log says so."
+        "Quantises a Flux model to NF4 or FP4, layer by layer, and saves it: the transformer alone, or an all-in-one "
+        "file with CLIP and VAE. 4-bit weights without a LoRA keep their values if they are saved in their own type "
+        "(nesting an fp32 absmax changes them a little). Weights of the other type are quantised again, and the log "
+        "says so."
     )
 
     def save(

@@ -42,7 +42,7 @@ def _count_input(kind: str, most: int, mib: int, default: int = 7, least: int = 
         "while the block before them computes. The picture is the same."
     )
     if least < 0:
-        tooltip += " -1: as the budget allows."
+        tooltip += " -1: the budget decides."
     return ("INT", {"default": default, "min": least, "max": most, "tooltip": tooltip})
 
 
@@ -65,8 +65,8 @@ RESIDENCY: dict[str, Input] = {
             "min": 0.0,
             "max": 256.0,
             "step": 0.1,
-            "tooltip": "VRAM for the model, in GiB. 0: as much as fits beside ComfyUI's reserve. The picture is the "
-            "same with any budget; less is slower only where the bus is slower than the GPU.",
+            "tooltip": "VRAM for the model, in GiB. 0: all that ComfyUI's reserve leaves free. The picture is the "
+            "same with any budget. A smaller one is slower only where the bus is slower than the GPU.",
         },
     ),
     **{

@@ -99,7 +99,7 @@ def test_counts_of_kinds_that_a_model_does_not_have_are_said(dense, caplog):
     del dense.model.diffusion_model.double_blocks
     node = nodes.StreamModelBlocks()
     node.stream(dense, double_blocks=3, single_blocks=2)
-    assert "the model has no double blocks, but blocks, single: only the budget is for these" in caplog.text
+    assert "this model has no double blocks (it has: blocks, single), so their count is ignored" in caplog.text
 
 
 def test_tensors_of_another_package_are_refused_by_name(dense):

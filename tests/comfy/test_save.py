@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from saved_files import HIDDEN, SHAPES, WEIGHTS, check, dequantised, requantised, values, write_gguf
 from scaled_fp8 import load_scaled_fp8
 
-from flux_nf4 import nodes
+from flux_nf4 import nodes, nodes_saving
 from flux_nf4.families import FLUX1
 from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
 from flux_nf4.nf4_loader.saving.model_sources import sources_of_model
@@ -359,8 +359,8 @@ def test_the_scale_of_inputs_is_not_saved(one_block_of_each, tmp_path):
 def test_models_leave_the_device_before_their_weights_are_taken(one_block_of_each, tmp_path, monkeypatch):
     patcher, calls = comfy.sd.load_diffusion_model_state_dict(values()), []
     monkeypatch.setattr(comfy.model_management, "free_memory", lambda *_: calls.append("free_memory"))
-    monkeypatch.setattr(nodes, "sources_of_model", lambda _: calls.append("sources_of_model") or [])
-    monkeypatch.setattr(nodes, "save_quantised", lambda path, *_, **__: path.touch())
+    monkeypatch.setattr(nodes_saving, "sources_of_model", lambda _: calls.append("sources_of_model") or [])
+    monkeypatch.setattr(nodes_saving, "save_quantised", lambda path, *_, **__: path.touch())
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
     nodes.FluxNF4QuantiseSave().save(patcher, "saved", "output", "nf4", "fp32", "")
     assert calls == ["free_memory", "sources_of_model"]

@@ -120,8 +120,9 @@ def test_the_page_learns_our_nodes_and_the_words_that_find_them(server):
     assert "low vram" in nodes[OLD_NODE]["aliases"]
     for name, node in nodes.items():
         inputs = json.loads(server.get(f"/object_info/{name}"))[name]["input"]
-        named = [value for key, value in (node["plan"] or {}).items() if key != "folder" and value]
-        assert set(named) <= inputs["required"].keys() | inputs.get("optional", {}).keys()
+        plan = node["plan"] or {"file": None, "counts": {}, "budget": None}
+        named = {plan["file"], plan["budget"], *plan["counts"].values()} - {None}
+        assert named <= inputs["required"].keys() | inputs.get("optional", {}).keys()
 
 
 def test_translations_and_help_are_where_the_page_looks(server):

@@ -5,6 +5,8 @@ import sys
 import environment
 from publish_links import with_links
 
+from flux_nf4.nf4_loader.saving.save import VERSION
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -23,6 +25,10 @@ def test_the_links_are_where_the_registry_looks():
     assert comfy["PublisherId"]
     without = tomllib.loads(PYPROJECT)
     assert project["project"].items() >= without["project"].items()
+
+
+def test_saved_files_name_the_version_that_is_published():
+    assert tomllib.loads(PYPROJECT)["project"]["version"] == VERSION
 
 
 def test_no_requirement_is_comfyuis_own():
