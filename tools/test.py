@@ -36,10 +36,11 @@ def main() -> None:
     if not _ALIAS.is_symlink():
         # A name for the package: its folder may be called anything, and mypy wants an identifier.
         _ALIAS.symlink_to(environment.ROOT)
+    packages = sorted(path.parent.name for path in environment.ROOT.glob("*/__init__.py"))
     checks = {
         "lint": [*python, "ruff", "check", "."],
         "format": [*python, "ruff", "format", "--check", "."],
-        "types": [*python, "mypy", "-p", "flux_nf4.nf4_loader", "-p", "flux_nf4.offload", "-p", "flux_nf4.page"],
+        "types": [*python, "mypy", *(f"--package={_ALIAS.name}.{name}" for name in packages)],
         "types of tools": [*python, "mypy", *(str(path) for folder in _TOOLS for path in sorted(folder.glob("*.py")))],
     }
     variables = os.environ | {"MYPYPATH": os.pathsep.join((str(_ALIAS.parent), *map(str, _TOOLS)))}
