@@ -15,7 +15,6 @@ from pathlib import Path
 import environment
 
 _TOOLS = (Path("tools"), Path("benchmarks"), Path("commands"))
-_PACKAGES = ("families", "nf4_loader", "offload", "page")
 _BESIDE = ("tests/browser", "tests/server")
 """Tests that mostly wait for processes of their own: they run beside all others."""
 
@@ -37,10 +36,11 @@ def main() -> None:
     if not _ALIAS.is_symlink():
         # A name for the package: its folder may be called anything, and mypy wants an identifier.
         _ALIAS.symlink_to(environment.ROOT)
+    packages = sorted(path.parent.name for path in environment.ROOT.glob("*/__init__.py"))
     checks = {
         "lint": [*python, "ruff", "check", "."],
         "format": [*python, "ruff", "format", "--check", "."],
-        "types": [*python, "mypy", *(part for name in _PACKAGES for part in ("-p", f"flux_nf4.{name}"))],
+        "types": [*python, "mypy", *(f"--package={_ALIAS.name}.{name}" for name in packages)],
         "types of tools": [*python, "mypy", *(str(path) for folder in _TOOLS for path in sorted(folder.glob("*.py")))],
     }
     variables = os.environ | {"MYPYPATH": os.pathsep.join((str(_ALIAS.parent), *map(str, _TOOLS)))}

@@ -7,6 +7,7 @@ import re
 
 import environment
 import pytest
+from paces import slowness
 
 OLD_NODE = "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload"
 FULL_SIZE = "flux1-dev-bnb-nf4-v2.safetensors"
@@ -99,7 +100,7 @@ def test_fifty_bars_cost_less_than_a_millisecond_a_frame(page, frontend, rendere
     print(f"{frontend} {renderer}: {frames} frames, {calls} calls, {spent / frames:.1f} us of ours in each")
     assert frames > 10
     assert calls > 0
-    assert spent / frames < 1000
+    assert spent / frames < 1000 * slowness()
 
 
 def test_the_info_button_opens_the_help_page(page):

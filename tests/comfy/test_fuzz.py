@@ -16,6 +16,7 @@ import checkpoint_layout as layout
 import pytest
 import torch
 from make_checkpoint import Recipe, make_checkpoint
+from paces import slowness
 from packed_tensors import packed_tensors
 from safetensors.torch import load_file, save_file
 from sparse_file import write_sparse
@@ -31,6 +32,7 @@ from flux_nf4.page.file_plan import block_sizes
 FILES = int(os.environ.get("FUZZ_FILES", "400"))
 FIRST = int(os.environ.get("FUZZ_FIRST", "0"))
 SECONDS = 5
+SLOWNESS = slowness()
 EXTRA_BYTES = 2**30
 VALUES = (0, -1, 1, 2, 3, 63, 64, 65, 255, 2**16, 2**31, 2**32, 2**63 - 1, 2**63, 2**64, 10**30, 1.5, 1e400, True, None)
 WORDS = (
@@ -238,9 +240,9 @@ def outcome(path, action):
     except CheckpointError as error:
         message = str(error)
         assert len(message) < 3000
-    # A busy machine is no hang: what is counted is this process's own time, and any time that is far too long.
-    assert time.process_time() - cpu_time < SECONDS
-    assert time.monotonic() - started < 10 * SECONDS
+    # A busy machine is no hang: this process's own time counts, and the clock's where it is far too long.
+    assert time.process_time() - cpu_time < SECONDS * SLOWNESS
+    assert time.monotonic() - started < 10 * SECONDS * SLOWNESS
     return message
 
 

@@ -8,7 +8,6 @@ thousands of steps.
 import contextlib
 import gc
 import inspect
-import os
 import weakref
 
 import comfy.model_management
@@ -16,6 +15,7 @@ import comfy.model_patcher
 import comfy.patcher_extension
 import pytest
 import torch
+from effort import LONG
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -357,7 +357,7 @@ class Machine(RuleBasedStateMachine):
         patcher, live = self.pick(model, 0), self.world.copies.live
         freed = patcher.partially_unload(torch.device("cpu"), wanted)
         assert freed == 0 or freed >= wanted
-        assert freed == live - self.world.copies.live or patcher.model.streaming.streamer.plan.staging_bytes
+        assert freed <= live - self.world.copies.live
 
     @rule()
     def unload_all(self):
@@ -405,7 +405,6 @@ class Machine(RuleBasedStateMachine):
             self.patches.undo()
 
 
-LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 Machine.TestCase.settings = settings(
     max_examples=100 if LONG else 8,
     stateful_step_count=40 if LONG else 20,

@@ -13,24 +13,31 @@ class _RemoveOne(ast.NodeTransformer):
     def __init__(self, number, calls, never):
         self.number, self.calls, self.never = number, calls, never
         self.found = []
+        self.function = ""
 
-    def _hit(self, node):
-        self.found.append(f"line {node.lineno}: {ast.unparse(node)}")
+    def _hit(self, node, what):
+        self.found.append(f"{self.function} {what}: {ast.unparse(node)}")
         return len(self.found) - 1 == self.number
+
+    def visit_FunctionDef(self, node):
+        outer, self.function = self.function, node.name
+        self.generic_visit(node)
+        self.function = outer
+        return node
 
     def visit_Expr(self, node):
         call = node.value
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute):
-            if call.func.attr in self.calls and self._hit(node):
+            if call.func.attr in self.calls and self._hit(node, call.func.attr):
                 return ast.Pass()
             for keyword in call.keywords:
-                if keyword.arg == "after" and self._hit(node):
+                if keyword.arg == "after" and self._hit(node, "after"):
                     keyword.value = ast.parse(self.never, mode="eval").body
         return node
 
 
 def mutants(module, calls, never):
-    """Line and code of each synchronisation in ``module``."""
+    """Each synchronisation in ``module``: "function call: code", which edits of other lines do not change."""
     counter = _RemoveOne(-1, calls, never)
     counter.visit(ast.parse(inspect.getsource(module)))
     return counter.found

@@ -8,12 +8,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 HEAD = f"""
-import os, sys, types
-sys.path[:0] = [{str(ROOT / "tests" / "support")!r}]
-package = types.ModuleType("flux_nf4")
-package.__path__ = [{str(ROOT)!r}]
-sys.modules["flux_nf4"] = package
-import torch
+import os, sys
+sys.path[:0] = [{str(ROOT / "tests" / "support")!r}, {str(ROOT / "commands")!r}]
+import package, torch
 """
 
 

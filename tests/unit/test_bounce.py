@@ -12,6 +12,7 @@ import pytest
 import streaming_model
 import torch
 from bounced_device import BouncedDevice, SimulatedLane
+from effort import LONG
 from mutants import mutant, mutants, over
 from own_python import run_script
 
@@ -66,7 +67,7 @@ def in_thread(call):
 def test_a_streamed_model_computes_the_same_bits(pins_every, monkeypatch):
     monkeypatch.setattr(record_module, "SMALL_BYTES", 128)
     monkeypatch.setattr(streaming_model, "SimulatedDevice", functools.partial(BouncedDevice, pins_every=pins_every))
-    for seed in range(45):
+    for seed in range(45 if LONG else 15):
         streaming_model.exercise(Streamer, seed)
 
 

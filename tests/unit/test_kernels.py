@@ -247,12 +247,8 @@ def test_bitsandbytes_that_is_not_installed_is_replaced_with_one_warning(
 
 WITHOUT_BITSANDBYTES = """
 import sys
-import types
 
-package = types.ModuleType("flux_nf4")
-package.__path__ = [sys.argv[1]]
-sys.modules["flux_nf4"] = package
-
+import package
 import torch
 from flux_nf4.nf4_loader.checkpoint import catalogue, header, quant_state, read
 from flux_nf4.nf4_loader.linear import kernels, linear4bit
@@ -270,8 +266,8 @@ def test_all_works_where_importing_bitsandbytes_fails(tmp_path):
     broken = tmp_path / "bitsandbytes"
     broken.mkdir()
     (broken / "__init__.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
-    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{WITHOUT_BITSANDBYTES}"
-    root = Path(__file__).parents[2]
-    result = subprocess.run([sys.executable, "-c", script, str(root)], capture_output=True, text=True, check=False)
+    places = [str(tmp_path), str(Path(__file__).parents[2] / "commands")]
+    script = f"import sys; sys.path[:0] = {places!r}\n{WITHOUT_BITSANDBYTES}"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("no bitsandbytes kernel for cpu (OSError: libcudart.so.13: cannot open") == 1

@@ -3,10 +3,9 @@
 A short profile runs by default; ``HYPOTHESIS_PROFILE=long`` runs over 100,000 steps.
 """
 
-import os
-
 import pytest
 import torch
+from effort import LONG
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
@@ -19,9 +18,7 @@ from flux_nf4.offload import streamer as streamer_module
 from flux_nf4.offload.streamer import Streamer
 
 COMMON = {"deadline": None, "phases": [Phase.reuse, Phase.generate], "suppress_health_check": list(HealthCheck)}
-settings.register_profile("short", max_examples=50, stateful_step_count=30, **COMMON)
-settings.register_profile("long", max_examples=3500, stateful_step_count=40, **COMMON)
-PROFILE = settings.get_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
+MUCH = {"max_examples": 3500, "stateful_step_count": 40} if LONG else {"max_examples": 50, "stateful_step_count": 30}
 
 models = st.integers(0, 1)
 blocks = st.integers(0, 7)
@@ -93,7 +90,7 @@ class TwoModels(RuleBasedStateMachine):
         assert self.device.held_bytes == 0
 
 
-TwoModels.TestCase.settings = PROFILE
+TwoModels.TestCase.settings = settings(**MUCH, **COMMON)
 TestTwoModels = TwoModels.TestCase
 
 
@@ -139,7 +136,7 @@ MUTANTS = mutants(streamer_module, **SYNCHRONISATIONS)
 
 
 def test_the_driver_finds_nothing_wrong_with_the_streamer():
-    for seed in range(60):
+    for seed in range(60 if LONG else 15):
         exercise(Streamer, seed)
 
 

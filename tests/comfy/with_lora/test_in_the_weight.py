@@ -37,22 +37,28 @@ def layer(dtype=torch.float16, shape=SHAPE, rank=8, strength=0.5, nested=()):
 
 
 def give(made, dtype, rank, strength):
+    """Returns what this adds to the weight."""
     torch.manual_seed(1)
     rows = made.out_features // 3
-    patches = []
+    patches, added = [], []
     for start in range(0, made.out_features, rows):
         up, down = torch.randn(rows, rank), torch.randn(rank, made.in_features)
         adapter = LoRAAdapter(set(), (up, down, float(rank), None, None, None))
         patches.append((strength, adapter, 1.0, (0, start, rows), None))
+        added.append(strength * up @ down)
     for name, tensor in made.take_patches(patches, dtype).items():
         made.register_buffer(name, tensor, persistent=False)
+    return torch.cat(added)
+
+
+def random_input(made, rows=300):
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(1, rows, made.in_features, generator=generator).to(made.dtype)
 
 
 def output(made, rows=300):
-    generator = torch.Generator().manual_seed(2)
-    input = torch.randn(1, rows, made.in_features, generator=generator).to(made.dtype)
     with torch.inference_mode():
-        return made(input).float()
+        return made(random_input(made, rows)).float()
 
 
 @pytest.mark.parametrize("strength", [0.5, -1.25])
@@ -119,6 +125,7 @@ def test_a_linear_of_parts_is_beside_its_weight(expanded):
     made = PatchedLinearOfParts(parts, IN, bias=False, dtype=torch.float16)
     for name, buffer in made.named_buffers():
         buffer.fill_(0x42 if name.startswith("packed") else 0.1)
-    give(made, torch.float16, rank=8, strength=0.5)
-    assert output(made).isfinite().all()
+    added = give(made, torch.float16, rank=8, strength=0.5)
+    expected = nn.functional.linear(random_input(made).float(), made.weight.float() + added)
+    assert (output(made) - expected).norm() / expected.norm() < 2e-3
     assert expanded == []
