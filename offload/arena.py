@@ -154,6 +154,7 @@ class HostArena:
         self._registrar_for = registrar_for
         self._what = what
         self._said = ""
+        self._users = 0
         memory = _map(max(self.nbytes, PAGE), self._pins.release)
         with torch.inference_mode(False):
             # Each with a storage of its own: torch takes a tensor to be pinned if its storage's first byte is.
@@ -195,6 +196,16 @@ class HostArena:
         """
         order = dict.fromkeys((*first, *range(len(self.records))))
         self._say(self._pin_more(order, limit_bytes, device, limited_by))
+
+    def keep_pinned_for(self, user: object) -> None:
+        """Give back what is pinned when the last ``user`` has gone: others who hold the memory need no pinned pages."""
+        self._users += 1
+        weakref.finalize(user, self._let_go).atexit = False
+
+    def _let_go(self) -> None:
+        self._users -= 1
+        if not self._users:
+            self.unpin()
 
     def unpin(self) -> None:
         """Give back what `pin` has registered, once no copy from it is under way. Idempotent."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from .arena import HostArena
 from .plan import BlockSize
-from .record import BoundTile, RecordLayout, give, keep_in_place, set_apart, tile_of, views_of
+from .record import BoundTile, RecordLayout, give, keep_in_place, layout_of, set_apart, tile_of, views_of
 
 Extras = Mapping[str, Mapping[str, torch.Tensor]]
 """Host tensors by the path of the module in its block ("" is the block), then by the name of the buffer."""
@@ -163,6 +163,11 @@ class Block:
         every = (tile for record in self.records for tile in record.every_tile if not tile.is_bound)
         return next((tile.tile.module or "a layer" for tile in every), None)
 
+    def modules_of(self, local: int) -> set[nn.Module]:
+        """The modules that have tensors in tile ``local``."""
+        paths = {field.module for tile, _ in self.parts(local) for field in tile.tile.fields}
+        return {self.module.get_submodule(path) for path in paths}
+
     def in_host_memory(self, path: str, name: str) -> torch.Tensor | None:
         """Tensor ``name`` of the module at ``path``, wherever that is bound now."""
         tiles = (part for record in self.records for part in record.every_tile)
@@ -195,26 +200,61 @@ class Block:
             record.drop()
 
 
-def blocks_in_host_memory(
+Names = Mapping[tuple[str, str], torch.Tensor]
+"""Host bytes (uint8, flat) by module and name of the tensor that they are."""
+
+
+def layouts_of(modules: Sequence[nn.Module]) -> list[RecordLayout]:
+    """The layout of each block.
+
+    Raises:
+        ValueError: a block has no tensors, or shares one with itself or another.
+    """
+    _refuse_shared(modules)
+    return [layout_of(module) for module in modules]
+
+
+def arena_for(layouts: Sequence[RecordLayout], mapped: Sequence[Names]) -> HostArena:
+    """Host memory for blocks of these layouts, without what is ``mapped``."""
+    return HostArena([_own(layout, names).nbytes for layout, names in zip(layouts, mapped, strict=True)])
+
+
+def blocks_in(
+    arena: HostArena,
     modules: Sequence[nn.Module],
     kinds: Sequence[str],
     layouts: Sequence[RecordLayout],
-    mapped: Sequence[Mapping[tuple[str, str], torch.Tensor]],
+    mapped: Sequence[Names],
     each: Callable[[int], None],
-) -> tuple[tuple[Block, ...], HostArena]:
-    """Move the tensors of ``modules`` into an arena; what is ``mapped`` (by module and name) stays where it is.
+) -> tuple[Block, ...]:
+    """Move the tensors of ``modules`` into the records of ``arena``; what is ``mapped`` stays where it is.
 
-    ``each`` is called with the index of each that has moved."""
-    for module, layout, tensors in zip(modules, layouts, mapped, strict=True):
-        give(module, layout, tensors)  # small ones are copied from there
-    split = [set_apart(layout, tensors) for layout, tensors in zip(layouts, mapped, strict=True)]
-    arena = HostArena([own.nbytes for own, _ in split])
+    ``each`` is called with the index of each block that has moved.
+
+    Raises:
+        ValueError: the records are of other sizes.
+    """
+    needed = [_own(layout, names).nbytes for layout, names in zip(layouts, mapped, strict=True)]
+    found = [record.nbytes for record in arena.records]
+    if needed != found:
+        raise ValueError(
+            f"the host memory has {len(found)} records of {sum(found):,} bytes, and the model has {len(needed)} blocks "
+            f"of {sum(needed):,} bytes: it is another model's"
+        )
+    for module, layout, names in zip(modules, layouts, mapped, strict=True):
+        give(module, layout, names)  # small ones are copied from there
     blocks = []
-    for index, (module, kind, (own, of_file), tensors) in enumerate(zip(modules, kinds, split, mapped, strict=True)):
-        in_file = MappedRecord(module, of_file, tensors) if tensors else None
-        blocks.append(Block(module, kind, own, arena.records[index], in_file))
+    for index, (module, kind, layout, names) in enumerate(zip(modules, kinds, layouts, mapped, strict=True)):
+        own, in_file = set_apart(layout, names)
+        blocks.append(
+            Block(module, kind, own, arena.records[index], MappedRecord(module, in_file, names) if names else None)
+        )
         each(index)
-    return tuple(blocks), arena
+    return tuple(blocks)
+
+
+def _own(layout: RecordLayout, mapped: Names) -> RecordLayout:
+    return set_apart(layout, mapped)[0]
 
 
 def extras_in(extras: Extras, layout: RecordLayout) -> Extras:
@@ -224,7 +264,7 @@ def extras_in(extras: Extras, layout: RecordLayout) -> Extras:
     return {path: named for path, named in chosen.items() if named}
 
 
-def refuse_shared(blocks: Sequence[nn.Module]) -> None:
+def _refuse_shared(blocks: Sequence[nn.Module]) -> None:
     """Raises ValueError where a block has a tensor of another one."""
     owner: dict[int, int] = {}
     for index, block in enumerate(blocks):

@@ -1,9 +1,9 @@
-"""The staging ring's memory, and the tiles that come and go in it."""
+"""The memory of the staging ring, and the tiles that come and go in it."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -15,7 +15,7 @@ from .telemetry import Link
 
 @dataclass(frozen=True)
 class Part:
-    """One record's share of a staged tile, and where that is in the ring."""
+    """One record's share of a staged tile: its bytes in host memory, and their place in the ring."""
 
     tile: BoundTile
     source: torch.Tensor
@@ -23,11 +23,18 @@ class Part:
     views: Views
     is_pinned: bool
     ready: Any
-    """Passes when its copy is done."""
+    """Passes when the copy is done."""
+
+
+class Presence:
+    """Whether a tile is in use: bound to its bytes in the ring."""
+
+    def __init__(self, *, here: bool = False) -> None:
+        self.here = here
 
 
 class Staged:
-    """A streamed tile: its place in the ring, and whether its bytes are there, from its fetch to its use."""
+    """A streamed tile with its place in the ring. ``present``: its bytes are there, from their fetch to their use."""
 
     def __init__(
         self,
@@ -35,6 +42,7 @@ class Staged:
         parts: Sequence[tuple[BoundTile, HostRecord | MappedRecord]],
         place: torch.Tensor,
         copies: Copies,
+        presence: Presence,
     ) -> None:
         self.name = name
         self.parts: tuple[Part, ...] = ()
@@ -44,55 +52,56 @@ class Staged:
         self.nbytes = sum(part.place.nbytes for part in self.parts)
         self.pinned_bytes = sum(part.place.nbytes for part in self.parts if part.is_pinned)
         self._swaps = tuple(swap for part in self.parts for swap in part.tile.swaps(part.views))
+        self._presence = presence
         self.link: Link | None = None
         self.present = False
 
     def time_copies(self, copies: Copies) -> None:
-        """Have each fetch tell how long its copy took: ``link``, once there was one."""
+        """Have each fetch tell how long its copy took: by ``link``, once there was one."""
         self.link = Link(self.nbytes, copies.event(timed=True), copies.event(timed=True))
         self.parts = (*self.parts[:-1], replace(self.parts[-1], ready=self.link.ended))
 
     def bind(self) -> None:
+        """Have the modules use the bytes in the ring."""
         for tensors, name, _, view in self._swaps:
             tensors[name] = view
+        self._presence.here = True
 
     def unbind(self) -> None:
+        """Have the modules use host memory again."""
+        self._presence.here = False
         for tensors, name, home, _ in self._swaps:
             tensors[name] = home
 
     @property
     def is_home(self) -> bool:
-        """Whether nobody has put other tensors in the place of those in host memory."""
+        """Whether the modules have the tensors in host memory, and not others that somebody put in their place."""
         for tensors, name, home, _ in self._swaps:  # noqa: SIM110  a generator takes twice as long
             if tensors.get(name) is not home:
                 return False
         return True
 
 
-class UsesRing(Protocol):
-    """Whoever has tiles in a ring, which others may take."""
-
-    def lose_ring(self) -> None: ...
-
-
 class RingMemory:
-    """Staging bytes on a device. Streamers with rings of one size share them: the one that runs has them."""
+    """Staging bytes on a device. Conveyors with rings of one size share them: the one that runs has them."""
 
     def __init__(self, memory: torch.Tensor) -> None:
         self.memory = memory
-        self._user: weakref.ref[UsesRing] | None = None
+        self._lose: weakref.WeakMethod[Callable[[], None]] | None = None
 
-    def give_to(self, streamer: UsesRing) -> None:
-        before = self._user() if self._user is not None else None
-        if before is not None and before is not streamer:
-            before.lose_ring()
-        self._user = weakref.ref(streamer)
+    def give_to(self, lose: Callable[[], None]) -> None:
+        """Take the ring from whoever has it. ``lose``, a bound method, is called when somebody else takes it."""
+        before = self._lose() if self._lose is not None else None
+        if before is not None and before != lose:
+            before()
+        self._lose = weakref.WeakMethod(lose)
 
 
 _rings: weakref.WeakKeyDictionary[Copies, weakref.WeakValueDictionary[int, RingMemory]] = weakref.WeakKeyDictionary()
 
 
 def ring_memory(nbytes: int, copies: Copies) -> RingMemory:
+    """A ring of ``nbytes`` on the device of ``copies``: the one that is there, or a new one."""
     rings = _rings.setdefault(copies, weakref.WeakValueDictionary())
     ring = rings.get(nbytes)
     if ring is None:

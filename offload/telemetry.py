@@ -1,11 +1,13 @@
 """What a forward cost, measured on the device and read once it has passed there: the host never waits for a figure.
 
-Bytes and refetches are counted in every forward. Times come from every eighth: two timed events around each wait.
+Bytes and refetches are counted in every forward. Times come from the
+second and then every eighth: two timed events around each wait.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from ..memory import GIB
 from .copies import Copies
 
 _SAMPLED_EVERY = 8
@@ -29,7 +31,7 @@ class ForwardCost:
 
 @dataclass
 class _Running:
-    """A forward whose figures are not complete."""
+    """A forward, or the beginning of one, whose figures are not complete."""
 
     begun: Any = None
     ended: Any = None
@@ -37,6 +39,14 @@ class _Running:
     copied_bytes: int = 0
     pinned_bytes: int = 0
     refetched: int = 0
+
+    def add(self, later: "_Running") -> None:
+        """Take ``later`` for a part of this forward."""
+        self.copied_bytes += later.copied_bytes
+        self.pinned_bytes += later.pinned_bytes
+        self.refetched += later.refetched
+        if self.begun is not None:
+            self.waits += later.waits
 
 
 @dataclass(frozen=True)
@@ -49,14 +59,23 @@ class Link:
 
 
 class Telemetry:
-    """Figures of the forwards over one ring. ``forwards`` counts them since it was made."""
+    """Figures of the forwards over the tiles of ``blocks`` streamed blocks. ``forwards`` counts them.
 
-    def __init__(self, copies: Copies) -> None:
+    A forward goes through the blocks in order, so it ends where an earlier block is called than the furthest so far
+    (with a single block: where a tile is called again). One call is not enough for that: some patches call a layer of
+    an earlier block out of turn. The next call decides: if it is new to this forward, the forward goes on.
+    """
+
+    def __init__(self, copies: Copies, blocks: int) -> None:
         self.forwards = 0
         self.refetched = 0
         self._copies = copies
-        self._last_position = -1
+        self._blocks = blocks
+        self._furthest = -1
+        self._called: set[tuple[int, int]] = set()
         self._now = _Running()
+        self._turned: tuple[_Running, tuple[int, int]] | None = None
+        self._gets = self._now
         self._passing: list[_Running] = []
         self._last: ForwardCost | None = None
         self._last_timed: ForwardCost | None = None
@@ -89,45 +108,86 @@ class Telemetry:
             self._gbps = self._link.nbytes / elapsed_ms / 1e6 if elapsed_ms else self._gbps
         return self._gbps
 
-    def tile(self, position: int) -> None:
-        """The tile at ``position`` in the cycle is called for: a new forward, if it is not after the last one."""
-        if position <= self._last_position:
-            self._end_forward()
-            if self.forwards % _SAMPLED_EVERY == 1:
-                self._now.begun = self._record()
-        self._last_position = position
+    def tile(self, key: tuple[int, int]) -> None:
+        """A tile is called for: ``key`` is its block and its own number in the block. Blocks are in execution order."""
+        if self._turned is not None:
+            self._decide(key)
+        elif key[0] < self._furthest or (self._blocks == 1 and key in self._called):
+            self._turn(key)
+            return
+        self._furthest = key[0]
+        self._called.add(key)
 
     def rest(self) -> None:
         """The last forward for now has been launched: it ends here, not where the next one begins."""
-        if self._last_position >= 0:
-            self._end_forward()
-            self._last_position = -1
+        if self._turned is not None and self._blocks > 1:
+            self._now.add(self._turned[0])
+        elif self._turned is not None:
+            self._begin(self._turned)
+        if self._called:
+            self._end_forward(self._record() if self._now.begun is not None else None)
+        self._furthest, self._turned, self._now = -1, None, _Running()
+        self._gets = self._now
+        self._called.clear()
 
     def copied(self, nbytes: int, pinned_bytes: int, link: Link | None = None) -> None:
         """A tile's copy has been launched; ``link``: it is timed. Before it is, its events must not be asked."""
         self._link = link or self._link
-        self._now.copied_bytes += nbytes
-        self._now.pinned_bytes += pinned_bytes
+        self._gets.copied_bytes += nbytes
+        self._gets.pinned_bytes += pinned_bytes
 
     def missed(self) -> None:
-        self._now.refetched += 1
+        """A tile that is called for is not there."""
+        self._gets.refetched += 1
         self.refetched += 1
 
     def before_wait(self) -> Any:
-        """Where compute comes to a wait: what `after_wait` wants, or None in a forward that is not timed."""
-        if self._now.begun is None:
+        """Compute comes to a wait. Returns what `after_wait` needs; None in a forward that is not timed."""
+        if self._gets.begun is None:
             return None
         return self._record()
 
     def after_wait(self, before: Any) -> None:
-        self._now.waits.append((before, self._record()))
+        """Compute goes on."""
+        self._gets.waits.append((before, self._record()))
 
-    def _end_forward(self) -> None:
-        done, self._now = self._now, _Running()
+    def _turn(self, key: tuple[int, int]) -> None:
+        """The next forward may begin with ``key``."""
+        is_timed = self._now.begun is not None or self._next_is_timed()
+        self._gets = _Running(begun=self._record() if is_timed else None)
+        self._turned = self._gets, key
+
+    def _decide(self, key: tuple[int, int]) -> None:
+        """``key`` follows a call that may have begun a forward."""
+        assert self._turned is not None
+        turned, self._turned = self._turned, None
+        if key[0] >= self._furthest and key not in self._called:
+            self._now.add(turned[0])
+            self._gets = self._now
+        else:
+            self._begin(turned)
+            self.tile(key)
+
+    def _begin(self, turned: tuple[_Running, tuple[int, int]]) -> None:
+        running, key = turned
+        is_timed, begun = self._next_is_timed(), running.begun
+        self._end_forward(begun)
+        if not is_timed:
+            running.begun = None
+            running.waits.clear()
+        self._now = self._gets = running
+        self._furthest = key[0]
+        self._called = {key}
+
+    def _next_is_timed(self) -> bool:
+        return self.forwards % _SAMPLED_EVERY == 0
+
+    def _end_forward(self, ended: Any) -> None:
+        """``ended``: where, if this forward is timed."""
+        if self._now.begun is not None:
+            self._now.ended = ended
         self.forwards += 1
-        if done.begun is not None:
-            done.ended = self._record()
-        self._passing.append(done)
+        self._passing.append(self._now)
         self._collect()
 
     def _record(self) -> Any:
@@ -161,20 +221,38 @@ def summarise(telemetry: Telemetry | None, is_pinned: bool) -> str | None:
     if telemetry is None or cost is None or not cost.total_ms or cost.stall_ms is None:
         return None
     gbps = telemetry.link_gbps or 0.0
-    share = cost.stall_ms / cost.total_ms
     line = (
-        f"{cost.total_ms:.1f} ms a forward, of which compute waited {cost.stall_ms:.1f} ms ({100 * share:.0f} %) "
-        f"for {cost.copied_bytes / 1e9:.2f} GB over a bus of {gbps:.1f} GB/s"
+        f"{cost.total_ms:.1f} ms a forward, of which compute waited {cost.stall_ms:.1f} ms "
+        f"({100 * cost.stall_ms / cost.total_ms:.0f} %) for {cost.copied_bytes / 1e9:.2f} GB over a bus of "
+        f"{gbps:.1f} GB/s"
     )
     if cost.refetched:
         line += f"; {cost.refetched} tiles were not there in time, as blocks ran in another order"
-    if share < _STALL_WORTH_ADVICE:
-        return line
+    match limit_of(cost.stall_ms, cost.total_ms, gbps, is_pinned=is_pinned):
+        case "keeps_up":
+            return line
+        case "not_pinned":
+            return f"{line}. Not all host memory is pinned (see above): that slows copies down"
+        case "slow_link":
+            return f"{line}. That is slow (PCIe 3 x16 gives 12 GB/s): check that the card sits in a full-width slot"
+        case "bus_is_limit":
+            return f"{line}. Keep more blocks in VRAM: each GiB of them saves about {GIB / gbps / 1e6:.0f} ms"
+
+
+Limit = Literal["keeps_up", "not_pinned", "slow_link", "bus_is_limit"]
+"""What holds forwards up: nothing, copies of memory that is not pinned, a bus slower than a full slot's, or the bus."""
+
+_STALL_WORTH_ADVICE = 0.1
+_SLOW_LINK_GBPS = 10.0
+
+
+def limit_of(stall_ms: float, total_ms: float, gbps: float, *, is_pinned: bool) -> Limit:
+    """What to advise on for a forward of ``total_ms``, of which compute waits ``stall_ms`` for copies.
+
+    ``gbps`` is the bandwidth of the bus in 1e9 bytes a second; ``is_pinned``: all host memory is.
+    """
+    if stall_ms < _STALL_WORTH_ADVICE * total_ms:
+        return "keeps_up"
     if not is_pinned:
-        return f"{line}. Not all host memory is pinned (see above): that slows copies down"
-    if gbps < _SLOW_LINK_GBPS:
-        return f"{line}. That is slow (PCIe 3 x16 gives 12 GB/s): check that the card sits in a full-width slot"
-    return f"{line}. Keep more blocks in VRAM: each GiB of them saves about {2**30 / gbps / 1e6:.0f} ms"
-
-
-_STALL_WORTH_ADVICE, _SLOW_LINK_GBPS = 0.1, 10.0
+        return "not_pinned"
+    return "slow_link" if gbps < _SLOW_LINK_GBPS else "bus_is_limit"

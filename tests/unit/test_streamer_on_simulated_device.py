@@ -9,10 +9,11 @@ from effort import LONG
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
-from mutants import mutant, mutants
+from mutants import mutant, mutants, over
 from simulated_device import SimulatedDevice
 from streaming_model import StreamedModel, exercise
 
+from flux_nf4.offload import conveyor as conveyor_module
 from flux_nf4.offload import record as record_module
 from flux_nf4.offload import streamer as streamer_module
 from flux_nf4.offload.streamer import Streamer
@@ -132,7 +133,19 @@ def test_what_there_was_no_room_for_becomes_resident_when_there_is():
 
 
 SYNCHRONISATIONS = {"calls": ("compute_waits", "record", "_released"), "never": "copies.event()"}
-MUTANTS = mutants(streamer_module, **SYNCHRONISATIONS)
+MUTANTS = [
+    (module, number, text)
+    for module in (conveyor_module, streamer_module)
+    for number, text in enumerate(mutants(module, **SYNCHRONISATIONS))
+]
+
+
+def broken(module, number):
+    """The streamer without one synchronisation."""
+    without = mutant(module, number, **SYNCHRONISATIONS)
+    if module is streamer_module:
+        return without.Streamer
+    return over(without, streamer_module, module.__name__).Streamer
 
 
 def test_the_driver_finds_nothing_wrong_with_the_streamer():
@@ -144,12 +157,12 @@ SEEDS_THAT_FOUND_SOMETHING = (0, 4, 8, 13, 241, 367)
 """Tried first: some synchronisations matter in few of all possible orders."""
 
 
-@pytest.mark.parametrize("number", range(len(MUTANTS)), ids=lambda n: MUTANTS[n].split(":")[0].replace(" ", "-"))
-def test_without_any_one_synchronisation_bytes_are_wrong(number):
-    broken = mutant(streamer_module, number, **SYNCHRONISATIONS).Streamer
+@pytest.mark.parametrize(("module", "number", "text"), MUTANTS, ids=[text for _, _, text in MUTANTS])
+def test_without_any_one_synchronisation_bytes_are_wrong(module, number, text):
+    streamer = broken(module, number)
     for seed in (*SEEDS_THAT_FOUND_SOMETHING, *range(600)):
         try:
-            exercise(broken, seed)
+            exercise(streamer, seed)
         except AssertionError:
             return
-    pytest.fail(f"not needed, or not tested: {MUTANTS[number]}")
+    pytest.fail(f"not needed, or not tested: {text}")

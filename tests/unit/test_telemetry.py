@@ -61,11 +61,12 @@ def test_skipped_blocks_show_as_refetched_tiles(model):
 def test_nothing_is_reported_before_it_has_passed(model):
     for _ in range(3):
         model.forward()
-    telemetry = Telemetry(model.device)
-    telemetry.tile(0)
-    telemetry.tile(0)
+    telemetry = Telemetry(model.device, 3)
+    for block in (0, 1, 0, 1):
+        telemetry.tile((block, 0))
     model.device.adversary.random = lambda: 1.0  # time stands still
-    telemetry.tile(0)
+    for block in (0, 1):
+        telemetry.tile((block, 0))
     assert telemetry.last_timed is None
     model.device.synchronise()
     assert telemetry.last_timed is not None
@@ -114,11 +115,11 @@ def test_a_stall_is_measured_and_advised_upon():
         device.late = late
         begun, ended = device.event(timed=True), device.event(timed=True)
         begun.seconds, ended.seconds = 0.0, 0.001
-        telemetry = Telemetry(device)
+        telemetry = Telemetry(device, 4)
         telemetry.copied(0, 0, Link(int(gigabytes * 1e9), begun, ended))
         for _ in range(3):
-            for position in range(4):
-                telemetry.tile(position)
+            for block in range(4):
+                telemetry.tile((block, 0))
                 telemetry.copied(10**9, pinned_bytes=10**9)
                 before = telemetry.before_wait()
                 device.compute_waits(None)
@@ -141,13 +142,13 @@ def test_the_time_between_samplings_is_in_no_forward():
             event.seconds = self.now
 
     clock = Clock(torch.device("cpu"))
-    telemetry = Telemetry(clock)
+    telemetry = Telemetry(clock, 2)
 
     def forwards(count):
         for _ in range(count):
-            telemetry.tile(0)
+            telemetry.tile((0, 0))
             clock.now += 0.1
-            telemetry.tile(1)
+            telemetry.tile((1, 0))
 
     forwards(2)  # the second is timed
     telemetry.rest()

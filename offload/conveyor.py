@@ -1,0 +1,240 @@
+"""Fetch, wait, release: the way of the streamed blocks through the staging ring.
+
+While one tile computes, the next ones arrive. Three rules keep it right whatever the caller does: skip, repeat or
+reorder blocks, stop in the middle, start again.
+
+- The ring knows whose bytes it holds. A tile that is not there when it is called is fetched then.
+- Which tiles come next follows from the tile that is called. Nothing is counted.
+- A tile that an unfinished forward left in use is released by the next call.
+
+The host never waits (`bounce` apart). On the device, compute waits for the copy of a tile ("ready"), and each copy
+waits for all compute launched before it ("free"), because that compute may read the bytes that the copy overwrites.
+"""
+
+import weakref
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from .block import Block
+from .call_order import CallOrders
+from .copies import Copies
+from .plan import ResidencyPlan
+from .ring import lay_out
+from .staging import Presence, RingMemory, Staged
+from .telemetry import Telemetry
+
+Key = tuple[int, int]
+"""A tile: the index of its block, and its own index in the block, in the order of registration."""
+
+
+class Conveyor:
+    """Streams the blocks that ``plan`` does not keep resident, from `start` to `close`.
+
+    ``blocks`` are all blocks of the model; the small parts of the streamed ones must be on the device. ``ring`` has the
+    plan's staging bytes on the device of ``copies``. ``orders`` outlives the conveyor, so that the next one need not
+    learn again. With ``whole_blocks`` the blocks are cut into one tile each and may be compiled.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        plan: ResidencyPlan,
+        ring: RingMemory,
+        copies: Copies,
+        orders: CallOrders,
+        *,
+        whole_blocks: bool,
+    ) -> None:
+        self.telemetry = Telemetry(copies, len(plan.streamed))
+        self._blocks = blocks
+        self._plan = plan
+        self._memory = ring
+        self._copies = copies
+        self._orders = orders
+        self._whole_blocks = whole_blocks
+        self._free = copies.event()
+        self._lost_ring = False
+        self._active: Staged | None = None
+        self._hooks: list[RemovableHandle] = []
+        self._presences = {
+            (index, local): Presence() for index in plan.streamed for local in range(len(blocks[index].tiles))
+        }
+        ring.give_to(self._lose_ring)
+        self._lay_out()
+
+    def start(self) -> None:
+        """Hook the streamed blocks and fetch the first tiles."""
+        for key, presence in self._presences.items():
+            self._hook(key)
+            self._hook_inside(key, presence)
+        if self._whole_blocks:
+            # Compiled code is shared by blocks of equal structure, hooks included: residents have the same ones.
+            for index in self._plan.resident:
+                for local in range(len(self._blocks[index].tiles)):
+                    self._hook_inside((index, local), Presence(here=True))
+        if self._staged:
+            self.fetch((0, *self._ring.beside[0]))
+
+    def close(self) -> None:
+        """Remove the hooks and bind what is in use to host memory. Idempotent; the ring's memory is its owner's."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self.release()
+
+    def fetch(self, positions: Sequence[int]) -> None:
+        """Copy the tiles at ``positions`` to the ring, unless they are there or on their way."""
+        copies = self._copies
+        for position in positions:
+            staged = self._staged[position]
+            if not staged.present:
+                for evicted in self._ring.evicted[position]:
+                    self._staged[evicted].present = False
+                with _label("fetch", staged):
+                    begun = staged.link.begun if staged.link is not None else None
+                    for part in staged.parts:
+                        copies.copy(part.place, part.source, after=self._free, done=part.ready, begun=begun)
+                        begun = None
+                self.telemetry.copied(staged.nbytes, staged.pinned_bytes, staged.link)
+                staged.present = True
+
+    def wait(self, staged: Staged) -> None:
+        """Have compute wait for the copy of ``staged``."""
+        before = self.telemetry.before_wait()
+        try:
+            for part in staged.parts:
+                self._copies.compute_waits(part.ready)
+        except BaseException:
+            staged.present = False  # its copy has failed
+            raise
+        if before is not None:
+            self.telemetry.after_wait(before)
+
+    def release(self) -> None:
+        """Unbind the tile in use, if there is one. Its bytes may be overwritten once the compute so far is done."""
+        if self._active is not None:
+            self._active.unbind()
+            self._active.present = False
+            self._active = None
+            self._released()
+
+    def _released(self) -> None:
+        """All compute launched so far is what the next copies must wait for."""
+        self._copies.record(self._free)
+
+    def _before(self, key: Key) -> None:
+        """Tile ``key`` is called: bind it to its bytes in the ring."""
+        self._take_ring()
+        self.release()
+        self.telemetry.tile(key)
+        position = self._positions[key]
+        staged = self._staged[position]
+        if not staged.is_home:
+            raise tensors_replaced(staged.parts[0].tile.tile.module, key[0])
+        if not staged.present:
+            self.telemetry.missed()
+            self.fetch((position, *self._ring.beside[position]))
+        self.wait(staged)
+        with _label("bind", staged):
+            staged.bind()
+        self._active = staged
+
+    def _after(self, key: Key) -> None:
+        """Tile ``key`` has been called: make room, and fetch what comes next."""
+        self._take_ring()
+        self.release()
+        if self._orders.saw(*key):
+            self._lay_out()
+        self.fetch(self._ring.ahead[self._positions[key]])
+
+    def _lay_out(self) -> None:
+        """Give every streamed tile its place in the ring, in the order of calls. The ring is empty after this."""
+        memory, copies = self._memory.memory, self._copies
+        order = [(index, local) for index in self._plan.streamed for local in self._orders.of(index)]
+        parts = [self._blocks[index].parts(local) for index, local in order]
+        sizes = tuple(sum(tile.tile.nbytes for tile, _ in of_tile) for of_tile in parts)
+        self._ring = lay_out(sizes, memory.nbytes)
+        self._staged = [
+            Staged(self._name_of(key), of_tile, memory[start:], copies, self._presences[key])
+            for key, of_tile, start in zip(order, parts, self._ring.offsets, strict=True)
+        ]
+        if self._staged:
+            self._staged[0].time_copies(copies)
+        self._positions = {key: position for position, key in enumerate(order)}
+        self._released()  # compute may still read what the ring held before
+
+    def _name_of(self, key: Key) -> str:
+        index, local = key
+        block = self._blocks[index]
+        return f"{block.kind} {index} {block.tiles[local].tile.module}"
+
+    def _hook(self, key: Key) -> None:
+        """Have calls of tile ``key`` come by here."""
+        # Weak: a block that held its conveyor would keep the arena alive until the garbage collector runs.
+        conveyor = weakref.proxy(self)
+        # A compiled block is traced with its hooks: they have to stay outside of what is compiled.
+        outside: Any = torch.compiler.disable if self._whole_blocks else lambda function: function
+
+        def before(*_: object) -> None:
+            conveyor._before(key)
+
+        def after(*_: object) -> None:
+            conveyor._after(key)
+
+        module = self._blocks[key[0]].tiles[key[1]].module
+        self._hooks.append(module.register_forward_pre_hook(outside(before)))
+        self._hooks.append(module.register_forward_hook(outside(after)))
+
+    def _hook_inside(self, key: Key, presence: Presence) -> None:
+        """Have layers inside of tile ``key`` fetch it where they are called without it.
+
+        Mostly the tile is in use when they are called. It is not where another package calls them from a module of its
+        own or by ``block.forward``, or where the block ran another block in its midst.
+        """
+        conveyor, block = weakref.proxy(self), self._blocks[key[0]]
+
+        @torch.compiler.disable
+        def fetch() -> None:
+            conveyor._before(key)
+
+        def unless_present(*_: object) -> None:
+            if not presence.here:  # in compiled code this is a guard, and all that is left of the hook
+                fetch()
+
+        for module in block.modules_of(key[1]) - {block.tiles[key[1]].module}:
+            self._hooks.append(module.register_forward_pre_hook(unless_present))
+
+    def _lose_ring(self) -> None:
+        """Another conveyor takes the ring: what is in it is gone."""
+        self._lost_ring = True
+        self.release()
+        for staged in self._staged:
+            staged.present = False
+
+    def _take_ring(self) -> None:
+        if self._lost_ring:
+            self._lost_ring = False
+            self._memory.give_to(self._lose_ring)
+            self._released()
+
+
+def tensors_replaced(layer: str, index: int) -> RuntimeError:
+    """The error for tensors of ``layer`` (its path in block ``index``) that are not those which the block had."""
+    return RuntimeError(
+        f"the tensors of {layer or 'a layer'} in streamed block {index} were replaced from outside. Change weights "
+        "with a patch (LoRA and the like), or load the model again."
+    )
+
+
+def _label(verb: str, staged: Staged) -> AbstractContextManager[Any]:
+    """A name in a profiler's trace; costs nothing where none runs."""
+    if not torch.autograd.profiler._is_profiler_enabled:
+        return _NO_LABEL
+    return torch.profiler.record_function(f"{verb} {staged.name}")
+
+
+_NO_LABEL: AbstractContextManager[Any] = nullcontext()
