@@ -27,8 +27,9 @@ from .nf4_loader.models.transformers import block_groups, build_flux, load_clip_
 from .offload.comfyui.encoders import leave_unpinned, leave_without_copies
 from .offload.comfyui.patcher import StreamedModelPatcher
 from .offload.comfyui.requires import require_comfyui
-from .offload.comfyui.streaming import Residency, attach_streaming
+from .offload.comfyui.streaming import attach_streaming
 from .offload.host_memory import give_back_host_memory
+from .offload.plan import Residency
 
 logger = logging.getLogger(__name__)
 

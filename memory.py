@@ -1,5 +1,7 @@
 """Bytes of memory: their units, and the one notion of having run out of them."""
 
+import sys
+
 import torch
 
 MIB = 1 << 20
@@ -7,7 +9,12 @@ GIB = 1 << 30
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device had too little memory. Not every backend raises torch's own class: some only say so."""
-    if isinstance(error, torch.OutOfMemoryError):
+    """Whether a device had too little memory.
+
+    Not every backend raises torch's own class; some only say so. ComfyUI, where it runs, is asked too: it knows errors
+    of more backends, and clears what the driver keeps of them.
+    """
+    is_oom = getattr(sys.modules.get("comfy.model_management"), "is_oom", None)
+    if isinstance(error, torch.OutOfMemoryError) or (is_oom is not None and is_oom(error)):
         return True
     return isinstance(error, RuntimeError) and "out of memory" in str(error).lower()

@@ -17,7 +17,7 @@ from .nf4_loader.checkpoint.catalogue import read_catalogue
 from .nf4_loader.checkpoint.require import require_all_in_one
 from .offload.comfyui.adopt import stream_model
 from .offload.comfyui.patcher import StreamedModelPatcher
-from .offload.comfyui.streaming import Residency
+from .offload.plan import Residency
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ def load(path: Path) -> Any:
     """The transformer of ``path`` as the nodes load it."""
     from flux_nf4.checkpoints import load_transformer, streamed
     from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
-    from flux_nf4.offload.comfyui.streaming import Residency
+    from flux_nf4.offload.plan import Residency
 
     return streamed(load_transformer(read_catalogue(path)), Residency(), node_id=None)
 
@@ -23,7 +23,7 @@ def with_residency(
     patcher: Any, double: int | None = None, single: int | None = None, budget_gib: float | None = None
 ) -> Any:
     """A clone that keeps so many blocks of each kind on the device; None: as many as there is budget or room for."""
-    from flux_nf4.offload.comfyui.streaming import Residency
+    from flux_nf4.offload.plan import Residency
 
     clone = patcher.clone()
     wanted = (("double", double), ("single", single))

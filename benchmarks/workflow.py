@@ -209,7 +209,7 @@ def main() -> None:
 
     from flux_nf4.checkpoints import load_all_in_one, streamed
     from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
-    from flux_nf4.offload.comfyui.streaming import Residency
+    from flux_nf4.offload.plan import Residency
 
     with torch.inference_mode():
         path = given.checkpoint or checkpoint(given.folder, is_small=given.dry_run)

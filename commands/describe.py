@@ -7,7 +7,6 @@ Nothing but headers is read. Run it with the Python that runs ComfyUI (it needs 
 """
 
 import argparse
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,8 +27,8 @@ from flux_nf4.nf4_loader.checkpoint.catalogue import (
 from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
 from flux_nf4.nf4_loader.checkpoint.quant_state import QUANT_STATE
 from flux_nf4.nf4_loader.checkpoint.require import require_transformer
-from flux_nf4.offload.plan import least_device_bytes
-from flux_nf4.page.file_plan import Wanted, block_sizes, make_plan, other_bytes
+from flux_nf4.offload.plan import Residency
+from flux_nf4.page.file_plan import block_sizes, make_plan, other_bytes
 
 _DTYPE = torch.bfloat16  # what tensors that are not packed are on a GPU
 
@@ -104,14 +103,10 @@ def plan(catalogue: Catalogue, budget_gib: float) -> Iterator[str]:
     """What stays in VRAM and what is streamed for a budget: a bar for each kind of blocks, high ones stay.
 
     Raises:
-        ValueError: the budget is too small; the message says what is needed.
+        BudgetTooSmallError: the message says what is needed.
     """
     sizes, others = block_sizes(catalogue, _DTYPE), other_bytes(catalogue, _DTYPE)
-    least = others + least_device_bytes(sizes)
-    if budget_gib * GIB < least:
-        takes = math.ceil(least / GIB * 100) / 100
-        raise ValueError(f"a budget of {budget_gib:g} GiB is too small: streaming every block takes {takes:.2f}.")
-    made = make_plan(sizes, others, Wanted((), int(budget_gib * GIB)))
+    made = make_plan(sizes, others, Residency((), int(budget_gib * GIB)))
     assert made is not None
     stays = set(made.resident)
     yield f"with {budget_gib:g} GiB"

@@ -13,10 +13,11 @@ from typing import Protocol
 
 import torch
 
+from ..memory import GIB
+
 logger = logging.getLogger(__name__)
 
 PAGE = mmap.PAGESIZE
-_GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class _Pins:
         error = registrar.register(pointer, nbytes)
         if not error:
             self.sizes[pointer] = nbytes
-            _tell_watchers()
+            pins_changed()
         return error
 
     def release(self) -> None:
@@ -108,28 +109,24 @@ class _Pins:
             finally:
                 for pointer in sizes:
                     registrars[0].unregister(pointer)
-                _tell_watchers()
+                pins_changed()
 
 
 _all_pins: weakref.WeakSet[_Pins] = weakref.WeakSet()
 """Of every arena whose memory is in use: they share one limit."""
 
-_watchers: list[Callable[[], None]] = []
+
+def _nobody() -> None:
+    """Nobody wants to know."""
+
+
+pins_changed: Callable[[], None] = _nobody
+"""Called whenever `pinned_by_all` has changed. ComfyUI's side puts its own function here."""
 
 
 def pinned_by_all() -> int:
     """Bytes that all arenas together have pinned."""
     return sum(pins.nbytes for pins in _all_pins)
-
-
-def watch_pins(watcher: Callable[[], None]) -> None:
-    """Have ``watcher`` called whenever `pinned_by_all` has changed."""
-    _watchers.append(watcher)
-
-
-def _tell_watchers() -> None:
-    for watcher in _watchers:
-        watcher()
 
 
 class HostArena:
@@ -233,7 +230,7 @@ class HostArena:
         return None
 
     def _say(self, shortfall: Shortfall | None) -> None:
-        text = f"Streaming: {self.pinned_bytes / _GIB:.2f} of {self.nbytes / _GIB:.2f} GiB of {self._what} pinned"
+        text = f"Streaming: {self.pinned_bytes / GIB:.2f} of {self.nbytes / GIB:.2f} GiB of {self._what} pinned"
         if shortfall is not None:
             text = f"{text}; {shortfall.reason}, so some copies are slower. {shortfall.advice}".rstrip()
         if text != self._said:

@@ -19,11 +19,12 @@ from typing import Any, Protocol
 
 import torch
 
+from ..memory import MIB
 from .copies import Copies, StreamCopies
 
 logger = logging.getLogger(__name__)
 
-BUFFER_BYTES = 32 << 20
+BUFFER_BYTES = 32 * MIB
 """Size of each of the two buffers: a tile of Flux NF4 at a time, mostly."""
 
 
@@ -212,7 +213,7 @@ def _say_pageable(device: torch.device, error: str) -> None:
     logger.warning(
         "Streaming: not even %d MiB of host memory could be pinned for %s, so copies of what is not pinned hold up "
         "the computation: %s",
-        2 * BUFFER_BYTES >> 20,
+        2 * BUFFER_BYTES // MIB,
         device,
         error,
     )

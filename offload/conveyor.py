@@ -197,13 +197,14 @@ class Conveyor:
         """
         conveyor, block = weakref.proxy(self), self._blocks[key[0]]
 
-        @torch.compiler.disable
         def fetch() -> None:
             conveyor._before(key)
 
+        outside: Any = torch.compiler.disable(fetch)
+
         def unless_present(*_: object) -> None:
             if not presence.here:  # in compiled code this is a guard, and all that is left of the hook
-                fetch()
+                outside()
 
         for module in block.modules_of(key[1]) - {block.tiles[key[1]].module}:
             self._hooks.append(module.register_forward_pre_hook(unless_present))

@@ -12,7 +12,9 @@ import psutil
 import torch
 from torch import nn
 
-SPARE_BYTES = 4 << 30
+from ..memory import GIB
+
+SPARE_BYTES = 4 * GIB
 """The host memory of what goes to a device is kept if so much is free beside it."""
 
 Move = Callable[[torch.Tensor], torch.Tensor]

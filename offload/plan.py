@@ -6,10 +6,13 @@ on the bus, and every block computes about as long, whatever its size.
 """
 
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-STAGING_BYTES = 208 << 20
+from ..memory import GIB, MIB
+
+STAGING_BYTES = 208 * MIB
 """Default size of the staging ring: about five of Flux NF4's largest tiles. Measured (README): less stalls where the
 bus is only just fast enough, more gains nothing."""
 
@@ -17,11 +20,36 @@ _RATES = 256
 
 
 @dataclass(frozen=True)
-class BlockSize:
-    """What a block weighs, in bytes.
+class Residency:
+    """How much of a model shall stay on the device, as its user says. What there is room for is the limit in any case.
 
-    ``kind`` groups blocks of equal structure ("double", "single"). ``tiles`` are the parts that are streamed, in no
-    order; ``small`` is the rest (biases, norms), which is always on the device.
+    ``counts``: how many blocks of each kind. Kinds without a count share what these leave of ``budget_bytes``, which is
+    for the whole model: residents, staging and what is in no block. None is as much as there is room for.
+    """
+
+    counts: tuple[tuple[str, int], ...] = ()
+    budget_bytes: int | None = None
+
+
+class BudgetTooSmallError(ValueError):
+    """A model needs ``least_bytes`` of the device even with every block streamed, and may use fewer."""
+
+    def __init__(self, budget_bytes: float, least_bytes: int) -> None:
+        takes = math.ceil(least_bytes / GIB * 100) / 100
+        super().__init__(
+            f"a VRAM budget of {budget_bytes / GIB:.2f} GiB is too small: with every block streamed this model takes "
+            f"{takes:.2f} GiB, and a picture of 1024x1024 about 0.5 GiB more while it is made. Set the budget to "
+            f"{takes:.2f} or more, or to 0 (automatic)."
+        )
+        self.least_bytes = least_bytes
+
+
+@dataclass(frozen=True)
+class BlockSize:
+    """The size of a block in bytes.
+
+    ``kind`` names the group of blocks that it belongs to. ``tiles`` are the parts that are streamed, in no order;
+    ``small`` is the rest (biases, norms), which is always on the device.
     """
 
     kind: str
@@ -61,8 +89,8 @@ class ResidencyPlan:
 def plan_for(blocks: Sequence[BlockSize], resident: Iterable[int], staging_bytes: int = STAGING_BYTES) -> ResidencyPlan:
     """The plan that keeps exactly these blocks.
 
-    The staging ring is ``staging_bytes``, or what the streamed blocks fill where that is less, or twice the largest
-    tile where that is more.
+    The staging ring has ``staging_bytes``; fewer where the streamed blocks fill less, and never fewer than two of the
+    largest tiles, so that one can arrive while the other computes.
     """
     stay = set(resident)
     streamed = [index for index in range(len(blocks)) if index not in stay]
@@ -79,7 +107,7 @@ def plan_for(blocks: Sequence[BlockSize], resident: Iterable[int], staging_bytes
 
 
 def least_device_bytes(blocks: Sequence[BlockSize]) -> int:
-    """What the blocks need on the device at the very least: all streamed, through the smallest ring."""
+    """Bytes that the blocks need on the device at the very least: all streamed, through the smallest ring."""
     return min(plan_for(blocks, (), 0).device_bytes, plan_for(blocks, range(len(blocks)), 0).device_bytes)
 
 
@@ -89,27 +117,27 @@ def plan_by_budget(
     budget_bytes: float,
     staging_bytes: int = STAGING_BYTES,
     counts: tuple[tuple[str, int], ...] = (),
+    other_bytes: int = 0,
 ) -> ResidencyPlan:
-    """Spend at most ``budget_bytes`` of the device on the blocks, so that the least possible goes over the bus.
+    """Spend at most ``budget_bytes`` of the device on a model, so that the least possible goes over the bus.
 
     Args:
         blocks: In execution order.
         budget_bytes: May be infinite.
-        staging_bytes: Of the ring; where the budget is too small for it, the ring is as small as it can be.
+        staging_bytes: Size of the ring. Where the budget is too small for it, the ring is as small as it can be.
         counts: Kinds, and how many blocks of each stay: no more, and fewer only where they do not fit. What they
             leave of the budget goes to the other kinds.
+        other_bytes: What the model has on the device beside its blocks.
 
     Raises:
-        ValueError: even with every block streamed it would take more; the message says how much.
+        BudgetTooSmallError: even with every block streamed it would take more.
     """
+    for_blocks = budget_bytes - other_bytes
     for plans in (_plans_beside, _plans_of_fewer, _least_plan):
-        fitting = [plan for plan in plans(blocks, counts, staging_bytes) if plan.device_bytes <= budget_bytes]
+        fitting = [plan for plan in plans(blocks, counts, staging_bytes) if plan.device_bytes <= for_blocks]
         if fitting:
             return min(fitting, key=lambda plan: (plan.bytes_per_forward, plan.device_bytes))
-    raise ValueError(
-        f"a budget of {budget_bytes / 2**20:.0f} MiB is too small for the blocks: streaming all of them takes "
-        f"{least_device_bytes(blocks) / 2**20:.0f} MiB"
-    )
+    raise BudgetTooSmallError(budget_bytes, other_bytes + least_device_bytes(blocks))
 
 
 _Counts = tuple[tuple[str, int], ...]
@@ -117,7 +145,7 @@ _Counts = tuple[tuple[str, int], ...]
 
 @functools.lru_cache(maxsize=64)  # a budget is dragged through many values, and these are the same for all of them
 def _plans_beside(blocks: tuple[BlockSize, ...], counts: _Counts, staging_bytes: int) -> tuple[ResidencyPlan, ...]:
-    """Those that keep all that ``counts`` says, and more and more of the other kinds."""
+    """Plans that keep every block in ``counts`` and a growing number of the other kinds."""
     stay = _by_counts(blocks, dict(counts))
     counted = {kind for kind, _ in counts}
     sets = [stay] if all(block.kind in counted for block in blocks) else _resident_sets(blocks)
@@ -127,13 +155,13 @@ def _plans_beside(blocks: tuple[BlockSize, ...], counts: _Counts, staging_bytes:
 
 @functools.lru_cache(maxsize=8)
 def _resident_sets(blocks: tuple[BlockSize, ...]) -> tuple[tuple[int, ...], ...]:
-    """What stays at each rate of the bus, without repetitions."""
+    """The residents at each rate of the bus, without repetitions."""
     return tuple(dict.fromkeys(tuple(_residents_at(blocks, rate)) for rate in range(_RATES + 1)))
 
 
 @functools.lru_cache(maxsize=64)
 def _plans_of_fewer(blocks: tuple[BlockSize, ...], counts: _Counts, staging_bytes: int) -> tuple[ResidencyPlan, ...]:
-    """Those that keep only a share of ``counts``."""
+    """Plans that keep only a share of ``counts``."""
     sets = {tuple((kind, count * share // _RATES) for kind, count in counts): None for share in range(_RATES)}
     return tuple(plan_for(blocks, _by_counts(blocks, dict(fewer)), staging_bytes) for fewer in sets)
 
@@ -169,7 +197,7 @@ def predict_stall_ms(plan: ResidencyPlan, blocks: Sequence[BlockSize], gbps: flo
 
 
 def _all_if_no_more(plan: ResidencyPlan, blocks: Sequence[BlockSize]) -> ResidencyPlan:
-    """All blocks resident, where that takes no more than the plan."""
+    """All blocks resident, where this takes no more than ``plan``; else ``plan``."""
     return plan if plan.bytes_per_forward > plan.staging_bytes else plan_for(blocks, range(len(blocks)))
 
 

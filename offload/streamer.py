@@ -15,7 +15,7 @@ from .block import Block, Extras, HostRecord, MappedRecord, arena_for, blocks_in
 from .call_order import CallOrders
 from .conveyor import Conveyor, tensors_replaced
 from .copies import Copies, InlineCopies
-from .extras import ByModule, Places, Travelling, remove_staying
+from .extras import Places, Travelling, remove_staying
 from .plan import BlockSize, ResidencyPlan, plan_for, spread
 from .record import RecordLayout, extras_layouts
 from .staging import RingMemory, ring_memory
@@ -89,6 +89,11 @@ class Streamer:
         return ring + sum(block.device_bytes for block in self.blocks)
 
     @property
+    def extras_arena(self) -> HostArena | None:
+        """Host memory of the large extras; None without any."""
+        return self._travelling.arena
+
+    @property
     def host_bytes(self) -> int:
         """Bytes of host memory that hold the blocks and their extras."""
         return sum(arena.nbytes for arena in self._arenas)
@@ -123,8 +128,8 @@ class Streamer:
             arena.pin(limit_bytes, device, limited_by, first)
         for index, block in enumerate(self.blocks):
             block.own.is_pinned = self.arena.is_pinned(index)
-            if block.travelling is not None and self._travelling.arena is not None:
-                block.travelling.is_pinned = self._travelling.arena.is_pinned(index)
+            if block.travelling is not None and self.extras_arena is not None:
+                block.travelling.is_pinned = self.extras_arena.is_pinned(index)
 
     def set_extras(self, extras: Mapping[nn.Module, Mapping[str, torch.Tensor]]) -> None:
         """Give modules of the blocks these host tensors, in place of those of an earlier call; {} for none.
@@ -196,7 +201,7 @@ class Streamer:
 
     @property
     def _arenas(self) -> tuple[HostArena, ...]:
-        return tuple(arena for arena in (self.arena, self._travelling.arena) if arena is not None)
+        return tuple(arena for arena in (self.arena, self.extras_arena) if arena is not None)
 
     def _replace_extras(self, by_block: Sequence[Extras]) -> None:
         layouts = [extras_layouts(block.own.layout, given) for block, given in zip(self.blocks, by_block, strict=True)]

@@ -14,22 +14,9 @@ from ..families import Family
 from ..memory import GIB
 from ..nf4_loader.checkpoint.catalogue import Catalogue, TransformerTensor
 from ..nf4_loader.checkpoint.header import TensorEntry
-from ..offload.plan import BlockSize, ResidencyPlan, plan_by_budget, predict_stall_ms
+from ..offload.plan import BlockSize, Residency, ResidencyPlan, plan_by_budget, predict_stall_ms
 from ..offload.record import Field, layout_from
-
-_STALL_WORTH_ADVICE = 0.1
-_SLOW_LINK_GBPS = 10.0
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What the node's widgets say: blocks that stay, by kind, and bytes of VRAM for the transformer.
-
-    A kind that has no count is left to the budget. No budget is what ComfyUI has free when the model is loaded.
-    """
-
-    counts: tuple[tuple[str, int], ...]
-    budget_bytes: int | None = None
+from ..offload.telemetry import limit_of
 
 
 @dataclass(frozen=True)
@@ -97,19 +84,19 @@ def _tensor_bytes(tensor: TransformerTensor, dtype: torch.dtype) -> list[int]:
     return tensor.packed_sizes + [math.prod(part.shape) * dtype.itemsize for part in dense]
 
 
-def make_plan(blocks: tuple[BlockSize, ...], other_bytes: int, wanted: Wanted) -> ResidencyPlan | None:
+def make_plan(blocks: tuple[BlockSize, ...], other_bytes: int, wanted: Residency) -> ResidencyPlan | None:
     """The plan for these widgets; None where it is ComfyUI's free memory that decides, when the model is loaded.
 
     ``other_bytes`` of the transformer are in no block.
 
     Raises:
-        ValueError: the budget is too small even for streaming every block.
+        BudgetTooSmallError: even with every block streamed the model takes more than the budget.
     """
     counted = dict(wanted.counts)
     if wanted.budget_bytes is None and any(block.kind not in counted for block in blocks):
         return None
-    budget = math.inf if wanted.budget_bytes is None else wanted.budget_bytes - other_bytes
-    return plan_by_budget(blocks, budget, counts=wanted.counts)
+    budget = math.inf if wanted.budget_bytes is None else wanted.budget_bytes
+    return plan_by_budget(blocks, budget, counts=wanted.counts, other_bytes=other_bytes)
 
 
 def predict_ms(plan: ResidencyPlan, blocks: Sequence[BlockSize], measured: Measured) -> tuple[float, float]:
@@ -128,13 +115,10 @@ def advise(plan: ResidencyPlan, blocks: tuple[BlockSize, ...], measured: Measure
     if measured is None:
         return Advice("not_measured")
     compute, stall = predict_ms(plan, blocks, measured)
-    if stall < _STALL_WORTH_ADVICE * (compute + stall):
-        return Advice("keeps_up", {"gbps": measured.link_gbps})
-    if not measured.is_pinned:
-        return Advice("not_pinned", {"gbps": measured.link_gbps})
-    if measured.link_gbps < _SLOW_LINK_GBPS:
-        return Advice("slow_link", {"gbps": measured.link_gbps})
-    return _advise_more_memory(plan, blocks, measured, compute, stall)
+    limit = limit_of(stall, compute + stall, measured.link_gbps, is_pinned=measured.is_pinned)
+    if limit == "bus_is_limit":
+        return _advise_more_memory(plan, blocks, measured, compute, stall)
+    return Advice(limit, {"gbps": measured.link_gbps})
 
 
 def _advise_more_memory(

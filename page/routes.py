@@ -26,8 +26,8 @@ from ..nodes import NODE_CLASS_MAPPINGS
 from ..nodes_shared import PlannedNode
 from ..offload.comfyui.patcher import StreamedModelPatcher
 from ..offload.comfyui.streaming import StreamingReport, observers
-from ..offload.plan import BlockSize, least_device_bytes
-from .file_plan import Advice, Measured, Wanted, advise, block_sizes, make_plan, other_bytes, predict_ms
+from ..offload.plan import BlockSize, BudgetTooSmallError, Residency, least_device_bytes
+from .file_plan import Advice, Measured, advise, block_sizes, make_plan, other_bytes, predict_ms
 
 EVENT = "flux_nf4.report"
 
@@ -137,7 +137,7 @@ async def _answer_plan(request: web.Request, measured: Measured | None) -> web.R
     return web.json_response(text=await answer_for(path, folder == "checkpoints", wanted, measured))
 
 
-def parse_question(query: Mapping[str, str]) -> tuple[str, str, Wanted]:
+def parse_question(query: Mapping[str, str]) -> tuple[str, str, Residency]:
     """Folder, file and widgets of a request.
 
     Raises:
@@ -151,7 +151,7 @@ def parse_question(query: Mapping[str, str]) -> tuple[str, str, Wanted]:
     if not (min(counts.values()) >= -1 and max(counts.values()) < 1000 and 0 <= budget <= _MAX_BUDGET_GIB):
         raise ValueError(f"{' and '.join(_KINDS)} are -1 to 999, budget is 0 to 1024 (GiB)")
     given = tuple((kind, count) for kind, count in counts.items() if count >= 0)
-    return folder, name, Wanted(given, round(budget * GIB) or None)
+    return folder, name, Residency(given, round(budget * GIB) or None)
 
 
 def _listed_path(folder: str, name: str) -> Path | None:
@@ -160,7 +160,7 @@ def _listed_path(folder: str, name: str) -> Path | None:
     return None if found is None else Path(found)
 
 
-async def answer_for(path: Path, is_all_in_one: bool, wanted: Wanted, measured: Measured | None) -> str:
+async def answer_for(path: Path, is_all_in_one: bool, wanted: Residency, measured: Measured | None) -> str:
     """JSON of the `Answer` for the file at ``path``, which has to hold CLIP, T5 and VAE too if ``is_all_in_one``; of a
     `Problem` where the node cannot load it."""
     file = await _file_at(path, is_all_in_one)
@@ -206,13 +206,13 @@ def _read_file(path: Path, is_all_in_one: bool) -> _File | Problem:
 
 
 @functools.lru_cache(maxsize=1024)
-def _answer(file: _File, wanted: Wanted, measured: Measured | None) -> str:
+def _answer(file: _File, wanted: Residency, measured: Measured | None) -> str:
     blocks, other = file.blocks, file.other_bytes
     least = other + least_device_bytes(blocks)
     try:
         plan = make_plan(blocks, other, wanted)
         advice = Advice("automatic") if plan is None else advise(plan, blocks, measured)
-    except ValueError:
+    except BudgetTooSmallError:
         plan, advice = None, Advice("budget_too_small", {"gib": least / GIB})
     resident = None if plan is None else set(plan.resident)
     compute_ms, stall_ms = predict_ms(plan, blocks, measured) if plan and measured else (None, None)

@@ -16,13 +16,14 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ... import families
+from ...memory import GIB
+from ..plan import Residency
+from .node_names import QUANTISE, STREAM
 from .patcher import StreamedModelPatcher
 from .requires import UnknownComfyUIError, require_comfyui
-from .streaming import Residency, attach_streaming
+from .streaming import attach_streaming
 
 logger = logging.getLogger(__name__)
-
-_GIB = 2**30
 
 _ROOT = "streamed_by_flux_nf4"
 """Where a dense model keeps its streamed one, so that other settings copy nothing again: both share their values."""
@@ -112,8 +113,8 @@ def _refuse_what_is_bound_to_modules(patcher: Any) -> None:
     ]
     if bound:
         raise ValueError(
-            f"the model has {bound[0]}, made for layers that are not streamed. Put the node Stream Model Blocks before "
-            "the one that does that, right after the loader."
+            f"the model has {bound[0]}, made for layers that are not streamed. Put the node {STREAM} before the one "
+            "that does that, right after the loader."
         )
 
 
@@ -139,8 +140,8 @@ def _refuse_what_is_no_plain_tensor(lists: Mapping[str, nn.Module]) -> None:
             if type(tensor) not in (torch.Tensor, nn.Parameter) and not is_traceable_wrapper_subclass(tensor):
                 raise ValueError(
                     f"{kind}.{name} is a {type(tensor).__name__}, which only the package that made it can move. "
-                    "Stream a model in bf16, fp16 or fp8, or make a 4-bit file of this one (node: Quantise Flux "
-                    "to NF4 and Save) and load that."
+                    f"Stream a model in bf16, fp16 or fp8, or make a 4-bit file of this one (node: {QUANTISE}) and "
+                    "load that."
                 )
 
 
@@ -150,8 +151,8 @@ def _say_what_is_short(lists: Mapping[str, nn.Module]) -> None:
         logger.warning(
             "Streaming: the blocks take %.1f GiB of RAM and %.1f GiB are free. Where their weights are still in the "
             "file, the system will swap, which is slow: close other programs, or load a smaller model.",
-            needed / _GIB,
-            free / _GIB,
+            needed / GIB,
+            free / GIB,
         )
 
 

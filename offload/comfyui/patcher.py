@@ -16,28 +16,37 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ...memory import MIB
 from ..bounce import through_bounce_buffers
 from ..copies import copies_to
-from ..plan import STAGING_BYTES, BlockSize, ResidencyPlan, least_device_bytes, plan_by_budget, plan_for, spread
-from ..streamer import Streamer
+from ..plan import (
+    STAGING_BYTES,
+    BlockSize,
+    Residency,
+    ResidencyPlan,
+    least_device_bytes,
+    plan_by_budget,
+    plan_for,
+    spread,
+)
 from ..telemetry import summarise
+from .node_names import QUANTISE, STREAM
 from .patch_check import accepted
 from .patching import Patch
 from .pins import pin_limit
-from .streaming import Residency, Streaming, StreamingReport, observers, refuse_to_save
+from .retry import retry_with_less
+from .streaming import Streaming, StreamingReport, observers, refuse_to_save
 
 logger = logging.getLogger(__name__)
-
-_MIB, _GIB = 2**20, 2**30
 
 
 class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     """Keeps some of a model's blocks on the load device and streams the others at every forward.
 
-    The model must have gone through `attach_streaming`. Settings are the patcher's own; set them on a fresh one or a
-    clone. They take effect when ComfyUI loads the model the next time, and then move only the difference:
-    ``residency`` is what shall stay, ``staging_bytes`` the size of the ring, ``whole_blocks`` streams blocks, not
-    layers (done anyway where they are compiled), ``node_id`` goes into reports.
+    The model must have gone through `attach_streaming`. Settings belong to the patcher: set them on a fresh one or a
+    clone. They take effect when ComfyUI next loads the model, and move only the difference: ``residency`` says what
+    stays, ``staging_bytes`` is the size of the ring, ``whole_blocks`` streams blocks in place of layers (compiled ones
+    are streamed so in any case), ``node_id`` goes into reports.
     """
 
     residency = Residency()
@@ -60,9 +69,10 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         """Have forwards that run out of memory give up the resident blocks and run once more."""
         apply_model = comfy.patcher_extension.WrappersMP.APPLY_MODEL
         self.remove_wrappers_with_key(apply_model, __name__)
-        self.add_wrapper_with_key(apply_model, __name__, _retry_with_less)
+        self.add_wrapper_with_key(apply_model, __name__, retry_with_less)
 
     def clone(self, *args: Any, **kwargs: Any) -> "StreamedModelPatcher":
+        """ComfyUI's, with the settings."""
         other = super().clone(*args, **kwargs)
         other.residency = self.residency
         other.staging_bytes = self.staging_bytes
@@ -76,6 +86,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         return self._plan_within(math.inf)
 
     def report(self) -> StreamingReport:
+        """What is where now, and what the latest forward cost."""
         streamer = self._streaming.streamer
         plan, telemetry = streamer.plan, streamer.telemetry
         return StreamingReport(
@@ -95,17 +106,11 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         """Refuse a budget that the model cannot run in.
 
         Raises:
-            ValueError: it is too small; the message says what the least is.
+            BudgetTooSmallError: the message says what the least is.
         """
         budget = self.residency.budget_bytes
-        least = self._streaming.other_bytes + least_device_bytes(self._sizes)
-        if budget is not None and budget < least:
-            takes = math.ceil(least / _GIB * 100) / 100
-            raise ValueError(
-                f"a VRAM budget of {budget / _GIB:.2f} GiB is too small: with every block streamed this model takes "
-                f"{takes:.2f} GiB, and a picture of 1024x1024 about 0.5 GiB more while it is made. Set the budget to "
-                f"{takes:.2f} or more, or to 0 (automatic)."
-            )
+        if budget is not None:
+            plan_by_budget(self._sizes, budget, other_bytes=self._streaming.other_bytes)
 
     def model_size(self) -> int:
         """Bytes that the model wants on the load device. ComfyUI makes this much room, so it must not be the whole."""
@@ -139,9 +144,10 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     def partially_unload(
         self, device_to: torch.device, memory_to_free: float = 0, force_patch_weights: bool = False, **kwargs: Any
     ) -> int:
-        """Give residents up until ``memory_to_free`` bytes are free; copies nothing. Returns how many are.
+        """Give residents up until ``memory_to_free`` bytes are free. Returns how many are.
 
-        Where that is not enough nothing is given up: ComfyUI then unloads the model whole.
+        No block is copied for that, but the small parts of those given up, and the ring's first tiles. Where all
+        residents together are not enough, nothing is given up: ComfyUI then unloads the whole model.
         """
         streamer = self._streaming.streamer
         plan = streamer.plan
@@ -152,8 +158,10 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         for count in range(len(plan.resident) - 1, -1, -1):
             fewer = plan_for(sizes, spread(plan.resident, count), staging)
             if plan.device_bytes - fewer.device_bytes >= memory_to_free:
-                streamer.change(fewer)
-                self._loaded()
+                try:
+                    streamer.change(fewer)
+                finally:
+                    self.residency_changed()
                 logger.info("Streaming: gave up %d resident blocks", len(plan.resident) - count)
                 return before - self._held_bytes()
         return 0
@@ -166,7 +174,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         full_load: bool = False,
         **kwargs: Any,
     ) -> None:
-        """As ComfyUI's: ``lowvram_model_memory`` is the room for the whole model in bytes, 0 any."""
+        """ComfyUI's: ``lowvram_model_memory`` is the room for the whole model in bytes; 0 means any."""
         with self.use_ejected():
             self.unpatch_hooks()
             device = self.load_device if device_to is None else device_to
@@ -179,7 +187,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
                 self._stream(device, self._plan_within(room))
             self.model.device = device
             self.model.model_lowvram = False
-            self._loaded()
+            self.residency_changed()
             self.model.current_weight_patches_uuid = self.patches_uuid
             for callback in self.get_all_callbacks(comfy.model_patcher.CallbacksMP.ON_LOAD):
                 callback(self, device, lowvram_model_memory, force_patch_weights, full_load)
@@ -204,27 +212,28 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         self._notify()
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
+        """ComfyUI's; with the weights, everything leaves the device."""
         if unpatch_weights:
             self._apply_patches({}, {}, self.offload_device)
             self._streaming.streamer.stop()
         super().unpatch_model(device_to, unpatch_weights)
 
     def state_dict_for_saving(self, *_: Any, **__: Any) -> None:
+        """Refuse: raises ValueError."""
         refuse_to_save()
 
     def add_patches(
         self, patches: Mapping[Any, Any], strength_patch: float = 1.0, strength_model: float = 1.0
     ) -> list[Any]:
-        """ComfyUI's, without the patches that do not fit; the log names them.
+        """ComfyUI's, without the patches that do not fit; the log names these.
 
         Raises:
-            ValueError: the patches are another model's weights, as the nodes that merge models have them.
+            ValueError: the patches are another model's weights, which is what nodes that merge models give.
         """
         if any(isinstance(value, list) for value in patches.values()):
             raise ValueError(
                 "a streamed model cannot be merged with another: its weights stay as they are in the file. Merge the "
-                "dense models first; then save the result in 4 bits (node: Quantise Flux to NF4 and Save) or stream it "
-                "(node: Stream Model Blocks)."
+                f"dense models first; then save the result in 4 bits (node: {QUANTISE}) or stream it (node: {STREAM})."
             )
         fitting = accepted(patches, self.patches, self.model_state_dict(), strength_patch, strength_model)
         return super().add_patches(fitting, strength_patch, strength_model)
@@ -237,9 +246,9 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         return super().add_hook_patches(hook, fitting, strength_patch, strength_model)
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, list[Any]]:
-        """Each weight as it is without patches, in host memory, and its patches."""
+        """Each weight without its patches, in host memory, and its patches."""
         weights = self.model_state_dict(filter_prefix)
-        # Whoever merges models keeps them, and a view of a resident would keep its block on the device.
+        # Nodes that merge models keep these tensors. A view of a resident would keep its block on the device.
         modules = dict(self.model.named_modules())
         for key, weight in weights.items():
             if type(weight) in (torch.Tensor, nn.Parameter) or is_traceable_wrapper_subclass(weight):
@@ -250,23 +259,28 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         return {key: [(weights[key], unpatched[1]), *patches] for key, (unpatched, *patches) in found.items()}
 
     def patch_hooks(self, hooks: Any) -> None:
-        """Have the patches of ``hooks`` (a HookGroup or None) count, at the strengths that they have now."""
+        """Put the patches of ``hooks`` (a HookGroup or None) into effect, at the strengths that they have now."""
         if hooks is None and self.current_hooks is None:
-            return  # as it is since `load`: ComfyUI asks for that at the end of each sampling
-        streamer = self._streaming.streamer
-        before = streamer.plan
-        with self.use_ejected():
-            self._apply_patches(self._patches_under(hooks), self.weight_wrapper_patches, self.load_device)
-            self.current_hooks = hooks
-        if before is not None:
-            self._stream(self.load_device, plan_for(self._sizes, before.resident, before.staging_bytes))
+            return  # nothing changes: ComfyUI asks for this at the end of each sampling
+        before = self._streaming.streamer.plan
+        try:
+            with self.use_ejected():
+                self._apply_patches(self._patches_under(hooks), self.weight_wrapper_patches, self.load_device)
+                self.current_hooks = hooks
+            if before is not None:
+                self._stream(self.load_device, plan_for(self._sizes, before.resident, before.staging_bytes))
+        except BaseException:
+            self.current_hooks = None
+            self.detach()
+            raise
 
     def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
+        """ComfyUI's: no hook's patches count any more."""
         if self.current_hooks is not None:
             self.patch_hooks(None)
 
     def _patches_under(self, hooks: Any) -> dict[str, list[Patch]]:
-        """This patcher's own patches and those of all its hooks; those of hooks that are not in ``hooks`` stand by."""
+        """The patches of this patcher and of all its hooks. Patches of hooks that are not in ``hooks`` stand by."""
         strengths = {hook.hook_ref: hook.strength for hook in hooks.hooks} if hooks is not None else {}
         combined = {key: list(patches) for key, patches in self.patches.items()}
         for reference, of_hook in self.hook_patches.items():
@@ -277,10 +291,10 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         return combined
 
     def patch_weight_to_device(self, key: str, *args: Any, **kwargs: Any) -> None:
-        """Patches never change the weights, which every clone shares: see `Patching`."""
+        """Nothing: all clones share the weights, so patches never change them; see `Patching`."""
 
     def pin_weight_to_device(self, key: str, *args: Any, **kwargs: Any) -> None:
-        """The arena is what is pinned, and not by ComfyUI."""
+        """Nothing: weights are in the arena, which this package pins itself."""
 
     @property
     def _streaming(self) -> Streaming:
@@ -292,7 +306,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
 
     @property
     def _needs_whole_blocks(self) -> bool:
-        """Asked for, or a block or the whole model is run through torch.compile: by ComfyUI's node or another's."""
+        """Whether to stream whole blocks: it is asked for, or a node runs blocks or the model through torch.compile."""
         return (
             self.whole_blocks
             or any("torch.compile" in keyed for keyed in self.wrappers.values())
@@ -305,7 +319,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         return self.load_device.type == "cpu"
 
     def _plan_within(self, room: float) -> ResidencyPlan:
-        """The best plan for ``room`` bytes of the device, and as the settings say; the least one if nothing fits."""
+        """The best plan for ``room`` bytes of the device within the settings; the least one if nothing fits."""
         budget, counts = self.residency.budget_bytes, self.residency.counts
         patching = self._streaming.patching
         taken = self._streaming.other_bytes + patching.device_bytes + patching.scratch_bytes
@@ -331,11 +345,11 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
             "%.0f other), %.0f MiB over the bus a forward",
             len(plan.resident),
             len(plan.streamed),
-            (self._streaming.other_bytes + plan.device_bytes) / _MIB,
-            (plan.resident_bytes + plan.small_bytes) / _MIB,
-            plan.staging_bytes / _MIB,
-            self._streaming.other_bytes / _MIB,
-            plan.bytes_per_forward / _MIB,
+            (self._streaming.other_bytes + plan.device_bytes) / MIB,
+            (plan.resident_bytes + plan.small_bytes) / MIB,
+            plan.staging_bytes / MIB,
+            self._streaming.other_bytes / MIB,
+            plan.bytes_per_forward / MIB,
         )
         wanted = self.plan
         if self.residency != Residency() and len(plan.resident) < len(wanted.resident):
@@ -344,16 +358,20 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
                 "stay on the device; the others are streamed. The picture is the same."
             )
 
-    def _loaded(self) -> None:
+    def residency_changed(self) -> None:
+        """Tell ComfyUI and the observers how much is on the device now."""
         self.model.model_loaded_weight_memory = self._held_bytes()
         self._notify()
 
     def _notify(self) -> None:
         for observer in observers:
-            observer(self)
+            try:
+                observer(self)
+            except Exception:  # who only looks on must not end a prompt
+                logger.exception("Streaming: a report was not delivered")
 
     def _held_bytes(self) -> int:
-        """What is on the load device now: less than `model_size` where it had no room for all residents."""
+        """Bytes on the load device now: fewer than `model_size` where it had no room for all residents."""
         streamer, patching = self._streaming.streamer, self._streaming.patching
         in_blocks = streamer.host_bytes if self._computes_from_host else streamer.device_bytes
         return self._streaming.other_bytes + patching.device_bytes + in_blocks
@@ -361,36 +379,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     def _apply_patches(
         self, patches: Mapping[str, Sequence[Patch]], wrappers: Mapping[str, Any], device: torch.device
     ) -> None:
-        """Have the model compute on ``device`` with ``patches``, and ComfyUI's ``wrappers`` after them."""
+        """Have the model compute on ``device`` with ``patches``, then with ComfyUI's ``wrappers``."""
         dtype = self.model.manual_cast_dtype or self.model.get_dtype()
         patching, casts = self._streaming.patching, self.force_cast_weights
         self._streaming.give(patching.apply(patches, wrappers, device, dtype, casts=casts))
-
-
-def _retry_with_less(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """Wraps a forward: where the device's memory is not enough, give up all residents and run it once more."""
-    model = executor.class_obj
-    streamer: Streamer = model.streaming.streamer
-    try:
-        return executor(*args, **kwargs)
-    except Exception as error:
-        if not _is_out_of_memory(error) or streamer.plan is None or not streamer.plan.resident:
-            raise
-    # Outside of the handler, so that the traceback keeps none of the forward's tensors.
-    given_up = len(streamer.plan.resident)
-    streamer.change(plan_for(streamer.sizes(whole_blocks=streamer.whole_blocks), (), streamer.plan.staging_bytes))
-    model.streaming.say_once(
-        f"Streaming: out of memory, so the {given_up} resident blocks were given up and the forward runs again. It is "
-        "slower where the bus is; a lower budget or fewer resident blocks avoid the first attempt."
-    )
-    patcher = model.current_patcher
-    if isinstance(patcher, StreamedModelPatcher):
-        patcher._loaded()
-    return executor(*args, **kwargs)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    management = comfy.model_management
-    if hasattr(management, "is_oom"):
-        return bool(management.is_oom(error))
-    return isinstance(error, torch.OutOfMemoryError)

@@ -4,9 +4,9 @@ import comfy.model_management
 import psutil
 from comfy.cli_args import args as comfy_args
 
-from ..arena import Shortfall, pinned_by_all, watch_pins
-
-_GIB = 2**30
+from ...memory import GIB
+from .. import arena
+from ..arena import Shortfall, pinned_by_all
 
 _counted_bytes = 0
 
@@ -22,25 +22,27 @@ def _count_pins() -> None:
 
 
 def _pinned_by_comfyui() -> int:
-    """Bytes of its count that are not this package's, whose share is put back where it was lost.
+    """ComfyUI's own pinned bytes. Restores this package's share of its counter if ComfyUI has reset that.
 
-    ComfyUI sets the count to 0 when the last of its own pins goes (0.3.68 to 0.18, ``unpin_memory``).
+    ComfyUI sets the counter to 0 when the last of its own pins goes (0.3.68 to 0.18, ``unpin_memory``). It may have
+    pinned more since then, which ``PINNED_MEMORY`` tells.
     """
     management = comfy.model_management
     total = getattr(management, "TOTAL_PINNED_MEMORY", _counted_bytes)
-    if total < _counted_bytes:
+    if total < _counted_bytes + sum(getattr(management, "PINNED_MEMORY", {}).values()):
         total += _counted_bytes
         management.TOTAL_PINNED_MEMORY = total
     return total - _counted_bytes
 
 
-watch_pins(_count_pins)
+arena.pins_changed = _count_pins
 
 
 def pin_limit(wanted_bytes: int) -> tuple[int, Shortfall]:
-    """How much this package may pin: a share of the RAM, less what ComfyUI pinned, none if forbidden; and why.
+    """How many bytes this package may pin, and why no more: a share of the RAM, less what ComfyUI has pinned.
 
-    ``wanted_bytes``: what shall be pinned beside what is. Where ComfyUI can, it gives up pins of models that rest.
+    ``wanted_bytes`` are to be pinned beside what is pinned already: ComfyUI gives up pins of idle models for them, in
+    the versions that can.
     """
     if getattr(comfy_args, "disable_pinned_memory", False):
         return 0, Shortfall("--disable-pinned-memory forbids it", "Start ComfyUI without it for full speed.")
@@ -52,5 +54,5 @@ def pin_limit(wanted_bytes: int) -> tuple[int, Shortfall]:
     comfy_limit = getattr(management, "MAX_PINNED_MEMORY", limit)
     if comfy_limit > 0:  # else it pins nothing of its own accord (0.3.68, or not for this device)
         limit = min(limit, comfy_limit)
-    reason = f"ComfyUI and this package may pin {limit / _GIB:.1f} GiB of the RAM together"
+    reason = f"ComfyUI and this package may pin {limit / GIB:.1f} GiB of the RAM together"
     return max(0, int(limit - _pinned_by_comfyui())), Shortfall(reason, "Unload other models, or add RAM.")

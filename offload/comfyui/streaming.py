@@ -1,4 +1,4 @@
-"""What makes a model a streamed one, which all its patchers share; the settings of each, and what it reports."""
+"""What makes a model a streamed one: what all its patchers share, and what each of them reports."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -11,26 +11,15 @@ from torch import nn
 from ..streamer import Streamer
 from ..telemetry import ForwardCost
 from .lora_reader import leave_out_half_pairs
+from .node_names import QUANTISE
 from .patching import Extras, Patching
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Residency:
-    """How much of a model shall stay on the device; what ComfyUI has room for is the limit in any case.
-
-    ``counts``: how many blocks of which kind. Other kinds share what they leave of ``budget_bytes``, which is for the
-    whole model (residents, staging and what is no block); None is as much as there is room for.
-    """
-
-    counts: tuple[tuple[str, int], ...] = ()
-    budget_bytes: int | None = None
-
-
 @dataclass
 class Streaming:
-    """What the clones of a streamed model share; lives on the model as ``model.streaming``."""
+    """What the clones of a streamed model share. It is ``model.streaming``."""
 
     streamer: Streamer
     patching: Patching
@@ -39,12 +28,14 @@ class Streaming:
     extras: Extras = field(default_factory=dict)
 
     def give(self, extras: Extras) -> None:
-        """Have the blocks' layers get ``extras``; the streamer has to be started again if these are not the same."""
+        """Give the layers of the blocks ``extras``. Unless they have them already, start the streamer again."""
         if _by_name(extras) != _by_name(self.extras):
+            self.extras = {}  # what they have if this fails
             self.streamer.set_extras(extras)
         self.extras = extras
 
     def say_once(self, text: str) -> None:
+        """A warning in the log, the first time it is said of this model."""
         if text not in self.said:
             self.said.add(text)
             logger.warning("%s", text)
@@ -52,10 +43,10 @@ class Streaming:
 
 @dataclass(frozen=True)
 class StreamingReport:
-    """What is where, and what it costs. ``node_id`` is of the node that made the patcher, if it said so.
+    """What is where, and what it costs. ``node_id`` is the node that made the patcher, if that said so.
 
-    ``wanted`` are the blocks that the settings ask for; ``resident`` and ``streamed`` those of the plan in effect, or
-    None while the model is not on the device.
+    ``wanted`` are the blocks that the settings keep resident. ``resident`` and ``streamed`` are the blocks of the plan
+    in effect; None while the model is not on the device.
     """
 
     node_id: str | None
@@ -76,8 +67,8 @@ class StreamingReport:
 
 
 observers: list[Callable[[Any], None]] = []
-"""Called with the `StreamedModelPatcher` when a model was loaded, when a forward was timed, when residency was lowered,
-and after a sampling."""
+"""Called with the `StreamedModelPatcher` after a model was loaded, a forward was timed, residency was lowered, or a
+sampling ended. What they raise goes to the log."""
 
 
 def attach_streaming(
@@ -88,8 +79,8 @@ def attach_streaming(
 ) -> None:
     """Move the blocks of ``model`` (by kind, in execution order) into a host arena, ready to be streamed.
 
-    Blocks on the meta device get uninitialised memory, others keep their values; what is ``mapped`` gets none, see
-    `Streamer`; so for ``each``.
+    Blocks on the meta device get uninitialised memory; others keep their values. See `Streamer` for ``mapped``, which
+    gets no memory, and ``each``.
     """
     leave_out_half_pairs()
     streamer = Streamer(groups, mapped, each)
@@ -109,7 +100,8 @@ def _tensors(module: nn.Module) -> list[torch.Tensor]:
 
 
 def refuse_to_save(*_: Any, **__: Any) -> None:
+    """Raises ValueError."""
     raise ValueError(
         "a streamed model cannot be saved by this node, which would write neither packed weights nor patches right. "
-        "Save a 4-bit model with the node Quantise Flux to NF4 and Save, a dense one from before it is streamed."
+        f"Save a 4-bit model with the node {QUANTISE}, a dense one from before it is streamed."
     )

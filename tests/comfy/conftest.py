@@ -16,8 +16,8 @@ from flux_nf4.nf4_loader.models.transformers import build_flux, materialise
 from flux_nf4.offload import record
 from flux_nf4.offload.comfyui import patcher as patcher_module
 from flux_nf4.offload.comfyui.patcher import StreamedModelPatcher
-from flux_nf4.offload.comfyui.streaming import Residency
 from flux_nf4.offload.copies import InlineCopies
+from flux_nf4.offload.plan import Residency
 
 DOUBLES, SINGLES = 8, 10
 CPU = torch.device("cpu")

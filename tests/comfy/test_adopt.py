@@ -18,7 +18,7 @@ from flux_nf4.offload import block as block_module
 from flux_nf4.offload.comfyui.adopt import stream_model
 from flux_nf4.offload.comfyui.patcher import StreamedModelPatcher
 from flux_nf4.offload.comfyui.requires import UnknownComfyUIError, require_comfyui
-from flux_nf4.offload.comfyui.streaming import Residency
+from flux_nf4.offload.plan import Residency
 
 CPU = torch.device("cpu")
 

@@ -65,7 +65,10 @@ def test_the_bar_shows_what_a_budget_keeps(tmp_path, monkeypatch, capsys):
 
 
 def test_a_budget_that_is_too_small_says_what_is_needed(tiny_file, monkeypatch, capsys):
-    with pytest.raises(SystemExit, match=r"^a budget of 0\.0001 GiB is too small: streaming every block takes 0\.\d\d"):
+    with pytest.raises(
+        SystemExit,
+        match=r"^a VRAM budget of 0\.00 GiB is too small: with every block streamed this model takes 0\.\d\d",
+    ):
         lines(tiny_file, monkeypatch, capsys, "--budget", "0.0001")
     with pytest.raises(SystemExit):
         lines(tiny_file, monkeypatch, capsys, "--budget", "0")

@@ -12,9 +12,10 @@ from sparse_checkpoint import make_sparse_checkpoint
 
 from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
 from flux_nf4.nf4_loader.models.transformers import block_groups, build_flux
+from flux_nf4.offload.plan import Residency
 from flux_nf4.offload.record import layout_of
 from flux_nf4.offload.streamer import Streamer
-from flux_nf4.page.file_plan import Advice, Measured, Wanted, advise, block_sizes, make_plan, other_bytes, predict_ms
+from flux_nf4.page.file_plan import Advice, Measured, advise, block_sizes, make_plan, other_bytes, predict_ms
 
 GIB = 1 << 30
 
@@ -84,18 +85,18 @@ def test_sizes_of_a_real_file_are_those_of_comfyuis_model(full_size):
 
 def test_counts_and_budget_are_understood_as_the_patcher_does(blocks):
     both = (("double", 7), ("single", 7))
-    assert make_plan(blocks, 1000, Wanted(both)) == plan_by_counts(blocks, dict(both))
-    assert make_plan(blocks, GIB, Wanted((), 3 * GIB)).device_bytes <= 2 * GIB
-    assert make_plan(blocks, GIB, Wanted(both, 2 * GIB)).device_bytes <= GIB
-    one = make_plan(blocks, GIB, Wanted((("double", 2),), 3 * GIB))
+    assert make_plan(blocks, 1000, Residency(both)) == plan_by_counts(blocks, dict(both))
+    assert make_plan(blocks, GIB, Residency((), 3 * GIB)).device_bytes <= 2 * GIB
+    assert make_plan(blocks, GIB, Residency(both, 2 * GIB)).device_bytes <= GIB
+    one = make_plan(blocks, GIB, Residency((("double", 2),), 3 * GIB))
     assert sum(blocks[index].kind == "double" for index in one.resident) == 2
     with pytest.raises(ValueError, match="too small"):
-        make_plan(blocks, 1000, Wanted((), 1))
+        make_plan(blocks, 1000, Residency((), 1))
 
 
 def test_without_a_budget_the_free_memory_decides_what_is_not_counted(blocks):
-    assert make_plan(blocks, 1000, Wanted(())) is None
-    assert make_plan(blocks, 1000, Wanted((("double", 7),))) is None
+    assert make_plan(blocks, 1000, Residency(())) is None
+    assert make_plan(blocks, 1000, Residency((("double", 7),))) is None
 
 
 def test_the_prediction_is_what_was_measured(blocks):

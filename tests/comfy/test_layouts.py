@@ -20,7 +20,7 @@ from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
 from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
 from flux_nf4.nf4_loader.linear.linear_of_parts import LinearOfParts
 from flux_nf4.nf4_loader.models.transformers import block_groups
-from flux_nf4.offload.comfyui.streaming import Residency
+from flux_nf4.offload.plan import Residency
 from flux_nf4.offload.streamer import Streamer
 from flux_nf4.page.file_plan import block_sizes
 

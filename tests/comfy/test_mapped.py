@@ -17,8 +17,8 @@ from tiny_flux import HIDDEN
 from flux_nf4.checkpoints import load_transformer, streamed
 from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
 from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
-from flux_nf4.offload.comfyui.streaming import Residency
 from flux_nf4.offload.host_memory import keep_host_memory
+from flux_nf4.offload.plan import Residency
 
 RECIPE = Recipe(double_blocks=8, single_blocks=10, hidden=HIDDEN, unet_only=True)
 

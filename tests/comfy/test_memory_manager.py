@@ -24,8 +24,9 @@ from torch import nn
 from flux_nf4.offload import record as record_module
 from flux_nf4.offload.comfyui import patcher as patcher_module
 from flux_nf4.offload.comfyui.patcher import StreamedModelPatcher
-from flux_nf4.offload.comfyui.streaming import Residency, attach_streaming
+from flux_nf4.offload.comfyui.streaming import attach_streaming
 from flux_nf4.offload.copies import InlineCopies
+from flux_nf4.offload.plan import Residency
 
 DEVICE = torch.device("cpu", 1)
 WIDTH, DOUBLES, SINGLES = 48, 4, 6
@@ -163,8 +164,8 @@ class World:
             streaming = clones[0].model.streaming
             streamer = streaming.streamer
             held += sum(block.device_bytes for block in streamer.blocks)
-            if streamer._ring_memory is not None:
-                rings[id(streamer._ring_memory)] = streamer._ring_memory.memory.nbytes
+            if streamer._ring is not None:
+                rings[id(streamer._ring)] = streamer._ring.memory.nbytes
             loaded = clones[0].loaded_size()
             if streamer.plan is None:
                 assert (loaded, streamer.device_bytes) == (0, 0)

@@ -9,7 +9,7 @@ import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 
 from flux_nf4.offload.comfyui.patcher import StreamedModelPatcher
-from flux_nf4.offload.comfyui.streaming import Residency
+from flux_nf4.offload.plan import Residency
 from flux_nf4.offload.telemetry import Telemetry
 
 DOUBLES, SINGLES = 8, 10
@@ -72,14 +72,14 @@ def test_changed_block_counts_take_effect_without_reading_the_file_again(load, s
     patcher = load(0, 0)
     streamer = patcher.model.streaming.streamer
     sample(patcher)
-    hooks = len(streamer._hooks)
+    hooks = len(streamer._conveyor._hooks)
     for double, single in ((2, 5), (4, 10), (0, 3), (0, 0)):
         changed = patcher.clone()
         changed.residency = Residency((("double", double), ("single", single)))
         assert torch.equal(sample(changed), expected)
         assert streamer.plan == changed.plan
         patcher = changed
-    assert len(streamer._hooks) == hooks
+    assert len(streamer._conveyor._hooks) == hooks
 
 
 def test_two_clones_with_their_own_settings_can_be_sampled_in_turn(load, sample, expected, copies):

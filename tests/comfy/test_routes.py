@@ -11,8 +11,9 @@ from paces import slowness
 from safetensors.torch import save_file
 from sparse_checkpoint import make_sparse_checkpoint
 
+from flux_nf4.offload.plan import Residency
 from flux_nf4.page import routes
-from flux_nf4.page.file_plan import Measured, Wanted
+from flux_nf4.page.file_plan import Measured
 
 MEASURED = Measured(link_gbps=12.0, compute_ms=3.0)
 
@@ -28,7 +29,7 @@ def answers(path, budgets):
     """To these budgets, one after the other, and the CPU seconds that they took."""
 
     async def ask():
-        return [json.loads(await routes.answer_for(path, True, Wanted((), budget), MEASURED)) for budget in budgets]
+        return [json.loads(await routes.answer_for(path, True, Residency((), budget), MEASURED)) for budget in budgets]
 
     def timed():
         began = time.thread_time()

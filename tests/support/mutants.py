@@ -55,7 +55,9 @@ def over(module, source_of, name):
     before = sys.modules[name]
     sys.modules[name] = module
     try:
-        return _executed(ast.parse(inspect.getsource(source_of)), f"{source_of.__name__}_over_{module.__name__}")
+        return _executed(
+            ast.parse(inspect.getsource(source_of)), f"{source_of.__name__}_over_{module.__name__.rpartition('.')[2]}"
+        )
     finally:
         sys.modules[name] = before
 

@@ -318,7 +318,7 @@ def test_a_model_with_copies_in_the_queue_can_be_let_go(leave, monkeypatch):
     model.forward()
     with Held(device):
         model.forward(order=[4], stop_at=0, stop_before=0)
-        model.streamer._fetch_all(range(len(model.streamer._staged)))
+        model.streamer._conveyor.fetch(range(len(model.streamer._conveyor._staged)))
         assert not device._last.done()
         leaving = in_thread(lambda: leave(model))
         leaving.join(0.05)

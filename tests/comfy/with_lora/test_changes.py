@@ -10,12 +10,12 @@ import pytest
 import torch
 from fake_registrar import FakeRegistrar
 
-from flux_nf4.offload import streamer as streamer_module
+from flux_nf4.offload import extras as extras_module
 from flux_nf4.offload.arena import HostArena
 from flux_nf4.offload.comfyui import patcher as patcher_module
 from flux_nf4.offload.comfyui.patcher import StreamedModelPatcher
 from flux_nf4.offload.comfyui.patching import Patching
-from flux_nf4.offload.comfyui.streaming import Residency
+from flux_nf4.offload.plan import Residency
 
 NAME = "double_blocks.1.img_mlp.0"
 DENSE = NAME, "single_blocks.0.linear1", "single_blocks.1.linear2", "double_blocks.0.txt_attn.proj"
@@ -144,7 +144,7 @@ def test_a_change_copies_only_what_it_changes(files, load, sample, with_lora, co
 
 def test_factors_are_pinned_with_their_blocks(files, load, with_lora, copies, monkeypatch):
     monkeypatch.setattr(patcher_module, "pin_limit", lambda _: (1 << 40, None))
-    monkeypatch.setattr(streamer_module, "HostArena", functools.partial(HostArena, registrar_for=FakeRegistrar()))
+    monkeypatch.setattr(extras_module, "HostArena", functools.partial(HostArena, registrar_for=FakeRegistrar()))
     patcher = with_lora(load(0, 0), files["low rank"])
     comfy.model_management.load_models_gpu([patcher])
     streamer = patcher.model.streaming.streamer

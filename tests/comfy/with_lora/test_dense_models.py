@@ -10,7 +10,8 @@ from scaled_fp8 import in_scaled_fp8, load_scaled_fp8
 
 from flux_nf4.offload.comfyui.adopt import stream_model
 from flux_nf4.offload.comfyui.patcher import StreamedModelPatcher
-from flux_nf4.offload.comfyui.streaming import Residency, attach_streaming
+from flux_nf4.offload.comfyui.streaming import attach_streaming
+from flux_nf4.offload.plan import Residency
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from make_checkpoint import Recipe, make_checkpoint
 import nodes
 from flux_nf4.checkpoints import load_transformer, streamed
 from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
-from flux_nf4.offload.comfyui.streaming import Residency
+from flux_nf4.offload.plan import Residency
 
 HOST = torch.device("cpu")
 RECIPE = Recipe(double_blocks=2, single_blocks=3, hidden=256, unet_only=True, in_channels=384)

@@ -1,0 +1,31 @@
+"""A forward that runs out of the device's memory: it gives the resident blocks up and runs once more."""
+
+from typing import Any
+
+from ...memory import is_out_of_memory
+from ..plan import plan_for
+from .streaming import Streaming
+
+
+def retry_with_less(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """ComfyUI's wrapper of a forward (``WrappersMP.APPLY_MODEL``)."""
+    model = executor.class_obj
+    streaming: Streaming = model.streaming
+    streamer = streaming.streamer
+    try:
+        return executor(*args, **kwargs)
+    except Exception as error:
+        if not is_out_of_memory(error) or streamer.plan is None or not streamer.plan.resident:
+            raise
+    # Outside of the handler, so that the traceback keeps none of the forward's tensors.
+    given_up = len(streamer.plan.resident)
+    try:
+        streamer.change(plan_for(streamer.sizes(whole_blocks=streamer.whole_blocks), (), streamer.plan.staging_bytes))
+    finally:
+        if model.current_patcher is not None:
+            model.current_patcher.residency_changed()
+    streaming.say_once(
+        f"Streaming: out of memory, so the {given_up} resident blocks were given up and the forward runs again. It is "
+        "slower where the bus is; a lower budget or fewer resident blocks avoid the first attempt."
+    )
+    return executor(*args, **kwargs)
