@@ -10,9 +10,8 @@ import comfy.cli_args
 import comfy.model_management
 import comfy.utils
 import folder_paths
-import torch
-
 import nodes as comfy_nodes
+import torch
 
 from .checkpoints import key_of, load_all_in_one, load_transformer, streamed
 from .nf4_loader.checkpoint.catalogue import Catalogue, read_catalogue, require_all_in_one, require_transformer
