@@ -17,7 +17,7 @@ import torch
 from bitsandbytes.functional import QuantState, get_4bit_type
 from cases import Case
 from comfy_model import ComfyModel, at_work
-from contenders import Unavailable
+from family import Unavailable
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 

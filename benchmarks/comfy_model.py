@@ -13,6 +13,7 @@ import comfy.samplers
 import comfy.sd
 import torch
 from cases import Case
+from random_lora import LoRA, kohya, linear_shapes
 
 SEED = 0
 
@@ -93,25 +94,23 @@ def at_work(patcher: Any, case: Case) -> Iterator[ComfyModel]:
         comfy.model_management.soft_empty_cache(True)
 
 
+def with_lora(patcher: Any, file: LoRA, strength: float) -> Any:
+    """What ComfyUI's LoRA nodes give."""
+    return comfy.sd.load_lora_for_models(patcher, None, file, strength, 0.0)[0]
+
+
 def _with_loras(patcher: Any, case: Case) -> Any:
-    linears = tuple(
-        (name.replace(".", "_"), module.out_features, module.in_features)
-        for name, module in patcher.model.diffusion_model.named_modules()
-        if "_blocks." in name and hasattr(module, "in_features")
-    )
+    shapes = linear_shapes(patcher.model) if case.loras else {}
     for index in range(case.loras):
-        patcher = comfy.sd.load_lora_for_models(patcher, None, random_lora(linears, case.rank, index), 1.0, 0.0)[0]
+        patcher = with_lora(patcher, _lora(tuple(shapes.items()), case.rank, index), 1.0)
     return patcher.clone()
 
 
 @functools.cache
-def random_lora(linears: tuple[tuple[str, int, int], ...], rank: int, seed: int) -> dict[str, torch.Tensor]:
-    """A LoRA on each of ``linears`` (name, out, in), in kohya's names, small against the weights; always the same."""
-    generator = torch.Generator().manual_seed(seed)
-    lora: dict[str, torch.Tensor] = {}
-    for name, out, inp in linears:
-        down = torch.randn(rank, inp, generator=generator) / inp**0.5
-        up = torch.randn(out, rank, generator=generator) * 0.02
-        lora[f"lora_unet_{name}.lora_down.weight"] = down.bfloat16()
-        lora[f"lora_unet_{name}.lora_up.weight"] = up.bfloat16()
-    return lora
+def _lora(shapes: tuple[tuple[str, tuple[int, int]], ...], rank: int, index: int) -> LoRA:
+    return in_bf16(kohya(dict(shapes), rank, rank, str(index)))
+
+
+def in_bf16(file: LoRA) -> LoRA:
+    """As trainers save it."""
+    return {name: tensor.bfloat16() if tensor.dim() == 2 else tensor for name, tensor in file.items()}

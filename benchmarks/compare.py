@@ -23,8 +23,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import needs_torch  # noqa: F401
 from about import about
-from arguments import parse, parser_for
+from arguments import begin, parser_for
 from cases import CASES, TINY_CASES, matching
 from contenders import CONTENDERS, Contender, Options
 from inside_comfyui import ALLOCATOR, allocator_of_comfyui
@@ -41,6 +42,7 @@ def main() -> None:
     if given.list:
         print("\n".join([*(case.name for case in cases), "", *(c.name for c in contenders)]))
         return
+    begin(given)
     os.environ.setdefault(ALLOCATOR, allocator_of_comfyui())  # for the families' processes
     results = Results(given.output, about())
     run = Run(given, contenders, results)
@@ -66,15 +68,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--load-timeout", type=float, default=400.0, metavar="SECONDS", help="the same, with loading")
     parser.add_argument("--alone", action="store_true", help="one family after the other: for small cards, little RAM")
     parser.add_argument("--list", action="store_true", help="only say which contenders and cases would run")
-    given = parse(parser)
+    given = parser.parse_args()
     given.available_cases = TINY_CASES if given.dry_run else CASES
     try:
         given.only = matching([contender.name for contender in CONTENDERS], given.only)
         given.cases = matching([case.name for case in given.available_cases], given.cases)
     except ValueError as error:
         parser.error(str(error))
-    if "COMFYUI_PATH" not in os.environ:
-        parser.error("set COMFYUI_PATH to the ComfyUI tree to measure in")
     return given
 
 

@@ -5,48 +5,12 @@ A family loads its weights once, in a process of its own, and runs each of its s
 
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from cases import Case
+from family import Family
 from weights import Files
-
-
-class Unavailable(Exception):  # noqa: N818  a reason, not a fault
-    """A contender cannot run here, or not this case; the message says why."""
-
-
-class Model(Protocol):
-    """A model at work on a case."""
-
-    device: torch.device
-
-    def load(self) -> None:
-        """Bring it to the device, as far as it goes there."""
-        ...
-
-    def forward(self) -> torch.Tensor:
-        """One call of the transformer."""
-        ...
-
-    def sample(self, on_step: Callable[[], None], steps: int | None = None) -> torch.Tensor:
-        """A whole sampling; ``on_step`` is called after each step."""
-        ...
-
-
-class Family(Protocol):
-    """Weights in host memory, and the ways to run them."""
-
-    def at_work(self, setting: str, case: Case) -> AbstractContextManager[Model]:
-        """The model in this setting, not loaded yet; afterwards nothing of it is on the device.
-
-        Raises:
-            Unavailable: it cannot do that.
-        """
-        ...
 
 
 @dataclass(frozen=True)

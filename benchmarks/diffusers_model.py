@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from cases import Case
-from contenders import Unavailable
+from family import Unavailable
 from torch import nn
 from weights import Files
 

@@ -8,16 +8,13 @@ streamed through copies that do nothing; the same model without streaming is sub
 
 import argparse
 import statistics
-import sys
 import time
-import types
-from pathlib import Path
 from typing import Any
 
+import needs_torch  # noqa: F401
 import torch
 from torch import nn
 
-ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {"double": (19, 10), "single": (38, 3)}
 
 
@@ -30,15 +27,6 @@ class Block(nn.Module):
         for layer in self.layers:
             layer(x)
         return x
-
-
-def import_offload() -> Any:
-    package = types.ModuleType("flux_nf4")
-    package.__path__ = [str(ROOT)]
-    sys.modules["flux_nf4"] = package
-    from flux_nf4.offload import copies, plan, streamer
-
-    return copies, plan, streamer
 
 
 def forward_us(blocks: list[nn.Module], repeats: int) -> float:
@@ -55,20 +43,20 @@ def forward_us(blocks: list[nn.Module], repeats: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--repeats", type=int, default=50, help="forwards that the median (50 by default) is of")
     repeats = parser.parse_args().repeats
     torch.set_num_threads(1)
-    copies, plan, streamer_module = import_offload()
+    from flux_nf4.offload import copies, plan, streamer
 
-    class NoCopies(copies.InlineCopies):  # type: ignore[name-defined]
+    class NoCopies(copies.InlineCopies):
         def copy(self, destination: torch.Tensor, source: torch.Tensor, **events: Any) -> None:
             pass
 
     groups = {kind: [Block(layers) for _ in range(count)] for kind, (count, layers) in LAYERS.items()}
     blocks: list[nn.Module] = [block for group in groups.values() for block in group]
     plain = forward_us(blocks, repeats)
-    streamer = streamer_module.Streamer(groups)
-    streamer.start(plan.plan_for(streamer.sizes(), (), staging_bytes=20 * 65536), NoCopies(torch.device("cpu")))
+    streaming = streamer.Streamer(groups)
+    streaming.start(plan.plan_for(streaming.sizes(), (), staging_bytes=20 * 65536), NoCopies(torch.device("cpu")))
     forward_us(blocks, 2)
     streamed = forward_us(blocks, repeats)
     tiles = sum(count * layers for count, layers in LAYERS.values())

@@ -4,19 +4,17 @@ import importlib
 import os
 import subprocess
 import sys
-import types
-from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import ROOT
+from arguments import comfyui_tree
 
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 
 
 def enter_comfyui() -> None:
     """Make ComfyUI importable, as its own ``main.py`` does: on the GPU if there is one, with dynamic VRAM if it can."""
-    sys.path[:0] = [str(_tree()), str(ROOT / "tools")]
+    sys.path.insert(0, str(comfyui_tree()))
     arguments, sys.argv = sys.argv, [sys.argv[0], *([] if torch.cuda.is_available() else ["--cpu"])]
     import comfy.options
 
@@ -31,7 +29,7 @@ def allocator_of_comfyui() -> str:
     """What ComfyUI's start sets PYTORCH_CUDA_ALLOC_CONF to on this machine; it must be set before torch is imported."""
     code = "import comfy.options as o; o.enable_args_parsing(); import cuda_malloc, os; print(os.environ.get(NAME, ''))"
     command = [sys.executable, "-c", f"NAME = {ALLOCATOR!r}; {code}"]
-    ended = subprocess.run(command, cwd=_tree(), capture_output=True, text=True, check=False)
+    ended = subprocess.run(command, cwd=comfyui_tree(), capture_output=True, text=True, check=False)
     return ended.stdout.strip()
 
 
@@ -42,24 +40,10 @@ def use_allocator_of_comfyui() -> None:
         os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
-def _tree() -> Path:
-    tree = Path(os.environ.get("COMFYUI_PATH", "."))
-    if not (tree / "comfy").is_dir():
-        raise SystemExit(f"{tree}: no ComfyUI there. Set COMFYUI_PATH to ComfyUI's folder.")
-    return tree
-
-
-def require_gpu() -> None:
-    if not torch.cuda.is_available():
-        raise SystemExit("This measures a GPU, and PyTorch sees none here (torch.cuda.is_available() is False).")
-
-
 def import_package() -> None:
-    """Make this package importable as ``flux_nf4``, whatever its folder is called, inside ComfyUI."""
+    """Enter ComfyUI, with this package importable as ``flux_nf4``."""
     enter_comfyui()
-    package = types.ModuleType("flux_nf4")
-    package.__path__ = [str(ROOT)]
-    sys.modules["flux_nf4"] = package
+    import package  # noqa: F401
 
 
 def has_dynamic_vram() -> bool:

@@ -1,7 +1,7 @@
 """What loading costs: time against a plain read of the same bytes, and peak memory against the model's bytes.
 
-    COMFYUI_PATH=~/ComfyUI python benchmarks/load.py --output results
-    COMFYUI_PATH=~/ComfyUI python benchmarks/load.py --checkpoint flux1-dev-bnb-nf4-v2.safetensors --output results
+    COMFYUI_PATH=~/ComfyUI python benchmarks/load.py
+    COMFYUI_PATH=~/ComfyUI python benchmarks/load.py --checkpoint flux1-dev-bnb-nf4-v2.safetensors
 
 Run it with ComfyUI's Python, on Linux; it needs no GPU. Without a checkpoint it makes two small ones, v1 and v2, with
 random weights (0.7 GB each, kept in ``.cache``). Prints a table and writes ``load.json``.
@@ -29,12 +29,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import needs_torch  # noqa: F401
 import torch
-from arguments import ROOT
+from arguments import ROOT, plain_parser
 from inside_comfyui import import_package
-from timing import seconds
-
 from memory import resident_bytes
+from timing import seconds
 
 Range = tuple[int, int]
 MIB = 2**20
@@ -180,10 +180,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, nargs="+", default=[], help="NF4 files; made if not given")
-    parser.add_argument("--output", type=Path, default=Path(), help="folder for the JSON")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="loads and plain reads, in turns")
     parser.add_argument("--only-memory", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     import_package()

@@ -1,7 +1,7 @@
 """What LoRA costs: a full-size NF4 Flux on the GPU with LoRA of several ranks, streamed and resident.
 
-    COMFYUI_PATH=~/ComfyUI python benchmarks/lora.py --output results
-    COMFYUI_PATH=~/ComfyUI python benchmarks/lora.py --checkpoint flux1-dev-bnb-nf4-v2.safetensors --output results
+    COMFYUI_PATH=~/ComfyUI python benchmarks/lora.py
+    COMFYUI_PATH=~/ComfyUI python benchmarks/lora.py --checkpoint flux1-dev-bnb-nf4-v2.safetensors
 
 Run it with ComfyUI's Python; every variant runs in the same process, and each number is a median. The LoRA are of
 every Linear in the blocks, in the layouts of kohya and of diffusers (q, k, v and the MLP on their own). "first" is the
@@ -9,22 +9,22 @@ best of three first forwards after another strength, with loading the model, as 
 before that: ComfyUI's LoRA node, with the file in memory.
 """
 
-import argparse
-import functools
 import json
 import re
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import needs_torch  # noqa: F401
 import torch
-from arguments import ROOT
-from inside_comfyui import import_package, require_gpu
-from streaming import Forward, checkpoint_file
+from arguments import begin, parser_for
+from cases import Case
+from inside_comfyui import import_package
+from random_lora import LoRA, diffusers, kohya, linear_shapes
 from timing import milliseconds
+from weights import Files
 
 LORAS = {
     "none": (),
@@ -40,35 +40,31 @@ PLANS = {"all resident": (19, 38), "0/0": (0, 0)}
 """Double and single blocks that stay."""
 
 
-def lora_file(layout: str, rank: int, seed: int, model: Any) -> Mapping[str, torch.Tensor]:
-    import loras  # type: ignore[import-not-found]
+def lora_file(layout: str, rank: int, seed: int, model: Any) -> LoRA:
+    from comfy_model import in_bf16
 
-    shapes = loras.linear_shapes(model)
-    if layout == "kohya":
-        file = loras.kohya(shapes, rank, seed=str(seed))
-    else:
-        file = loras.diffusers(model.model_config.unet_config, shapes, rank)
-    return {name: tensor.bfloat16() if tensor.dim() == 2 else tensor for name, tensor in file.items()}
+    shapes, config = linear_shapes(model), model.model_config.unet_config
+    made = kohya(shapes, rank, seed=str(seed)) if layout == "kohya" else diffusers(config, shapes, rank, str(seed))
+    return in_bf16(made)
 
 
-def patched(patcher: Any, files: tuple[Mapping[str, torch.Tensor], ...], strength: float) -> Any:
-    import comfy.sd
+def patched(patcher: Any, files: Sequence[LoRA], strength: float, case: Case) -> Any:
+    """The model at work on ``case``, with these LoRA."""
+    from comfy_model import ComfyModel, with_lora
 
     for file in files:
-        patcher, _ = comfy.sd.load_lora_for_models(patcher, None, file, strength, 0)
-    return patcher
+        patcher = with_lora(patcher, file, strength)
+    return ComfyModel(patcher, case)
 
 
-def first_forward(patcher: Any, files: Any, strength: float, forward: Forward) -> tuple[float, float]:
+def first_forward(patcher: Any, files: Sequence[LoRA], strength: float, case: Case) -> tuple[float, float]:
     """ms of adding the patches, and of loading the model and the first forward."""
-    import comfy.model_management
-
     torch.cuda.synchronize()
     started = time.perf_counter()
-    other = patched(patcher, files, strength)
+    model = patched(patcher, files, strength, case)
     there = time.perf_counter()
-    comfy.model_management.load_models_gpu([other])
-    forward(other.model)
+    model.load()
+    model.forward()
     torch.cuda.synchronize()
     return 1000 * (there - started), 1000 * (time.perf_counter() - there)
 
@@ -76,30 +72,28 @@ def first_forward(patcher: Any, files: Any, strength: float, forward: Forward) -
 def measure(
     path: Path, loras: Mapping[str, Any], sizes: Sequence[int], rounds: int, repeats: int
 ) -> list[dict[str, Any]]:
-    import comfy.model_management
     from streamed import load, with_residency
 
     patcher = load(path)
-    device = comfy.model_management.get_torch_device()
-    forwards = [Forward(pixels, device, patcher.model.get_dtype()) for pixels in sizes]
     rows: dict[tuple[int, str, str], dict[str, Any]] = {}
     times: dict[tuple[int, str, str], list[float]] = {}
     for name, parts in loras.items():
-        files = tuple(lora_file(layout, rank, index, patcher.model) for index, (layout, rank) in enumerate(parts))
+        files = [lora_file(layout, rank, index, patcher.model) for index, (layout, rank) in enumerate(parts)]
         for plan, (double, single) in PLANS.items():
             clone = with_residency(patcher, double, single)
-            for forward in forwards:
-                key = forward.pixels, plan, name
-                row = rows[key] = {"pixels": forward.pixels, "plan": plan, "lora": name}
-                row["load_s"] = sum(first_forward(clone, files, 0.5, forward)) / 1000
-                again = [first_forward(clone, files, 0.6 + 0.1 * i, forward) for i in range(3)]
+            for pixels in sizes:
+                case, key = Case("", pixels), (pixels, plan, name)
+                row = rows[key] = {"pixels": pixels, "plan": plan, "lora": name}
+                row["load_s"] = sum(first_forward(clone, files, 0.5, case)) / 1000
+                again = [first_forward(clone, files, 0.6 + 0.1 * i, case) for i in range(3)]
                 row["patches_ms"], row["first_ms"] = map(min, zip(*again, strict=True))
                 times[key] = []
                 for _ in range(rounds):
-                    comfy.model_management.load_models_gpu([patched(clone, files, 0.7)])
-                    times[key] += milliseconds(functools.partial(forward, clone.model), repeats)[1:]
+                    model = patched(clone, files, 0.7, case)
+                    model.load()
+                    times[key] += milliseconds(model.forward, repeats)[1:]
                 row["ms"] = statistics.median(times[key])
-                row["ratio"] = row["ms"] / rows[forward.pixels, plan, "none"]["ms"]
+                row["ratio"] = row["ms"] / rows[pixels, plan, "none"]["ms"]
     return list(rows.values())
 
 
@@ -116,21 +110,18 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, help="an NF4 file; made if not given")
-    parser.add_argument("--output", type=Path, default=Path(), help="folder for the JSON")
+    parser = parser_for(__doc__, can_be_dry=False)
     parser.add_argument("--only", default="", help="a regular expression: the LoRAs to run beside none, by name")
     parser.add_argument("--pixels", type=int, nargs="+", default=[1024, 512], help="picture sizes")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each LoRA")
+    parser.add_argument("--repeats", type=int, default=8, help="timed forwards of a turn")
     given = parser.parse_args()
     chosen = {name: loras for name, loras in LORAS.items() if not loras or re.search(given.only, name)}
-    require_gpu()
+    begin(given)
     import_package()
-    sys.path.insert(0, str(ROOT / "tests" / "support"))
-    with checkpoint_file(given.checkpoint) as path, torch.inference_mode():
+    with torch.inference_mode():
+        path = Files(given.folder, given.checkpoint).nf4()
         rows = measure(path, chosen, given.pixels, given.rounds, given.repeats)
-    given.output.mkdir(parents=True, exist_ok=True)
     (given.output / "lora.json").write_text(json.dumps(rows, indent=1))
     print(torch.cuda.get_device_name())
     print(table(rows))

@@ -1,6 +1,6 @@
 """An experiment: what is won if the modulation of all steps were computed once, and its weights never streamed.
 
-    COMFYUI_PATH=~/ComfyUI python benchmarks/modulation.py --output results
+    COMFYUI_PATH=~/ComfyUI python benchmarks/modulation.py
 
 The modulation Linears are 27 % of the blocks' bytes and see nothing but the timestep, the guidance and the pooled
 prompt: for a sampling whose schedule is known their outputs are 2.1 MB a step. Here two models run in turns, all blocks
@@ -11,11 +11,13 @@ Outputs must be bit-equal, or it fails. Run it with ComfyUI's Python; it prints 
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import needs_torch  # noqa: F401
 import torch
-from arguments import parse, parser_for
+from arguments import begin, parser_for
 from bus import slow_bus
 from cases import Case
 from inside_comfyui import import_package
@@ -24,6 +26,7 @@ from torch import nn
 from weights import Files
 
 MODULATION = ("img_mod", "txt_mod", "modulation")
+TINY_SIZES = [Case("", pixels, text_tokens=8) for pixels in (64, 96)]
 
 
 class Remembered(nn.Module):
@@ -32,17 +35,21 @@ class Remembered(nn.Module):
     def __init__(self, linear: nn.Module) -> None:
         super().__init__()
         self._linear = [linear]
-        self._outputs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._output: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self._outputs:  # one input only is ever asked for here
-            self._outputs.append((x, self._linear[0].to(x.device)(x)))
+        if self._output is None:  # a case asks for one input only
+            self._output = self._linear[0].to(x.device)(x)
             self._linear[0].to("cpu")
-        return self._outputs[0][1]
+        return self._output
+
+    def forget(self) -> None:
+        """Begin anew: another case has another input."""
+        self._output = None
 
 
-def load_remembered(path: Path) -> tuple[Any, int]:
-    """A streamed model without the modulation's weights in its blocks, and how many bytes those are."""
+def load_remembered(path: Path) -> tuple[Any, list[Remembered], int]:
+    """A streamed model without the modulation's weights in its blocks, what is in their place, and their bytes."""
     import comfy.model_management
 
     from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
@@ -55,18 +62,19 @@ def load_remembered(path: Path) -> tuple[Any, int]:
     model = build_flux(catalogue)
     materialise(model.diffusion_model)
     fill(model, catalogue, lambda _: None)
-    groups, nbytes = block_groups(model), 0
+    groups, remembered, nbytes = block_groups(model), [], 0
     modulation: Any
     for block in (block for group in groups.values() for block in group):
         for modulation in (child for name, child in block.named_children() if name in MODULATION):
             nbytes += sum(tensor.nbytes for tensor in (*modulation.lin.parameters(), *modulation.lin.buffers()))
             modulation.lin = Remembered(modulation.lin)
+            remembered.append(modulation.lin)
     attach_streaming(model, groups)
     management = comfy.model_management
     patcher = StreamedModelPatcher(
         model, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
     )
-    return patcher, nbytes
+    return patcher, remembered, nbytes
 
 
 def measure(patchers: dict[str, Any], case: Case, rounds: int, calls: int) -> dict[str, Any]:
@@ -91,30 +99,45 @@ def measure(patchers: dict[str, Any], case: Case, rounds: int, calls: int) -> di
     return row | {f"{name}_ms": statistics.median(values) for name, values in times.items()}
 
 
-def main() -> None:
-    parser = parser_for(__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--calls", type=int, default=8)
-    given = parse(parser)
-    import_package()
+def run(files: Files, cases: Sequence[Case], rounds: int, calls: int, output: Path) -> dict[str, Any]:
+    """Measure each case; the figures so far are in ``output`` after each."""
     from streamed import load
 
+    with torch.inference_mode():
+        patcher, remembered, nbytes = load_remembered(files.nf4())
+        patchers = {"streamed": load(files.nf4()), "remembered": patcher}
+        results: dict[str, Any] = {"modulation_bytes": nbytes, "rows": []}
+        for case in cases:
+            for layer in remembered:
+                layer.forget()
+            results["rows"].append(measure(patchers, case, rounds, calls))
+            (output / "modulation.json").write_text(json.dumps(results))
+    return results
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = ["| picture | bus GB/s | streamed ms | remembered ms | ratio |", "|---" * 5 + "|"]
+    for row in results["rows"]:
+        ratio = row["remembered_ms"] / row["streamed_ms"]
+        bus = f"{row['bus_gbps']:.1f}" if row["bus_gbps"] else "as it is"
+        lines.append(
+            f"| {row['pixels']} | {bus} | {row['streamed_ms']:.1f} | {row['remembered_ms']:.1f} | {ratio:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = parser_for(__doc__)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each model at each case")
+    parser.add_argument("--calls", type=int, default=8, help="timed calls of a turn")
+    given = parser.parse_args()
+    begin(given)
+    import_package()
     files = Files(given.folder, given.checkpoint, given.dry_run)
     files.enter()
     cases = [Case("", pixels, bus_gbps=gbps) for pixels in (1024, 512) for gbps in (0.0, 25.0, 12.0)]
-    rows = []
-    with torch.inference_mode():
-        remembered, nbytes = load_remembered(files.nf4())
-        patchers = {"streamed": load(files.nf4()), "remembered": remembered}
-        for case in [Case("", 64, text_tokens=8)] if given.dry_run else cases:
-            rows.append(measure(patchers, case, given.rounds, given.calls))
-            (given.output / "modulation.json").write_text(json.dumps({"modulation_bytes": nbytes, "rows": rows}))
-    print(f"{nbytes / 1e9:.2f} GB of modulation weights\n| picture | bus GB/s | streamed ms | remembered ms | ratio |")
-    print("|---|---|---|---|---|")
-    for row in rows:
-        ratio = row["remembered_ms"] / row["streamed_ms"]
-        bus = f"{row['bus_gbps']:.1f}" if row["bus_gbps"] else "as it is"
-        print(f"| {row['pixels']} | {bus} | {row['streamed_ms']:.1f} | {row['remembered_ms']:.1f} | {ratio:.3f} |")
+    results = run(files, TINY_SIZES if given.dry_run else cases, given.rounds, given.calls, given.output)
+    print(f"{results['modulation_bytes'] / 1e9:.2f} GB of modulation weights\n{table(results)}")
 
 
 if __name__ == "__main__":

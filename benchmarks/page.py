@@ -1,7 +1,7 @@
 """What the page's questions cost a prompt that is running: every other step of it is disturbed by 100 of them.
 
     python3 benchmarks/page.py
-    COMFYUI_PATH=~/ComfyUI python3 benchmarks/page.py --prompts 10 --output results
+    COMFYUI_PATH=~/ComfyUI python3 benchmarks/page.py --prompts 10
 
 Starts a real ComfyUI server on the CPU with a small checkpoint and a short prompt, for quick steps. A prompt of 20
 steps gets 1,000 questions for plans of a file of the real size, as from a page whose budget is dragged: the next one
@@ -26,10 +26,8 @@ from itertools import count, repeat
 from pathlib import Path
 from typing import Any
 
-from arguments import ROOT, parse, parser_for
-
-sys.path.insert(0, str(ROOT / "tools"))
 import environment
+from arguments import ROOT, plain_parser
 
 STEPS, QUESTIONS = 20, 1000
 PLAN, STATS = "the plan", "/system_stats"
@@ -39,10 +37,11 @@ WORKFLOW = ROOT / "example_workflows" / "api" / "flux_nf4_text_to_image.json"
 
 
 def main() -> None:
-    parser = parser_for(__doc__)
-    parser.add_argument("--prompts", type=int, default=3)
+    parser = plain_parser(__doc__)
+    parser.add_argument("--prompts", type=int, default=3, help="of each kind of question")
     parser.add_argument("--pixels", type=int, default=192, help="width and height of the picture")
-    given = parse(parser)
+    given = parser.parse_args()
+    given.output.mkdir(parents=True, exist_ok=True)
     comfyui = environment.enter(Path(os.environ["COMFYUI_PATH"]) if "COMFYUI_PATH" in os.environ else None)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is ended then, too
     with tempfile.TemporaryDirectory(prefix="flux-nf4-") as base:

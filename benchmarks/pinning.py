@@ -1,28 +1,30 @@
 """What it costs when host memory cannot be pinned: a full-size NF4 Flux, all blocks streamed, pinned in several ways.
 
-    COMFYUI_PATH=~/ComfyUI python benchmarks/pinning.py --output results
-    COMFYUI_PATH=~/ComfyUI python benchmarks/pinning.py --checkpoint flux1-dev-bnb-nf4-v2.safetensors --output results
+    COMFYUI_PATH=~/ComfyUI python benchmarks/pinning.py
+    COMFYUI_PATH=~/ComfyUI python benchmarks/pinning.py --checkpoint flux1-dev-bnb-nf4-v2.safetensors
 
-Run it with ComfyUI's Python. Without a checkpoint it makes one with random weights (7 GB, in a temporary folder).
+Run it with ComfyUI's Python. Without a checkpoint it makes one with random weights (7 GB, kept in ``--folder``).
 Prints a table and writes ``pinning.json``. Every variant runs in the same process, in turns, and each number is a
 median; compare ratios within one run. Outputs of all variants must be bit-identical, a refused registration must leave
 no pending error, and the memory of the worker must go with its last user, or it fails.
 """
 
-import argparse
-import functools
 import json
 import statistics
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import needs_torch  # noqa: F401
 import torch
-from inside_comfyui import import_package, require_gpu
-from streaming import Forward, checkpoint_file
+from arguments import begin, parser_for
+from cases import Case
+from inside_comfyui import import_package
 from timing import copy_gbps, milliseconds
+from weights import Files
 
 GIB = 2**30
 
@@ -63,11 +65,11 @@ def switch(streamer: Any, variant: Variant, plan: Any, device: torch.device) -> 
     return seconds
 
 
-def host_milliseconds(forward: Forward, model: Any) -> float:
+def host_milliseconds(forward: Callable[[], Any]) -> float:
     """How long the calling thread is busy with one forward."""
     torch.cuda.synchronize()
     started = time.perf_counter()
-    forward(model)
+    forward()
     return 1000 * (time.perf_counter() - started)
 
 
@@ -95,12 +97,12 @@ def require_clean_refusal(arena: Any, device: torch.device) -> int:
 
 
 def measure(path: Path, rounds: int, repeats: int) -> dict[str, Any]:
-    import comfy.model_management
+    from comfy_model import ComfyModel
     from streamed import load, with_residency
 
-    device = comfy.model_management.get_torch_device()
     patcher = with_residency(load(path), 0, 0)
-    comfy.model_management.load_models_gpu([patcher])
+    device = patcher.load_device
+    ComfyModel(patcher, Case("")).load()
     streamer = patcher.model.streaming.streamer
     results: dict[str, Any] = {
         "torch": torch.__version__,
@@ -112,8 +114,9 @@ def measure(path: Path, rounds: int, repeats: int) -> dict[str, Any]:
         "rows": [],
     }
     for pixels in (1024, 512):
-        forward = Forward(pixels, device, patcher.model.get_dtype())
-        results["rows"] += measure_variants(patcher, forward, rounds, repeats)
+        model = ComfyModel(patcher, Case("", pixels))
+        model.load()
+        results["rows"] += measure_variants(model, rounds, repeats)
     switch(streamer, VARIANTS["all pinned"], patcher.plan, device)
     time.sleep(1)
     if any(thread.name.startswith("bounce") for thread in threading.enumerate()):
@@ -121,23 +124,24 @@ def measure(path: Path, rounds: int, repeats: int) -> dict[str, Any]:
     return results
 
 
-def measure_variants(patcher: Any, forward: Forward, rounds: int, repeats: int) -> list[dict[str, Any]]:
-    streamer, plan, device = patcher.model.streaming.streamer, patcher.plan, patcher.load_device
-    rows: dict[str, dict[str, Any]] = {name: {"pixels": forward.pixels, "variant": name} for name in VARIANTS}
+def measure_variants(model: Any, rounds: int, repeats: int) -> list[dict[str, Any]]:
+    streamer, plan = model.patcher.model.streaming.streamer, model.patcher.plan
+    pixels = model.case.pixels
+    rows: dict[str, dict[str, Any]] = {name: {"pixels": pixels, "variant": name} for name in VARIANTS}
     times: dict[str, list[float]] = {name: [] for name in VARIANTS}
     host_times: dict[str, list[float]] = {name: [] for name in VARIANTS}
     reference = None
     for _ in range(rounds):
         for name, variant in VARIANTS.items():
-            rows[name]["pin_s"] = switch(streamer, variant, plan, device)
-            output = forward(patcher.model).clone()
+            rows[name]["pin_s"] = switch(streamer, variant, plan, model.device)
+            output = model.forward().clone()
             reference = output if reference is None else reference
             if not torch.equal(output, reference):
-                raise SystemExit(f"{name} at {forward.pixels}: the output differs")
-            host_times[name] += [host_milliseconds(forward, patcher.model) for _ in range(3)]
-            times[name] += milliseconds(functools.partial(forward, patcher.model), repeats)[1:]
-            if not torch.equal(forward(patcher.model), reference):
-                raise SystemExit(f"{name} at {forward.pixels}: the output differs after some forwards")
+                raise SystemExit(f"{name} at {pixels}: the output differs")
+            host_times[name] += [host_milliseconds(model.forward) for _ in range(3)]
+            times[name] += milliseconds(model.forward, repeats)[1:]
+            if not torch.equal(model.forward(), reference):
+                raise SystemExit(f"{name} at {pixels}: the output differs after some forwards")
             rows[name]["pinned_gib"] = streamer.arena.pinned_bytes / GIB
     for name, row in rows.items():
         row["ms"] = statistics.median(times[name])
@@ -158,17 +162,14 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, help="an NF4 file; made if not given")
-    parser.add_argument("--output", type=Path, default=Path(), help="folder for the JSON")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=6)
+    parser = parser_for(__doc__, can_be_dry=False)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each variant")
+    parser.add_argument("--repeats", type=int, default=6, help="timed forwards of a turn")
     given = parser.parse_args()
-    require_gpu()
+    begin(given)
     import_package()
-    with checkpoint_file(given.checkpoint) as path, torch.inference_mode():
-        results = measure(path, given.rounds, given.repeats)
-    given.output.mkdir(parents=True, exist_ok=True)
+    with torch.inference_mode():
+        results = measure(Files(given.folder, given.checkpoint).nf4(), given.rounds, given.repeats)
     (given.output / "pinning.json").write_text(json.dumps(results, indent=1))
     print(", ".join(f"{key} {value}" for key, value in results.items() if key != "rows"))
     print(table(results))

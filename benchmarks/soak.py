@@ -1,6 +1,6 @@
 """Many prompts in one process, each other than the one before: does anything grow, is any picture another one?
 
-    COMFYUI_PATH=~/ComfyUI python benchmarks/soak.py --output results
+    COMFYUI_PATH=~/ComfyUI python benchmarks/soak.py
     COMFYUI_PATH=~/ComfyUI python benchmarks/soak.py --checkpoint flux1-dev-bnb-nf4-v2.safetensors --prompts 200
 
 Run it with ComfyUI's Python. Prompts are drawn at random, with a fixed seed: size of the picture, LoRAs, blocks that
@@ -21,13 +21,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import needs_torch  # noqa: F401
 import torch
-from arguments import parse, parser_for
+from arguments import begin, parser_for
 from cases import Case
 from inside_comfyui import import_package
-from weights import TINY_BLOCKS, Files
-
 from memory import Use, resident_bytes
+from weights import TINY_BLOCKS, Files
 
 MIB = 2**20
 SLACK_BYTES = {"device": 64 * MIB, "allocated": MIB, "pinned": 0, "resident": 64 * MIB}
@@ -115,10 +115,11 @@ def growth(done: Sequence[Done]) -> dict[str, int]:
 
 def main() -> None:
     parser = parser_for(__doc__)
-    parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--prompts", type=int, default=200, help="how many")
+    parser.add_argument("--steps", type=int, default=4, help="of each")
     parser.add_argument("--minutes", type=float, default=600.0, help="begin no prompt after this time")
-    given = parse(parser)
+    given = parser.parse_args()
+    begin(given)
     until = time.monotonic() + 60 * given.minutes
     import_package()
     from streamed import load

@@ -13,7 +13,7 @@ import comfy.sd
 import torch
 from cases import Case
 from comfy_model import ComfyModel, at_work
-from contenders import Unavailable
+from family import Unavailable
 from inside_comfyui import has_dynamic_vram
 from weights import Files
 

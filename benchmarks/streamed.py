@@ -7,7 +7,7 @@ from typing import Any
 
 from cases import Case
 from comfy_model import ComfyModel, at_work
-from contenders import Unavailable
+from family import Unavailable
 
 
 def load(path: Path) -> Any:

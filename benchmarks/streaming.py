@@ -1,28 +1,27 @@
 """What streaming costs: a full-size NF4 Flux on the GPU, streamed in several plans against all resident.
 
-    COMFYUI_PATH=~/ComfyUI python benchmarks/streaming.py --output results
-    COMFYUI_PATH=~/ComfyUI python benchmarks/streaming.py --checkpoint flux1-dev-bnb-nf4-v2.safetensors --output results
+    COMFYUI_PATH=~/ComfyUI python benchmarks/streaming.py
+    COMFYUI_PATH=~/ComfyUI python benchmarks/streaming.py --checkpoint flux1-dev-bnb-nf4-v2.safetensors
 
-Run it with ComfyUI's Python. Without a checkpoint it makes one with random weights (7 GB, in a temporary folder).
+Run it with ComfyUI's Python. Without a checkpoint it makes one with random weights (7 GB, kept in ``--folder``).
 Prints a table and writes ``streaming.json``. Every variant runs in the same process, in turns, and each number is a
 median; compare ratios within one run. Outputs of all variants must be bit-identical, or it fails.
 """
 
-import argparse
-import functools
 import json
 import re
 import statistics
-import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import needs_torch  # noqa: F401
 import torch
-from inside_comfyui import import_package, require_gpu
+from arguments import begin, parser_for
+from cases import Case
+from inside_comfyui import import_package
 from timing import copy_gbps, milliseconds
 from weights import Files
 
@@ -56,24 +55,7 @@ SETTINGS = {
 }
 
 
-class Forward:
-    """One call of the transformer at a picture size, always with the same input."""
-
-    def __init__(self, pixels: int, device: torch.device, dtype: torch.dtype) -> None:
-        generator = torch.Generator().manual_seed(0)
-
-        def randn(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator).to(device, dtype)
-
-        self.pixels = pixels
-        self.x, self.context, self.y = randn(1, 16, pixels // 8, pixels // 8), randn(1, 512, 4096), randn(1, 768)
-        self.timestep, self.guidance = torch.tensor([0.7], device=device), torch.tensor([3.5], device=device)
-
-    def __call__(self, model: Any) -> torch.Tensor:
-        return model.apply_model(self.x, self.timestep, c_crossattn=self.context, y=self.y, guidance=self.guidance)
-
-
-def allocations_and_syncs(forward: "Forward", model: Any) -> tuple[int, int]:
+def allocations_and_syncs(forward: Callable[[], Any]) -> tuple[int, int]:
     """What one forward allocates on the device, and how often the host waits for it."""
 
     def allocated() -> int:
@@ -83,16 +65,16 @@ def allocations_and_syncs(forward: "Forward", model: Any) -> tuple[int, int]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         before = allocated()
-        forward(model)
+        forward()
         count = allocated() - before
     torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
     return count, sum("synchronizing" in str(warning.message) for warning in caught)
 
 
-def interrupted_forward_leaves_next_equal(patcher: Any, forward: "Forward", reference: torch.Tensor) -> None:
+def interrupted_forward_leaves_next_equal(model: Any, reference: torch.Tensor) -> None:
     """Raise in the middle of some blocks; the next forward must give the same bits."""
-    transformer = patcher.model.diffusion_model
+    transformer = model.patcher.model.diffusion_model
     layers = (transformer.double_blocks[5].img_mlp[2], transformer.single_blocks[20].linear2)
     for layer in layers:
 
@@ -101,33 +83,24 @@ def interrupted_forward_leaves_next_equal(patcher: Any, forward: "Forward", refe
 
         handle = layer.register_forward_pre_hook(interrupt)
         try:
-            forward(patcher.model)
+            model.forward()
         except KeyboardInterrupt:
             handle.remove()
-        if not torch.equal(forward(patcher.model), reference):
-            raise SystemExit(f"after an interrupt at {forward.pixels}: the output differs")
-
-
-@contextmanager
-def checkpoint_file(given: Path | None) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as folder:
-        started = time.monotonic()
-        path = Files(Path(folder), given).nf4()
-        print(f"{path.name}: {path.stat().st_size / GIB:.2f} GiB, there in {time.monotonic() - started:.1f} s")
-        yield path
+        if not torch.equal(model.forward(), reference):
+            raise SystemExit(f"after an interrupt at {model.case.pixels}: the output differs")
 
 
 def measure(
     path: Path, settings: Mapping[str, Setting], sizes: Sequence[int], rounds: int, repeats: int
 ) -> dict[str, Any]:
-    import comfy.model_management
+    from comfy_model import ComfyModel
     from streamed import load
 
-    device = comfy.model_management.get_torch_device()
     started = time.monotonic()
     patcher = load(path)
     loaded = time.monotonic()
-    comfy.model_management.load_models_gpu([patcher])
+    device = patcher.load_device
+    ComfyModel(patcher, Case("", sizes[0])).load()
     torch.cuda.synchronize()
     results: dict[str, Any] = {
         "torch": torch.__version__,
@@ -140,19 +113,18 @@ def measure(
     streamer = patcher.model.streaming.streamer
     results["copy_gbps"] = copy_gbps(streamer.arena.records[0], device)
     for pixels in sizes:
-        forward = Forward(pixels, device, patcher.model.get_dtype())
-        results["rows"] += measure_settings(patcher, forward, settings, rounds, repeats)
+        results["rows"] += measure_settings(patcher, Case("", pixels), settings, rounds, repeats)
     return results
 
 
 def measure_settings(
-    patcher: Any, forward: "Forward", settings: Mapping[str, Setting], rounds: int, repeats: int
+    patcher: Any, case: Case, settings: Mapping[str, Setting], rounds: int, repeats: int
 ) -> list[dict[str, Any]]:
-    import comfy.model_management
+    from comfy_model import ComfyModel
     from streamed import with_residency
 
     streamer = patcher.model.streaming.streamer
-    rows: dict[str, dict[str, Any]] = {name: {"pixels": forward.pixels, "plan": name} for name in settings}
+    rows: dict[str, dict[str, Any]] = {name: {"pixels": case.pixels, "plan": name} for name in settings}
     times: dict[str, list[float]] = {name: [] for name in settings}
     reference = None
     for _ in range(rounds):
@@ -160,17 +132,18 @@ def measure_settings(
             clone = with_residency(patcher, setting.double, setting.single, setting.budget)
             clone.staging_bytes = setting.ring << 20
             clone.whole_blocks = setting.whole_blocks
-            comfy.model_management.load_models_gpu([clone])
-            output = forward(clone.model).clone()
+            model = ComfyModel(clone, case)
+            model.load()
+            output = model.forward().clone()
             reference = output if reference is None else reference
             if not torch.equal(output, reference):
-                raise SystemExit(f"{name} at {forward.pixels}: the output differs")
-            interrupted_forward_leaves_next_equal(clone, forward, reference)
+                raise SystemExit(f"{name} at {case.pixels}: the output differs")
+            interrupted_forward_leaves_next_equal(model, reference)
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-            rows[name]["allocations"], rows[name]["syncs"] = allocations_and_syncs(forward, clone.model)
-            times[name] += milliseconds(functools.partial(forward, clone.model), repeats)[1:]
+            rows[name]["allocations"], rows[name]["syncs"] = allocations_and_syncs(model.forward)
+            times[name] += milliseconds(model.forward, repeats)[1:]
             rows[name]["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
             rows[name]["reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
             rows[name]["bus_gb"] = streamer.plan.bytes_per_forward / 1e9
@@ -195,20 +168,18 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, help="an NF4 file; made if not given")
-    parser.add_argument("--output", type=Path, default=Path(), help="folder for the JSON")
+    parser = parser_for(__doc__, can_be_dry=False)
     parser.add_argument("--only", default="", help="a regular expression: the settings to run, by name")
     parser.add_argument("--pixels", type=int, nargs="+", default=[1024, 512], help="picture sizes")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each setting")
+    parser.add_argument("--repeats", type=int, default=8, help="timed forwards of a turn")
     given = parser.parse_args()
     settings = {name: setting for name, setting in SETTINGS.items() if re.search(given.only, name)}
-    require_gpu()
+    begin(given)
     import_package()
-    with checkpoint_file(given.checkpoint) as path, torch.inference_mode():
+    with torch.inference_mode():
+        path = Files(given.folder, given.checkpoint).nf4()
         results = measure(path, settings, given.pixels, given.rounds, given.repeats)
-    given.output.mkdir(parents=True, exist_ok=True)
     (given.output / "streaming.json").write_text(json.dumps(results, indent=1))
     print(", ".join(f"{key} {value}" for key, value in results.items() if key != "rows"))
     print(table(results))

@@ -1,6 +1,6 @@
 """Where the time of a forward goes: a profiler's trace of one contender at one case, and what it says in figures.
 
-    COMFYUI_PATH=~/ComfyUI python benchmarks/trace_of_calls.py --contender streamed-0-0 --case 512 --output results
+    COMFYUI_PATH=~/ComfyUI python benchmarks/trace_of_calls.py --contender streamed-0-0 --case 512
 
 Run it with ComfyUI's Python. Writes a trace for https://ui.perfetto.dev and prints, for the calls in it: how long the
 stream that computes is busy, how long the bus is, the longest times in which compute stands still and what ended them,
@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import needs_torch  # noqa: F401
 import torch
-from arguments import parse, parser_for
+from arguments import begin, parser_for
 from cases import CASES, TINY_CASES
 from contenders import CONTENDERS, Options, family_maker
 from inside_comfyui import import_package
@@ -118,10 +119,14 @@ def record(model: Any, calls: int, path: Path) -> None:
 def main() -> None:
     parser = parser_for(__doc__)
     parser.add_argument("--gguf-pack", type=Path, help="your copy of city96/ComfyUI-GGUF")
-    parser.add_argument("--contender", choices=[contender.name for contender in CONTENDERS], default="streamed-0-0")
-    parser.add_argument("--case", choices=[case.name for case in (*CASES, *TINY_CASES)], default="1024")
-    parser.add_argument("--calls", type=int, default=3)
-    given = parse(parser)
+    names = [contender.name for contender in CONTENDERS]
+    cases = [case.name for case in (*CASES, *TINY_CASES)]
+    listed = "(compare.py --list names them)"
+    parser.add_argument("--contender", choices=names, default="streamed-0-0", metavar="NAME", help=f"who runs {listed}")
+    parser.add_argument("--case", choices=cases, default="1024", metavar="NAME", help=f"what runs {listed}")
+    parser.add_argument("--calls", type=int, default=3, help="of the transformer, in the trace")
+    given = parser.parse_args()
+    begin(given)
     import_package()
     files = Files(given.folder, given.checkpoint, given.dry_run)
     files.enter()

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from bus import slow_bus
 from cases import Case
-from contenders import Family, Model
-from timing import Clock, milliseconds, seconds
-
+from family import Family, Model
 from memory import Use, Watch, capped, resident_bytes
+from timing import Clock, milliseconds, seconds
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def serve(connection: Connection, family: str, options: Any, log: Path) -> None:
 
     import_package()
     import torch
-    from contenders import Unavailable
+    from family import Unavailable
     from turn import device_of_comfyui, take_turn
 
     options.files.enter()
@@ -173,7 +173,6 @@ def _load(family: str, options: Any) -> tuple[Any, Loaded]:
     import torch
     from contenders import family_maker
     from inside_comfyui import has_dynamic_vram
-
     from memory import resident_bytes
 
     make = family_maker(family, options)

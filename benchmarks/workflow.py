@@ -1,6 +1,6 @@
 """A whole workflow, from the prompt to the picture, on a small card: load, CLIP-L and T5, sampling, VAE.
 
-    COMFYUI_PATH=~/ComfyUI python benchmarks/workflow.py --caps 4 6 8 --output results
+    COMFYUI_PATH=~/ComfyUI python benchmarks/workflow.py --caps 4 6 8
 
 Run it with ComfyUI's Python. The card as it is and made small take turns. In each, one prompt begins with nothing on
 the device, and the same one comes again after a prompt of another model: a dense Flux of a few blocks (2.6 GB), in
@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import needs_torch  # noqa: F401
 import torch
-from arguments import parse, parser_for
-from inside_comfyui import import_package, require_gpu, use_allocator_of_comfyui
-from timing import Clock
-
+from arguments import begin, parser_for
+from inside_comfyui import import_package, use_allocator_of_comfyui
 from memory import GIB, Use, Watch, capped
+from timing import Clock
 
 STAGES = ("encode", "sample", "decode")
 
@@ -149,8 +149,9 @@ def measure_size(parts: Parts, caps: Sequence[float], pixels: int, steps: int, r
     for _ in range(rounds):
         for cap in caps:
             rows += measure(parts, cap, pixels, steps)
-            seconds = ", ".join(f"{row[stage]:.2f}" for row in rows[-2:] for stage in STAGES)
-            print(f"{pixels}x{pixels}, {cap:g} GiB: {seconds}", flush=True)
+            for row in rows[-2:]:
+                seconds = ", ".join(f"{stage} {row[stage]:.2f} s" for stage in STAGES)
+                print(f"{pixels}x{pixels}, {cap:g} GiB, after {row['after']}: {seconds}", flush=True)
     compare(rows)
     return rows
 
@@ -198,10 +199,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="2 or more")
     parser.add_argument("--double", type=int, default=0, help="double blocks that stay")
     parser.add_argument("--single", type=int, default=0, help="single blocks that stay")
-    parser.add_argument("--rounds", type=int, default=3)
-    given = parse(parser)
-    if not given.dry_run:
-        require_gpu()
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each card")
+    given = parser.parse_args()
+    begin(given)
     use_allocator_of_comfyui()
     import_package()
     import comfy.model_management

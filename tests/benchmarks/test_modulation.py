@@ -1,17 +1,13 @@
-"""The experiment on modulation runs, and both of its models make the same picture (it fails otherwise)."""
+"""The experiment on modulation: both of its models make the same picture."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from modulation import Remembered
+from modulation import TINY_SIZES, Remembered, run, table
+from tiny_flux import HIDDEN
 from torch import nn
-
-ROOT = Path(__file__).parent.parent.parent
+from weights import TINY_BLOCKS
 
 
 def test_a_remembered_layer_computes_once_and_shows_no_weights():
@@ -24,14 +20,20 @@ def test_a_remembered_layer_computes_once_and_shows_no_weights():
     assert list(remembered.parameters()) == []
 
 
-def test_both_models_run(comfyui, tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / "modulation.py"), "--dry-run", "--rounds", "1", "--calls", "2"]
-    command += ["--folder", str(tmp_path), "--output", str(tmp_path)]
-    subprocess.run(command, check=True, timeout=200, env=os.environ | {"COMFYUI_PATH": str(comfyui)})
-    results = json.loads((tmp_path / "modulation.json").read_text())
-    (row,) = results["rows"]
-    assert row["streamed_ms"] > 0
-    assert row["remembered_ms"] > 0
-    hidden, doubles, singles = 256, 2, 3
-    weights = (doubles * 12 + singles * 3) * hidden**2
+def test_another_case_is_remembered_anew():
+    remembered = Remembered(nn.Linear(4, 4))
+    first = remembered(torch.zeros(1, 4))
+    remembered.forget()
+    assert not torch.equal(remembered(torch.ones(1, 4)), first)
+
+
+def test_both_models_make_the_same_picture_at_each_size(tiny_files, tmp_path):
+    """It fails otherwise."""
+    results = run(tiny_files, TINY_SIZES, 1, 2, tmp_path)
+    assert json.loads((tmp_path / "modulation.json").read_text()) == results
+    assert [row["pixels"] for row in results["rows"]] == [64, 96]
+    assert all(row["streamed_ms"] > 0 and row["remembered_ms"] > 0 for row in results["rows"])
+    doubles, singles = TINY_BLOCKS
+    weights = (doubles * 12 + singles * 3) * HIDDEN**2
     assert results["modulation_bytes"] == pytest.approx(weights * 0.5625, rel=0.03)  # and biases
+    assert len(table(results).splitlines()) == 4

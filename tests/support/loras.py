@@ -1,38 +1,10 @@
 """LoRA files for a Flux model, with random factors, in the key layouts that trainers write."""
 
-import comfy.utils
 import torch
+from random_lora import diffusers, kohya, linear_shapes, low_rank, of_diffusers, random
 
-
-def linear_shapes(model, part="blocks"):
-    """(out, in) by name of every Linear of a ComfyUI Flux model whose name contains ``part``."""
-    state = {name.removeprefix("diffusion_model."): tuple(t.shape) for name, t in model.state_dict().items()}
-    return {
-        name.removesuffix(".weight"): shape
-        for name, shape in state.items()
-        if name.endswith(".weight") and len(shape) == 2 and part in name
-    }
-
-
-def random(name, *shape, scale=1.0):
-    """The same values for the same name."""
-    generator = torch.Generator().manual_seed(sum(map(ord, name)) * 1009 + sum(shape))
-    return torch.randn(shape, generator=generator) * scale
-
-
-def low_rank(name, shape, rank=4, seed=""):
-    """(up, down) that move a layer's output by about a tenth of what its input is."""
-    up = random(f"{seed}{name}.up", shape[0], rank, scale=0.1)
-    return up, random(f"{seed}{name}.down", rank, shape[1], scale=(rank * shape[1]) ** -0.5)
-
-
-def kohya(shapes, rank=4, alpha=2.0, seed=""):
-    file = {}
-    for name, shape in shapes.items():
-        up, down = low_rank(name, shape, rank, seed)
-        key = f"lora_unet_{name.replace('.', '_')}"
-        file |= {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down, f"{key}.alpha": torch.tensor(alpha)}
-    return file
+__all__ = ["adapters", "black_forest_labs", "diffusers", "generic", "kohya", "linear_shapes", "low_rank", "onetrainer"]
+__all__ += ["random", "simpletuner", "xlabs"]
 
 
 def generic(shapes, rank=4):
@@ -44,26 +16,9 @@ def generic(shapes, rank=4):
     }
 
 
-def _of_diffusers(config, shapes):
-    """(name in diffusers, (out, in)) of every Linear and of every part of one that diffusers splits."""
-    for name, target in comfy.utils.flux_to_diffusers(config).items():
-        target, offset, *_ = (target, None) if isinstance(target, str) else target
-        shape = shapes.get(target.removesuffix(".weight"))
-        if shape is not None and name.endswith(".weight"):
-            yield name.removesuffix(".weight"), (offset[2] if offset else shape[0], shape[1])
-
-
-def diffusers(config, shapes, rank=4):
-    return {
-        f"transformer.{name}.lora_{half}.weight": factor
-        for name, shape in _of_diffusers(config, shapes)
-        for half, factor in zip("BA", low_rank(name, shape, rank), strict=True)
-    }
-
-
 def _underscored(prefix, config, shapes, rank):
     file = {}
-    for name, shape in _of_diffusers(config, shapes):
+    for name, shape in of_diffusers(config, shapes):
         up, down = low_rank(name, shape, rank)
         key = f"{prefix}_{name.replace('.', '_')}"
         file |= {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down, f"{key}.alpha": torch.tensor(3.0)}

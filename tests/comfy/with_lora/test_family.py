@@ -12,13 +12,13 @@ import comfy.model_patcher
 import comfy.ops
 import comfy.patcher_extension
 import loras
+import nodes
 import pytest
 import torch
 from comfy.ldm.flux.layers import timestep_embedding
 from comfy_extras import nodes_edit_model, nodes_slg
 from make_checkpoint import Recipe, make_checkpoint
 
-import nodes
 from flux_nf4.checkpoints import load_transformer, streamed
 from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
 from flux_nf4.offload.plan import Residency

@@ -1,0 +1,86 @@
+"""Benchmarks say at once what they need, on any Python; and their modules import one another one way only."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+TEXTS = {path.stem: path.read_text("utf-8") for path in FOLDER.glob("*.py")}
+SCRIPTS = sorted(name for name, text in TEXTS.items() if "__main__" in text)
+NEED_GPU = ("compare", "lora", "modulation", "pinning", "soak", "streaming", "trace_of_calls", "workflow")
+
+
+def run(name, *arguments, **variables):
+    """Its exit code, and what it says in 60 seconds."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("COMFYUI_PATH", "FLUX_NF4_ENTERED")} | variables
+    command = [sys.executable, str(FOLDER / f"{name}.py"), *arguments]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return ended.returncode, ended.stdout, ended.stderr
+
+
+@pytest.fixture(scope="module")
+def without_torch(tmp_path_factory):
+    """PYTHONPATH for a Python that finds no PyTorch."""
+    folder = tmp_path_factory.mktemp("bare")
+    (folder / "sitecustomize.py").write_text(
+        "import importlib.util as u\nfind = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest)\n"
+    )
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "page"])
+def test_a_python_without_pytorch_is_told_what_it_lacks(name, without_torch):
+    code, said, error = run(name, PYTHONPATH=without_torch)
+    assert (code, said, error.count("\n")) == (1, "", 1)
+    assert error.startswith("This Python has no PyTorch.")
+    _, said, error = run(name, "--help", PYTHONPATH=without_torch)
+    assert said.startswith(ast.get_docstring(ast.parse(TEXTS[name]))[:60])
+    assert error.startswith("This Python has no PyTorch.")
+
+
+def test_help_has_each_default():
+    code, said, _ = run("soak", "--help")
+    assert code == 0
+    assert "(default: 200)" in said
+
+
+def test_without_a_gpu_or_a_comfyui_nothing_begins(comfyui, tmp_path):
+    output = tmp_path / "results"
+    code, said, error = run("streaming", "--output", str(output))
+    assert (code, said) == (1, "")
+    assert error == "COMFYUI_PATH is not set. Set it to the folder of the ComfyUI to measure in.\n"
+    code, said, error = run("streaming", "--output", str(output), COMFYUI_PATH=str(comfyui), CUDA_VISIBLE_DEVICES="")
+    assert (code, said) == (1, "")
+    assert error.startswith("This measures a GPU")
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("name", NEED_GPU)
+def test_all_that_need_a_gpu_ask_for_it(name):
+    assert "    begin(given)\n" in TEXTS[name]
+
+
+def test_a_list_of_contenders_makes_no_folder(tmp_path):
+    code, said, _ = run("compare", "--list", "--output", str(tmp_path / "results"))
+    assert code == 0
+    assert "streamed-0-0" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_modules_import_one_another_one_way_only():
+    imports = {}
+    for name, text in TEXTS.items():
+        nodes = list(ast.walk(ast.parse(text)))
+        named = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        named |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        imports[name] = named & TEXTS.keys()
+    left = dict(imports)
+    while free := [name for name, needed in left.items() if not needed & left.keys()]:
+        for name in free:
+            del left[name]
+    assert left == {}, "these import one another"
