@@ -29,22 +29,12 @@ class BnbLinear(nn.Module):
 
     def __init__(self, linear: Any) -> None:
         super().__init__()
-        code = get_4bit_type(linear.quant_type, device="cpu")
-        state = QuantState(
-            absmax=linear.fp32_absmax(),
-            shape=torch.Size(linear.shape),
-            code=code,
-            blocksize=linear.blocksize,
-            quant_type=linear.quant_type,
-            dtype=linear.dtype,
-        )
+        packed, absmax, how = linear.packed_weight()
+        code = get_4bit_type(how.quant_type, device="cpu")
+        kind = {"blocksize": how.blocksize, "quant_type": how.quant_type}
+        state = QuantState(absmax=absmax, shape=torch.Size(how.shape), code=code, dtype=linear.dtype, **kind)
         self.weight = bitsandbytes.nn.Params4bit(
-            linear.packed.view(-1, 1),
-            quant_state=state,
-            blocksize=linear.blocksize,
-            compress_statistics=False,
-            quant_type=linear.quant_type,
-            bnb_quantized=True,
+            packed.view(-1, 1), quant_state=state, compress_statistics=False, bnb_quantized=True, **kind
         )
         self.bias = linear.bias
 

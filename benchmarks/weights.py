@@ -107,8 +107,7 @@ def dense_tensors(catalogue: Any, dtype: torch.dtype) -> Iterator[tuple[str, tor
             yield name, read_dense(tensor, torch.bfloat16).to(dtype)
         else:
             packed, absmax = (part.to(device) for part in read_fused(tensor))
-            how = (state.shape, state.blocksize, state.quant_type, torch.bfloat16)
-            yield name, dequantise(packed, absmax, *how).to(dtype).cpu()
+            yield name, dequantise(packed, absmax, state, torch.bfloat16).to(dtype).cpu()
 
 
 def write_dense(path: Path, nf4: Path, dtype: torch.dtype) -> None:

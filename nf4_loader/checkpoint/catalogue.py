@@ -9,8 +9,10 @@ import itertools
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from ... import families
 from .errors import DAMAGED, CheckpointError
@@ -19,8 +21,8 @@ from .quant_state import (
     MAX_QUANT_STATE_BYTES,
     NESTED_MAP,
     QUANT_STATE,
+    DensePart,
     NestedAbsmax,
-    NestedTables,
     QuantState,
     parse_quant_state,
 )
@@ -110,24 +112,34 @@ class TransformerTensor:
 
     @property
     def nested(self) -> tuple[NestedAbsmax, ...]:
-        """How the absmax of each part is nested, where a model keeps it so; nothing where it has it in fp32.
+        """The nested absmax of each part, or () if the model expands it to fp32.
 
-        It keeps it so where all is ``fused``, all parts are nested and begin where a kernel may read, and no halves
-        change places.
+        It stays nested only if the tensor is ``fused``, every part is nested and starts 16-byte aligned, and no halves
+        are swapped.
         """
-        nested = tuple(weight.state.nested for weight in self.weights4bit if weight.state.nested is not None)
+        nested = tuple(nested for weight in self.weights4bit for nested in weight.state.nested)
         is_aligned = all(part.count % _ALIGNMENT == 0 and 4 * part.blocks % _ALIGNMENT == 0 for part in nested[:-1])
         is_kept = self.fused is not None and len(nested) == len(self.parts) and is_aligned and not self.halves_swapped
         return nested if is_kept else ()
 
     @property
+    def held(self) -> tuple[QuantState | DensePart, ...]:
+        """How a model holds it: as one 4-bit weight if it is ``fused``, else part by part with absmax in fp32."""
+        if self.fused is not None:
+            return (replace(self.fused, nested=self.nested),)
+        return tuple(
+            replace(part.state, nested=())
+            if isinstance(part, Weight4bit)
+            else DensePart((part.shape[0], part.shape[1]))
+            for part in self.parts
+        )
+
+    @property
     def packed_sizes(self) -> list[int]:
         """Bytes of each tensor that a model holds of what is packed: codes, absmax and the tables of nested absmax."""
-        states = [weight.state for weight in self.weights4bit] if self.fused is None else [self.fused]
-        nested = self.nested
-        tables = [4 * math.prod(shape) for shape in NestedTables.shapes(nested)] if nested else []
-        width = 1 if nested else 4
-        return [size for state in states for size in (state.packed_bytes, width * state.absmax_count)] + tables
+        states = [part for part in self.held if isinstance(part, QuantState)] if self.weights4bit else []
+        kept = [tensor for state in states for tensor in state.tensors(torch.float32).values()]
+        return [math.prod(shape) * dtype.itemsize for shape, dtype in kept]
 
     @property
     def ram_bytes(self) -> int:
@@ -241,7 +253,7 @@ def _weight4bit(
     tensors: Mapping[str, TensorEntry], weight: str, quant_state: TensorEntry, state: QuantState
 ) -> Weight4bit:
     wanted = {"packed": weight, "absmax": f"{weight}.absmax", "quant_map": f"{weight}.quant_map"}
-    if state.nested is not None:
+    if state.nested:
         wanted |= {"nested_absmax": f"{weight}.nested_absmax", "nested_map": f"{weight}.nested_quant_map"}
     found = {field: tensors.get(name) for field, name in wanted.items()}
     for field, entry in found.items():
@@ -254,11 +266,11 @@ def _weight4bit(
         raise ValueError(
             f"{described}, which is {state.packed_bytes:,} bytes; the file has {entries['packed'].nbytes:,}"
         )
-    absmax_dtype = "F32" if state.nested is None else "U8"
+    absmax_dtype = "U8" if state.nested else "F32"
     _check_entry(described, "absmax", entries["absmax"], absmax_dtype, state.absmax_count)
     _check_entry(described, "quant_map", entries["quant_map"], "F32", 16)
-    if state.nested is not None:
-        _check_entry(described, "nested_absmax", entries["nested_absmax"], "F32", state.nested.blocks)
+    for nested in state.nested:
+        _check_entry(described, "nested_absmax", entries["nested_absmax"], "F32", nested.blocks)
         _check_entry(described, "nested_quant_map", entries["nested_map"], "F32", NESTED_MAP)
     return Weight4bit(
         state,

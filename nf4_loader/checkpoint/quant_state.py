@@ -85,7 +85,8 @@ class NestedAbsmax:
 class NestedTables(NamedTuple):
     """What the codes of nested absmax come with, in fp32: nested_absmax (blocks,), its map (256,), the offset (1,).
 
-    Those of all parts of a weight are one after the other, and of the map (parts, 256) each has a row.
+    A weight that was fused of several has their nested_absmax and offsets one after the other, and a row of the map
+    (parts, 256) for each.
     """
 
     absmax: torch.Tensor
@@ -93,9 +94,13 @@ class NestedTables(NamedTuple):
     offset: torch.Tensor
 
     @staticmethod
-    def shapes(nested: Sequence[NestedAbsmax]) -> tuple[tuple[int, ...], ...]:
-        """Of each of the three, for all of these parts."""
-        return (sum(part.blocks for part in nested),), (len(nested), NESTED_MAP), (len(nested),)
+    def shapes(nested: Sequence[NestedAbsmax]) -> dict[str, tuple[int, ...]]:
+        """The shape of each field for a weight whose absmax is nested in these parts."""
+        return {
+            "absmax": (sum(part.blocks for part in nested),),
+            "map": (len(nested), NESTED_MAP),
+            "offset": (len(nested),),
+        }
 
     def of_parts(self, nested: Sequence[NestedAbsmax]) -> "list[NestedTables]":
         """Each part's own, as views."""
@@ -107,13 +112,15 @@ class NestedTables(NamedTuple):
 class QuantState:
     """How the bytes of one 4-bit weight are to be read. ``shape`` is the logical (out, in).
 
-    ``nested_offset`` is beside ``nested``, which is alike in layers of a kind: compiled, they are one graph.
+    ``nested`` says how absmax is quantised once more: in one part in a file, in several in a weight that was fused of
+    several, not at all if it is empty. The offset is beside it, so that layers of a kind have equal ``nested``: they
+    are compiled once.
     """
 
     quant_type: QuantType
     blocksize: int
     shape: tuple[int, int]
-    nested: NestedAbsmax | None = None
+    nested: tuple[NestedAbsmax, ...] = ()
     nested_offset: float = 0.0
 
     @property
@@ -122,11 +129,34 @@ class QuantState:
 
     @property
     def packed_bytes(self) -> int:
+        """Bytes of the packed codes."""
         return (self.numel + 1) // 2
 
     @property
     def absmax_count(self) -> int:
+        """Values of absmax, whatever their dtype."""
         return -(-self.numel // self.blocksize)
+
+    def tensors(self, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each tensor that holds the weight; ``dtype`` is for dense parts."""
+        absmax = torch.uint8 if self.nested else torch.float32
+        tables = NestedTables.shapes(self.nested) if self.nested else {}
+        return {
+            "packed": ((self.packed_bytes,), torch.uint8),
+            "absmax": ((self.absmax_count,), absmax),
+            **{f"nested_{name}": (shape, torch.float32) for name, shape in tables.items()},
+        }
+
+
+@dataclass(frozen=True)
+class DensePart:
+    """Rows of a weight that are not quantised, between others that are. ``shape`` is (rows, in)."""
+
+    shape: tuple[int, int]
+
+    def tensors(self, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each tensor that holds the rows: one of ``dtype``."""
+        return {"dense": (self.shape, dtype)}
 
 
 def parse_quant_state(raw: bytes) -> QuantState:
@@ -162,7 +192,7 @@ def _nested(state: QuantState, fields: dict[str, Any]) -> QuantState:
         raise ValueError(f"its quant state says nested_blocksize {blocksize!r}; known are {BLOCKSIZES}")
     if isinstance(offset, bool) or not isinstance(offset, int | float) or not abs(offset) <= _FP32_MAX:
         raise ValueError(f"its quant state says nested_offset {offset!r}, not a number in fp32")
-    return replace(state, nested=NestedAbsmax(state.absmax_count, blocksize), nested_offset=float(offset))
+    return replace(state, nested=(NestedAbsmax(state.absmax_count, blocksize),), nested_offset=float(offset))
 
 
 def codes_of(absmax: torch.Tensor) -> torch.Tensor:
@@ -179,15 +209,14 @@ def expand_nested_absmax(nested: NestedAbsmax, absmax: torch.Tensor, tables: Nes
             ``bitsandbytes.functional.dequantize_4bit`` computes first.
         tables: Of one part.
     """
-    # numpy, for the threads that read the file: it computes without Python's lock, and without threads of its own
-    # that would wait for each other. From the end, so that no code is overwritten before it has been read.
+    # The threads that read the file run this. numpy works without Python's lock and starts no threads, which would wait
+    # for each other. From the end, so that no code is overwritten before it has been read.
     values, codes = absmax.numpy(), codes_of(absmax).numpy()
     scales, table, offset = (tensor.numpy() for tensor in tables)
     for start in reversed(range(0, values.size, _EXPANDED_AT_ONCE)):
         chunk = values[start : start + _EXPANDED_AT_ONCE]
-        np.take(
-            table, codes[start : start + chunk.size].copy(), out=chunk, mode="clip"
-        )  # with a mode it goes unbuffered
+        # With a mode, numpy writes to ``out`` without a buffer between.
+        np.take(table, codes[start : start + chunk.size].copy(), out=chunk, mode="clip")
         first = start // nested.blocksize
         last = -(-(start + chunk.size) // nested.blocksize)
         chunk *= np.repeat(scales[first:last], nested.blocksize)[: chunk.size]

@@ -21,8 +21,8 @@ THREADS = min(8, os.cpu_count() or 1)
 class FileSlice:
     """``destination.nbytes`` bytes of the file ``path`` from ``offset`` on, to be read into ``destination``.
 
-    ``destination`` is a contiguous CPU tensor of any dtype; its bytes are overwritten. ``then`` is called when they
-    are, by the thread that read them, while others go on; such a slice is read in one piece.
+    ``destination`` is a contiguous CPU tensor of any dtype; its bytes are overwritten. ``then`` is called once they
+    have been read, by the thread that read them, while other threads go on; such a slice is read in one piece.
     """
 
     path: Path
@@ -53,7 +53,7 @@ def read_slices(slices: Sequence[FileSlice], progress: Callable[[int], None]) ->
 
 
 def read_small(slices: Sequence[FileSlice]) -> None:
-    """`read_slices` for many that are small: on this thread, each file opened once.
+    """`read_slices` for many small slices: on this thread, and each file is opened once.
 
     Raises:
         CheckpointError: a file ended early or could not be read.

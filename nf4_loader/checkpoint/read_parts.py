@@ -10,7 +10,7 @@ from safetensors import safe_open
 from .catalogue import TransformerTensor, Weight4bit
 from .errors import CheckpointError
 from .header import TensorEntry
-from .quant_state import CODES, NESTED_MAP, NestedTables, codes_of, expand_nested_absmax
+from .quant_state import CODES, NestedTables, codes_of, expand_nested_absmax
 from .read import FileSlice, read_slices, read_small
 
 CPU = torch.device("cpu")
@@ -30,9 +30,10 @@ TORCH_DTYPES = {
 
 @dataclass(frozen=True)
 class PackedMemory:
-    """A 4-bit weight, and the memory for its bytes (uint8; None: they are not wanted) and its absmax.
+    """A 4-bit weight, and the memory for its bytes (uint8; None if they are not wanted) and its absmax.
 
-    That is fp32, whatever the file has; or, with ``tables``, nested as in the file: uint8, and memory for these.
+    absmax is wanted in fp32, whatever the file has; or, with ``tables``, nested as in the file: then it is uint8, and
+    ``tables`` is memory for what comes with it.
     """
 
     weight: Weight4bit
@@ -56,8 +57,8 @@ class DenseMemory:
 def read_parts(wanted: Sequence[PackedMemory | DenseMemory], progress: Callable[[int], None]) -> None:
     """Read each part into its memory.
 
-    Packed bytes and absmax go straight into place; nested absmax that is wanted in fp32 is expanded and dense tensors
-    of another dtype are converted on the way. ``progress`` gets byte counts that add up to the parts' ``nbytes``.
+    Packed bytes and absmax go straight into place. Nested absmax that is wanted in fp32 is expanded on the way, and
+    dense tensors of another dtype are converted. ``progress`` receives byte counts that sum to the parts' ``nbytes``.
 
     Raises:
         CheckpointError: a file ended early, could not be read, or has another code table than its type says.
@@ -76,25 +77,38 @@ def read_parts(wanted: Sequence[PackedMemory | DenseMemory], progress: Callable[
 
 
 def read_fused(tensor: TransformerTensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Packed bytes (uint8) and absmax (fp32) of a tensor that is ``fused``, as `quant_state` has them."""
+    """Packed bytes (uint8) and absmax (fp32) of a tensor that is ``fused``, as `quant_state` describes them."""
     state = tensor.fused
     assert state is not None
     packed = torch.empty(state.packed_bytes, dtype=torch.uint8)
     absmax = torch.empty(state.absmax_count, dtype=torch.float32)
-    read_parts(list(memory_of_fused(tensor, packed, absmax)), lambda _: None)
+    read_parts(list(_shares(tensor, packed, absmax, None)), lambda _: None)
     if tensor.halves_swapped:
         swap_halves(packed)
         swap_halves(absmax)
     return packed, absmax
 
 
-def memory_of_fused(
-    tensor: TransformerTensor, packed: torch.Tensor, absmax: torch.Tensor, tables: NestedTables | None = None
-) -> Iterator[PackedMemory]:
-    """Each part of a tensor that is ``fused``, with its share of the memory of the whole.
+def memory_of(
+    tensor: TransformerTensor, tensors: Sequence[Mapping[str, torch.Tensor]]
+) -> Iterator[PackedMemory | DenseMemory]:
+    """Each part of ``tensor`` with its memory in ``tensors``: what each of `TransformerTensor.held` is held in."""
+    if tensor.fused is not None:
+        (whole,) = tensors
+        tables = NestedTables(*(whole[f"nested_{name}"] for name in NestedTables._fields)) if tensor.nested else None
+        yield from _shares(tensor, whole["packed"], whole["absmax"], tables)
+        return
+    for part, own in zip(tensor.parts, tensors, strict=True):
+        if isinstance(part, TensorEntry):
+            yield DenseMemory(part, own["dense"])
+        else:
+            yield PackedMemory(part, own["packed"], own["absmax"])
 
-    absmax is in fp32; uint8 with the ``tables`` of a tensor that is ``nested`` and stays so.
-    """
+
+def _shares(
+    tensor: TransformerTensor, packed: torch.Tensor, absmax: torch.Tensor, tables: NestedTables | None
+) -> Iterator[PackedMemory]:
+    """Each part of a tensor that is ``fused``, with its share of the memory of the whole."""
     states = [weight.state for weight in tensor.weights4bit]
     shares = (packed.split([state.packed_bytes for state in states]), absmax.split([s.absmax_count for s in states]))
     own_tables = [None] * len(states) if tables is None else tables.of_parts(tensor.nested)
@@ -112,7 +126,7 @@ def read_entries(entries: Collection[TensorEntry]) -> dict[str, torch.Tensor]:
 
 
 def swap_halves(tensor: torch.Tensor) -> None:
-    """Rows lie one after the other and halves are whole blocks: packed bytes, absmax and dense values turn by half."""
+    """Swap the first and second half in place: packed bytes, absmax or dense values, all of which lie row after row."""
     flat = tensor.view(-1)
     flat.copy_(flat.roll(flat.numel() // 2))
 
@@ -120,9 +134,10 @@ def swap_halves(tensor: torch.Tensor) -> None:
 def _slices(item: PackedMemory, tables: Mapping[str, NestedTables]) -> Sequence[FileSlice]:
     weight, absmax = item.weight, item.absmax
     packed = () if item.packed is None else (FileSlice(weight.packed.path, weight.packed.offset, item.packed),)
-    if weight.state.nested is None or item.tables is not None:
+    if not weight.state.nested or item.tables is not None:
         return *packed, FileSlice(weight.absmax.path, weight.absmax.offset, absmax)
-    expand = functools.partial(expand_nested_absmax, weight.state.nested, absmax, tables[weight.name])
+    (nested,) = weight.state.nested
+    expand = functools.partial(expand_nested_absmax, nested, absmax, tables[weight.name])
     return *packed, FileSlice(weight.absmax.path, weight.absmax.offset, codes_of(absmax), expand)
 
 
@@ -173,15 +188,14 @@ def _check_code_tables(weights: Sequence[Weight4bit]) -> None:
 
 
 def _read_nested_tables(items: Sequence[PackedMemory]) -> dict[str, NestedTables]:
-    """Those of each weight that has them, in the memory for them or in memory of their own."""
+    """The tables of each weight whose absmax is nested, in the memory for them or in memory of their own."""
     tables: dict[str, NestedTables] = {}
     wanted: list[tuple[TensorEntry, torch.Tensor]] = []
     for weight, own in ((item.weight, item.tables) for item in items):
-        nested = weight.state.nested
-        if nested is None or weight.nested_absmax is None or weight.nested_map is None:
+        if weight.nested_absmax is None or weight.nested_map is None:
             continue
-        sizes = (nested.blocks, NESTED_MAP, 1)
-        tables[weight.name] = own or NestedTables(*(torch.empty(size, dtype=torch.float32) for size in sizes))
+        shapes = NestedTables.shapes(weight.state.nested).values()
+        tables[weight.name] = own or NestedTables(*(torch.empty(shape, dtype=torch.float32) for shape in shapes))
         absmax, table, offset = tables[weight.name]
         wanted += [(weight.nested_absmax, absmax), (weight.nested_map, table)]
         offset.fill_(weight.state.nested_offset)

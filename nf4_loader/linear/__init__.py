@@ -1,4 +1,6 @@
-"""How a 4-bit Linear computes: the module, the kernels, and the patches that it takes. Knows no files.
+"""How a 4-bit Linear computes. Knows no files.
 
-Of ``checkpoint`` it uses ``quant_state`` only, which says how the bytes of a weight are read.
+``linear4bit`` (the module and the tensors that it holds), ``dense_view`` (its weight, as others see it), ``matmul``
+(the table of ways to multiply), ``kernels`` (dequantise, and bitsandbytes' matmul), ``patched_weight`` (dequantise with
+a LoRA in it). Of ``checkpoint`` they use ``quant_state`` only, which says how the bytes of a weight are read.
 """

@@ -1,4 +1,4 @@
-"""4-bit dequantisation and matmul: bitsandbytes' kernels where they work, a table look-up elsewhere.
+"""4-bit dequantisation and matmul: bitsandbytes' kernels where they work, else a table look-up.
 
 Both give the same bits: ``code[nibble] * absmax`` in fp32, rounded once to the wanted dtype.
 """
@@ -11,54 +11,64 @@ from typing import Protocol
 import torch
 
 from ...memory import is_out_of_memory
-from ..checkpoint.quant_state import CODES, NESTED_BLOCKSIZE, NESTED_MAP, NestedAbsmax, NestedTables, QuantType
+from ..checkpoint.quant_state import (
+    CODES,
+    NESTED_BLOCKSIZE,
+    NESTED_MAP,
+    NestedAbsmax,
+    NestedTables,
+    QuantState,
+    QuantType,
+)
 
 logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 1 << 22
-"""Packed bytes that the table look-up expands at once: whole blocks, of any blocksize."""
+"""Packed bytes that the table look-up expands at once. They are whole blocks of any blocksize."""
 
 _WITH_BLOCKWISE_KERNEL = ("cpu", "cuda", "xpu")
-"""Devices. Elsewhere bitsandbytes compiles its generic code, anew for each shape."""
+"""Types of device. On others bitsandbytes compiles its generic code, anew for each shape."""
 
 
 class Dequantise(Protocol):
-    """Packed codes and fp32 absmax to a dense weight of ``shape`` and ``dtype`` on the same device."""
+    """Packed codes and fp32 absmax to a dense weight of ``state.shape`` and ``dtype`` on the same device."""
 
     def __call__(
-        self,
-        packed: torch.Tensor,
-        absmax: torch.Tensor,
-        shape: tuple[int, int],
-        blocksize: int,
-        quant_type: QuantType,
-        dtype: torch.dtype,
+        self, packed: torch.Tensor, absmax: torch.Tensor, state: QuantState, dtype: torch.dtype
     ) -> torch.Tensor: ...
 
 
-def dequantise(
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    shape: tuple[int, int],
-    blocksize: int,
-    quant_type: QuantType,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def dequantise(packed: torch.Tensor, absmax: torch.Tensor, state: QuantState, dtype: torch.dtype) -> torch.Tensor:
     """Expand a 4-bit weight.
 
     Args:
         packed: uint8, ((out * in + 1) // 2,); two codes a byte, the first in the high nibble.
-        absmax: fp32, (ceil(out * in / blocksize),).
-        shape: Logical (out, in).
-        blocksize: Elements that share one absmax.
-        quant_type: Which code table.
+        absmax: fp32, (ceil(out * in / blocksize),): expanded, if ``state`` says that it is nested.
+        state: Logical shape (out, in), blocksize and code table.
         dtype: fp32, fp16 or bf16.
 
     Returns:
-        A fresh tensor of ``shape`` and ``dtype`` on the device of ``packed``.
+        A fresh tensor of the logical shape and ``dtype`` on the device of ``packed``.
     """
     run: Dequantise = _dequantise_by_bitsandbytes if _has_kernels(packed.device.type) else dequantise_by_table
-    return run(packed, absmax, shape, blocksize, quant_type, dtype)
+    return run(packed, absmax, state, dtype)
+
+
+def fp32_absmax(state: QuantState, absmax: torch.Tensor, tables: NestedTables | None) -> torch.Tensor:
+    """The absmax of a weight in fp32, (ceil(out * in / blocksize),): ``absmax`` itself, or what it is expanded to.
+
+    Args:
+        state: If it says that absmax is nested, absmax is uint8, and ``tables`` are those of all its parts.
+        absmax: On the same device as ``tables``.
+        tables: None if absmax is not nested.
+    """
+    if tables is None:
+        return absmax
+    if len(state.nested) == 1:  # a forward comes by here 300 times, and this takes a third less of the host's time
+        return expand_absmax(state.nested[0], absmax, tables)
+    codes = absmax.split([part.count for part in state.nested])
+    own = zip(state.nested, codes, tables.of_parts(state.nested), strict=True)
+    return torch.cat([expand_absmax(*part) for part in own])
 
 
 def expand_absmax(nested: NestedAbsmax, codes: torch.Tensor, tables: NestedTables) -> torch.Tensor:
@@ -79,31 +89,27 @@ def expand_absmax(nested: NestedAbsmax, codes: torch.Tensor, tables: NestedTable
     return expanded.add_(tables.offset)
 
 
-def linear(
-    input: torch.Tensor,
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    shape: tuple[int, int],
-    blocksize: int,
-    quant_type: QuantType,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """``input @ weight.T + bias`` with a 4-bit weight (arguments as in `dequantise`), in input's dtype.
+def has_gemm_4bit(device: torch.device) -> bool:
+    """Whether `gemm_4bit` can be used. On the CPU its fused kernel rounds differently: it is not used there."""
+    return device.type != "cpu" and _has_gemm_4bit(device.type)
 
-    ``gemm_4bit`` (bitsandbytes 0.50) takes its fused kernel for few rows and dequantises for many. On the
-    CPU its fused path rounds differently, so there it is always dequantise, then `torch.nn.functional.linear`.
+
+def gemm_4bit(
+    input: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, state: QuantState, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """``input @ weight.T + bias`` by bitsandbytes (0.50 and later), in input's dtype; a weight as in `dequantise`.
+
+    For few rows of input its kernel multiplies with the packed weight; for many it dequantises and multiplies.
     """
-    if input.device.type != "cpu" and _has_gemm_4bit(input.device.type):
-        return torch.ops.bitsandbytes.gemm_4bit.default(
-            input, packed.view(-1, 1), shape, absmax, blocksize, quant_type, bias=bias
-        )
-    weight = dequantise(packed, absmax, shape, blocksize, quant_type, input.dtype)
-    return torch.nn.functional.linear(input, weight, bias)
+    product: torch.Tensor = torch.ops.bitsandbytes.gemm_4bit.default(
+        input, packed.view(-1, 1), state.shape, absmax, state.blocksize, state.quant_type, bias=bias
+    )
+    return product
 
 
 def warm_up(device: torch.device) -> None:
-    """Import bitsandbytes and try its kernels now, on any thread: else the first forward waits for it (0.75 s)."""
-    # A thread begins with the first GPU.
+    """Import bitsandbytes and try its kernels, on any thread, so that the first forward need not wait (0.75 s)."""
+    # The current device of a new thread is the first GPU.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), suppress(torch.OutOfMemoryError):
         _has_blockwise_kernel(device.type)
 
@@ -111,22 +117,17 @@ def warm_up(device: torch.device) -> None:
 @functools.cache
 def code_table(quant_type: QuantType, device: torch.device) -> torch.Tensor:
     """The sixteen values of a code, fp32 (16,)."""
-    # Once a device: making it copies from the host, which waits.
+    # Kept for each device: making it copies from the host, which makes the host wait.
     with torch.inference_mode(False):
         return torch.tensor(CODES[quant_type], dtype=torch.float32, device=device)
 
 
 def dequantise_by_table(
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    shape: tuple[int, int],
-    blocksize: int,
-    quant_type: QuantType,
-    dtype: torch.dtype,
+    packed: torch.Tensor, absmax: torch.Tensor, state: QuantState, dtype: torch.dtype
 ) -> torch.Tensor:
     """`dequantise` in plain torch, for any device; in chunks, so that the fp32 intermediate stays small."""
-    numel = shape[0] * shape[1]
-    code = code_table(quant_type, packed.device)
+    numel, blocksize = state.numel, state.blocksize
+    code = code_table(state.quant_type, packed.device)
     out = torch.empty(numel, dtype=dtype, device=packed.device)
     for start in range(0, packed.numel(), _CHUNK_BYTES):
         chunk = packed[start : start + _CHUNK_BYTES]
@@ -135,22 +136,18 @@ def dequantise_by_table(
         last = min(first + nibbles.numel(), numel)
         scales = absmax[first // blocksize : -(-last // blocksize)].repeat_interleave(blocksize)
         out[first:last] = code[nibbles[: last - first].int()] * scales[: last - first]
-    return out.view(shape)
+    return out.view(state.shape)
 
 
 def _dequantise_by_bitsandbytes(
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    shape: tuple[int, int],
-    blocksize: int,
-    quant_type: QuantType,
-    dtype: torch.dtype,
+    packed: torch.Tensor, absmax: torch.Tensor, state: QuantState, dtype: torch.dtype
 ) -> torch.Tensor:
-    # The CPU kernel takes every row to begin a block, which is so only where in is a multiple of blocksize; for
-    # large blocks it leaves the work to torch.compile, anew for each shape.
+    shape, blocksize = state.shape, state.blocksize
+    # The CPU kernel takes each row to begin a block, which is so only if ``in`` is a multiple of blocksize; large
+    # blocks it leaves to torch.compile, which compiles anew for each shape.
     if packed.is_cpu and (shape[1] % blocksize or blocksize >= 2048):
-        return dequantise_by_table(packed, absmax, shape, blocksize, quant_type, dtype)
-    return torch.ops.bitsandbytes.dequantize_4bit.default(packed, absmax, blocksize, quant_type, shape, dtype)
+        return dequantise_by_table(packed, absmax, state, dtype)
+    return torch.ops.bitsandbytes.dequantize_4bit.default(packed, absmax, blocksize, state.quant_type, shape, dtype)
 
 
 def _map_blockwise(codes: torch.Tensor, tables: NestedTables) -> torch.Tensor:
@@ -195,7 +192,7 @@ def _has_blockwise_kernel(device_type: str) -> bool:
 
 @functools.cache
 def _maps_blockwise(device_type: str) -> bool:
-    """Whether bitsandbytes' kernel gives the values that it should. The table costs little more: nothing is said."""
+    """Whether bitsandbytes' kernel gives the right values. If not, nothing is logged: the table costs little more."""
     codes = torch.arange(300, device=device_type).to(torch.uint8)
     absmax, table = (torch.linspace(-1, 1, count, device=device_type) for count in (2, NESTED_MAP))
     tables = NestedTables(absmax, table, absmax[:1])
@@ -210,8 +207,8 @@ def _maps_blockwise(device_type: str) -> bool:
 def _bitsandbytes_problem(device_type: str) -> str | None:
     """Why bitsandbytes cannot be used on a device, or None.
 
-    Importing it can fail in any way that a native library can, and it can also succeed without a kernel for
-    this device, so one small weight is tried and compared.
+    Importing it can fail in any way that a native library can fail, or succeed without a kernel for this device: so
+    one small weight is tried and compared.
     """
     try:
         import bitsandbytes  # noqa: F401
@@ -219,8 +216,8 @@ def _bitsandbytes_problem(device_type: str) -> str | None:
         packed = torch.arange(256, dtype=torch.uint8, device=device_type)
         absmax = torch.linspace(0.01, 1, 8, device=device_type)
         for quant_type in CODES:
-            arguments = (packed, absmax, (8, 64), 64, quant_type, torch.float32)
-            if not torch.equal(_dequantise_by_bitsandbytes(*arguments), dequantise_by_table(*arguments)):
+            weight = (packed, absmax, QuantState(quant_type, 64, (8, 64)), torch.float32)
+            if not torch.equal(_dequantise_by_bitsandbytes(*weight), dequantise_by_table(*weight)):
                 return f"its {quant_type} kernel gives other values than the format says"
     except Exception as error:
         if is_out_of_memory(error):

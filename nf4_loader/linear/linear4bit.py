@@ -1,123 +1,152 @@
 """The Linear that holds a 4-bit weight as plain tensors."""
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
 
-from ..checkpoint.quant_state import NestedAbsmax, NestedTables, QuantType
-from . import kernels
+from ...low_rank.branch import LowRank
+from ...low_rank.factors import factors_of
+from ..checkpoint.quant_state import DensePart, NestedTables, QuantState
+from . import kernels, matmul
+from .dense_view import DenseView
 
-_READ_ONLY = "a 4-bit weight cannot be written to; patch a dequantised copy instead"
 
+class Linear4bit(nn.Linear):
+    """A Linear of logical shape (out, in) whose rows are the rows of its parts, one below the other.
 
-class Linear4bit(nn.Module):
-    """A Linear of logical shape (out, in) whose weight stays packed.
+    Most layers have one part, in 4 bits. Layers whose q, k and v are quantised in different ways have several, because
+    making them alike would cost bits. Part i has the buffers ``packed_i`` (uint8, ((rows * in + 1) // 2,)) and
+    ``absmax_i`` (fp32, (ceil(rows * in / blocksize),)), or ``dense_i`` ((rows, in), in ``dtype``) if it is not
+    quantised. If its absmax is nested, ``absmax_i`` is uint8, and ``nested_absmax_i``, ``nested_map_i`` and
+    ``nested_offset_i`` (`NestedTables`) come with it: a twelfth less to hold and to stream, for expanding it in each
+    forward.
 
-    Buffers ``packed`` (uint8, ((out * in + 1) // 2,)) and ``absmax`` (fp32, (ceil(out * in / blocksize),)),
-    parameter ``bias`` ((out,) or None). Plain tensors, so that whoever owns the memory may rebind them at
-    will; bitsandbytes' ``Params4bit`` moves its quant state in place, synchronously, and loses attributes.
+    The buffers are plain tensors, so that whoever owns the memory may rebind them; bitsandbytes' ``Params4bit`` moves
+    its quant state in place, synchronously, and loses attributes. They are not in the state dict.
 
-    With ``nested``, how absmax was quantised once more, part for part, ``absmax`` is uint8 and comes with the buffers
-    ``nested_absmax``, ``nested_map`` and ``nested_offset`` (`NestedTables`): a twelfth less to hold and to stream, for
-    expanding it in each forward.
-
-    ``weight`` reads as the dense weight wherever its shape, dtype or values are looked at. ``weight_function``
-    and ``bias_function`` are ComfyUI's: each takes a fresh dense tensor in compute dtype and returns the patched one.
+    ``weight`` and the state dict's weight read as the dense one. ``weight_function`` and ``bias_function`` are
+    ComfyUI's: each takes a fresh dense tensor in compute dtype and returns the patched one. ``low_rank`` is LoRA that
+    is computed beside the weight; its tensors have to be buffers of the module (`take_patches`).
     """
 
-    packed: torch.Tensor
-    absmax: torch.Tensor
-    nested_absmax: torch.Tensor
-    nested_map: torch.Tensor
-    nested_offset: torch.Tensor
-    bias: nn.Parameter | None
+    bias: nn.Parameter | None  # type: ignore[assignment]
     weight_function: list[Callable[[torch.Tensor], torch.Tensor]]
     bias_function: list[Callable[[torch.Tensor], torch.Tensor]]
 
     def __init__(
         self,
-        shape: tuple[int, int],
-        quant_type: QuantType,
-        blocksize: int,
+        parts: Sequence[QuantState | DensePart],
         *,
-        nested: Sequence[NestedAbsmax] = (),
         bias: bool,
         dtype: torch.dtype,
         device: torch.device | None = None,
     ) -> None:
-        super().__init__()
-        self.out_features, self.in_features = shape
-        self.shape = shape
-        self.quant_type: QuantType = quant_type
-        self.blocksize = blocksize
-        self.nested = tuple(nested)
+        nn.Module.__init__(self)  # nn.Linear would make a dense weight
+        self.parts = tuple(parts)
+        self.out_features, self.in_features = sum(part.shape[0] for part in parts), parts[0].shape[1]
+        self.shape = (self.out_features, self.in_features)
         self.dtype = dtype
         self.weight_function = []
         self.bias_function = []
-        numel = shape[0] * shape[1]
-        self.register_buffer("packed", torch.empty((numel + 1) // 2, dtype=torch.uint8, device=device))
-        absmax_dtype = torch.uint8 if nested else torch.float32
-        self.register_buffer("absmax", torch.empty(-(-numel // blocksize), dtype=absmax_dtype, device=device))
-        if nested:
-            for name, size in zip(NestedTables._fields, NestedTables.shapes(nested), strict=True):
-                self.register_buffer(f"nested_{name}", torch.empty(size, dtype=torch.float32, device=device))
-        self._register_bias(bias, device)
-
-    def _register_bias(self, bias: bool, device: torch.device | None) -> None:
-        value = torch.empty(self.out_features, dtype=self.dtype, device=device)
-        self.register_parameter("bias", nn.Parameter(value, requires_grad=False) if bias else None)
+        self.low_rank: LowRank | None = None
+        self.computes_on: torch.device | None = None
+        """Where the forward runs, which for a streamed layer is not where its weight is now."""
+        self.patched_shape: tuple[int, ...] = self.shape
+        """The shape of the weight after all that ``weight_function`` does to it."""
+        self.shows_weight = True
+        """Whether the state dict has the weight, from which ComfyUI takes it that it can patch the weight."""
+        self.is_one_weight = len(self.parts) == 1 and isinstance(self.parts[0], QuantState)
+        """Whether all rows are one 4-bit weight, that a kernel can multiply with."""
+        self._names: tuple[tuple[str, ...], ...] = tuple(
+            tuple(f"{name}_{i}" for name in part.tensors(dtype)) for i, part in enumerate(self.parts)
+        )
+        for part, names in zip(self.parts, self._names, strict=True):
+            for name, (shape, kept_as) in zip(names, part.tensors(dtype).values(), strict=True):
+                self.register_buffer(name, torch.empty(shape, dtype=kept_as, device=device), persistent=False)
+        value = torch.empty(self.out_features, dtype=dtype, device=device) if bias else None
+        self.register_parameter("bias", None if value is None else nn.Parameter(value, requires_grad=False))
 
     @property
     def device(self) -> torch.device:
-        return self.packed.device
+        """Where the weight is now."""
+        return self._buffers[self._names[0][0]].device  # type: ignore[union-attr]
 
     @property
-    def weight(self) -> "DenseView":
-        return DenseView(self, self.shape)
+    def weight(self) -> DenseView:  # type: ignore[override]
+        # ComfyUI reads the shape of img_in.weight to see whether a LoRA has widened it (BFL's Canny and Depth), and the
+        # device of any weight to bring a LoRA there that it computes itself (bypass).
+        return DenseView(self, self.patched_shape, self.computes_on)
+
+    @property
+    def tensors(self) -> list[dict[str, torch.Tensor]]:
+        """The tensors of each part, by their names in `QuantState.tensors` or `DensePart.tensors`."""
+        kinds = [part.tensors(self.dtype) for part in self.parts]
+        return [
+            {kind: self.get_buffer(name) for kind, name in zip(of_part, names, strict=True)}
+            for of_part, names in zip(kinds, self._names, strict=True)
+        ]
+
+    def packed_weight(self, i: int = 0) -> tuple[torch.Tensor, torch.Tensor, QuantState]:
+        """Packed codes, fp32 absmax and state of part i, which is in 4 bits: as `kernels` take them."""
+        state: Any = self.parts[i]
+        buffers: Any = self._buffers  # not by attribute: nn.Module looks for those in Python
+        packed, absmax, *tables = [buffers[name] for name in self._names[i]]
+        return packed, kernels.fp32_absmax(state, absmax, NestedTables(*tables) if tables else None), state
 
     def dequantise(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight as a fresh dense tensor of the logical shape on the device of the packed bytes."""
-        return kernels.dequantise(self.packed, self.fp32_absmax(), self.shape, self.blocksize, self.quant_type, dtype)
+        """The weight as a fresh dense tensor of the logical shape and ``dtype``, on its device."""
+        if self.is_one_weight:
+            return kernels.dequantise(*self.packed_weight(), dtype)
+        weight = torch.empty(self.shape, dtype=dtype, device=self.device)
+        rows = weight.split([part.shape[0] for part in self.parts])
+        for i, part in enumerate(self.parts):
+            is_dense = isinstance(part, DensePart)
+            rows[i].copy_(
+                self.get_buffer(f"dense_{i}") if is_dense else kernels.dequantise(*self.packed_weight(i), dtype)
+            )
+        return weight
 
-    @property
-    def nested_tables(self) -> NestedTables | None:
-        """What nested absmax comes with, of all parts."""
-        return NestedTables(self.nested_absmax, self.nested_map, self.nested_offset) if self.nested else None
+    def take_patches(self, patches: Sequence[Sequence[Any]], dtype: torch.dtype) -> Mapping[str, torch.Tensor] | None:
+        """Compute with these patches of the weight from now on, in place of earlier ones, if all are plain LoRA.
 
-    def fp32_absmax(self) -> torch.Tensor:
-        """fp32, (ceil(out * in / blocksize),): the buffer itself, or what it is expanded to."""
-        tables = self.nested_tables
-        if tables is None:
-            return self.absmax
-        if len(self.nested) == 1:  # what a forward does 300 times: a third less of the host's time
-            return kernels.expand_absmax(self.nested[0], self.absmax, tables)
-        codes = self.absmax.split([part.count for part in self.nested])
-        own = zip(self.nested, codes, tables.of_parts(self.nested), strict=True)
-        return torch.cat([kernels.expand_absmax(*part) for part in own])
+        Args:
+            patches: ComfyUI's, in order (see `factors_of`).
+            dtype: What the forward computes in.
+
+        Returns:
+            Host tensors that the forward expects as buffers of this module, under these names, on its device. They are
+            the same objects as before as far as only strengths have changed. None if not all are plain LoRA: then it
+            computes with none of them.
+        """
+        factors = factors_of(patches, self.shape)
+        self.low_rank = None if factors is None else LowRank.of(factors, dtype, self.low_rank)
+        if factors is None:
+            return None
+        return self.low_rank.tensors if self.low_rank is not None else {}
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        bias = self._bias_for(input)
-        if self.weight_function:
-            weight = self.dequantise(input.dtype)
-            for function in self.weight_function:
-                weight = function(weight)
-            return nn.functional.linear(input, weight, bias)
-        return self._multiply(input, bias)
+        """``input`` (..., in) in any float dtype; returns (..., out) in the same dtype."""
+        return matmul.multiply(self, input, self._bias_for(input))
 
     def _bias_for(self, input: torch.Tensor) -> torch.Tensor | None:
-        if self.bias is None:
+        bias: torch.Tensor | None = self.bias
+        if bias is None:
             return None
-        bias: torch.Tensor = self.bias.to(input.dtype, copy=bool(self.bias_function))
+        bias = bias.to(input.dtype, copy=bool(self.bias_function))
         for function in self.bias_function:
             bias = function(bias)
         return bias
 
-    def _multiply(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        absmax = self.fp32_absmax()
-        return kernels.linear(input, self.packed, absmax, self.shape, self.blocksize, self.quant_type, bias)
+    def on(self, device: torch.device) -> "Linear4bit":
+        """A copy of the layer with its buffers on ``device``; whatever is there already is shared."""
+        other = copy.copy(self)
+        other._buffers = {
+            name: buffer if buffer is None else buffer.to(device) for name, buffer in self._buffers.items()
+        }
+        return other
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Linear4bit":
         # ``.to(dtype)`` and the like are about the dense weight and the bias: absmax stays as it is.
@@ -133,57 +162,16 @@ class Linear4bit(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         # ComfyUI takes a LoRA's keys from the state dict: the weight has to be in it under its usual name.
-        destination[prefix + "weight"] = DenseView(self, self.shape)
+        if self.shows_weight:
+            destination[prefix + "weight"] = DenseView(self, self.shape)
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def extra_repr(self) -> str:
-        nested = ", nested" if self.nested else ""
-        return f"{self.shape}, {self.quant_type}, blocksize={self.blocksize}{nested}, bias={self.bias is not None}"
+        kinds = [_described(part) for part in self.parts]
+        return f"{self.shape}, {' + '.join(kinds)}, bias={self.bias is not None}"
 
 
-class DenseView(torch.Tensor):
-    """Reads as the dense weight of a `Linear4bit`: shape, dtype and device cost nothing, any use of the
-    values dequantises. It owns no memory and cannot be written to. ``shape`` may be larger than the weight's, with
-    zeros beyond; ``device`` is where it reads as being, by default where the packed bytes are.
-    """
-
-    linear: Linear4bit
-
-    @staticmethod
-    def __new__(
-        cls: type[torch.Tensor], linear: Linear4bit, shape: tuple[int, ...], device: torch.device | None = None
-    ) -> "DenseView":
-        # A wrapper subclass: https://pytorch.org/docs/stable/notes/extending.html#subclassing-torch-tensor
-        wrapper: DenseView = torch.Tensor._make_wrapper_subclass(  # type: ignore[assignment]
-            cls, shape, dtype=linear.dtype, device=device or linear.device, requires_grad=False
-        )
-        return wrapper
-
-    def __init__(self, linear: Linear4bit, shape: tuple[int, ...], device: torch.device | None = None) -> None:
-        self.linear = linear
-
-    def __repr__(self) -> str:  # type: ignore[override]
-        return f"DenseView({self.linear})"
-
-    def _dense(self) -> torch.Tensor:
-        weight = self.linear.dequantise(self.dtype).to(self.device)
-        rows, columns = (wanted - there for wanted, there in zip(self.shape, weight.shape, strict=True))
-        return nn.functional.pad(weight, (0, columns, 0, rows)) if rows or columns else weight
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        raise RuntimeError(_READ_ONLY)  # torch would write to a part of a dequantised copy
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        def dense(value: Any) -> Any:
-            return value._dense() if isinstance(value, cls) else value
-
-        kwargs = kwargs or {}
-        for position, argument in enumerate(func._schema.arguments):
-            written = argument.alias_info is not None and argument.alias_info.is_write
-            value = args[position] if position < len(args) else kwargs.get(argument.name)
-            if written and any(isinstance(leaf, cls) for leaf in tree_leaves(value)):
-                raise RuntimeError(_READ_ONLY)
-        return func(*tree_map(dense, args), **tree_map(dense, kwargs))
+def _described(part: QuantState | DensePart) -> str:
+    if isinstance(part, DensePart):
+        return "dense"
+    return f"{part.quant_type}/{part.blocksize}{' nested' if part.nested else ''}"

@@ -23,12 +23,12 @@ def kernel(  # type: ignore[no-untyped-def]  # Triton would look for the names o
 ) -> None:
     """Expand (ROWS, 2 * BYTES) of the weight ``out`` from row ``start`` on, and add ``(up * scale) @ down`` to it.
 
-    The tensors are as in `patched_weight.expand`; ``code`` are the sixteen values. ``row_bytes`` are the packed bytes
-    of a row, ``BLOCK_BYTES`` those that share one absmax; RANKS are at most MOST.
+    The tensors are as in `patched_weight.expand`; ``code`` has the sixteen values. ``row_bytes`` is the number of
+    packed bytes in a row, BLOCK_BYTES of those that share one absmax; RANKS is at most MOST.
     """
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     byte = tl.program_id(0) * BYTES + tl.arange(0, BYTES)
-    # First what comes from afar: it is under way while the factors are multiplied.
+    # Load the packed weight first: it arrives while the factors are multiplied.
     index = (start + row)[:, None] * row_bytes + byte[None, :]
     codes = tl.load(packed + index)
     factor = tl.load(absmax + index // BLOCK_BYTES)
@@ -44,6 +44,6 @@ def kernel(  # type: ignore[no-untyped-def]  # Triton would look for the names o
     downs = tl.load(down + rank[:, None] * columns + column[None, :], mask=is_rank[:, None], other=0.0)
     delta = tl.dot((ups.to(tl.float32) * scales[None, :]).to(ups.dtype), downs)
 
-    # Rounded, or the compiler brings the weight into the product's order, in three steps, and not the product.
+    # Round first: otherwise the compiler converts the weight, not the product, to the other layout, in three shuffles.
     weight = tl.reshape(tl.join(high, low), (ROWS, 2 * BYTES)) + delta.to(downs.dtype).to(tl.float32)
     tl.store(out + (start + row)[:, None] * columns + column[None, :], weight.to(out.dtype.element_ty))

@@ -1,6 +1,6 @@
-"""The transformer's bytes, from its files into the host memory that a model is bound to."""
+"""Reads the transformer's bytes from its files into the host memory that a model is bound to."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 
 import comfy.model_base
@@ -8,9 +8,8 @@ import torch
 
 from ..checkpoint.catalogue import Catalogue, TransformerTensor
 from ..checkpoint.header import TensorEntry
-from ..checkpoint.read_parts import DenseMemory, PackedMemory, memory_of_fused, read_parts, swap_halves
+from ..checkpoint.read_parts import DenseMemory, PackedMemory, memory_of, read_parts, swap_halves
 from ..linear.linear4bit import Linear4bit
-from ..linear.linear_of_parts import LinearOfParts
 from .transformers import model_names
 
 
@@ -22,9 +21,9 @@ def fill(
 ) -> None:
     """Read the transformer's tensors from the files into the host memory that ``model`` is bound to.
 
-    Of the ``mapped`` layers (`map_packed`) only absmax and its tables are read. ``progress`` gets byte counts that add
-    up to ``catalogue.transformer_bytes``, less these and what the file has and the model does not. The model remembers
-    the catalogue, as ``model.nf4_catalogue``.
+    Of the ``mapped`` layers (`map_packed`) only absmax and its tables are read. ``progress`` receives byte counts. They
+    sum to ``catalogue.transformer_bytes`` minus mapped bytes and minus tensors that the model does not use. The model
+    remembers the catalogue as ``model.nf4_catalogue``.
 
     Raises:
         CheckpointError: a file ended early, could not be read, or has another code table than its type says.
@@ -53,15 +52,8 @@ def _destinations(
 def _of_linear(
     linear: Linear4bit, tensor: TransformerTensor, *, is_mapped: bool
 ) -> Iterator[PackedMemory | DenseMemory]:
-    if not isinstance(linear, LinearOfParts):
-        parts = memory_of_fused(tensor, linear.packed, linear.absmax, linear.nested_tables)
-        yield from (replace(part, packed=None) for part in parts) if is_mapped else parts
-        return
-    for i, part in enumerate(tensor.parts):
-        if isinstance(part, TensorEntry):
-            yield DenseMemory(part, linear.get_buffer(f"dense_{i}"))
-        else:
-            yield PackedMemory(part, linear.get_buffer(f"packed_{i}"), linear.get_buffer(f"absmax_{i}"))
+    for part in memory_of(tensor, linear.tensors):
+        yield replace(part, packed=None) if is_mapped and isinstance(part, PackedMemory) else part
 
 
 def _of_parameter(parameter: torch.Tensor, tensor: TransformerTensor) -> Iterator[DenseMemory]:
@@ -72,7 +64,7 @@ def _of_parameter(parameter: torch.Tensor, tensor: TransformerTensor) -> Iterato
 
 
 def _swap_halves(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> None:
-    """Of the tensors whose halves the file has the other way round."""
+    """Swap the halves of the tensors whose halves the file has the other way round."""
     modules = dict(model.diffusion_model.named_modules())
     for name, source in model_names(model, catalogue).items():
         if catalogue.transformer[source].halves_swapped:
@@ -81,7 +73,8 @@ def _swap_halves(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> Non
                 swap_halves(memory)
 
 
-def _memory(module: torch.nn.Module, kind: str) -> Sequence[torch.Tensor]:
+def _memory(module: torch.nn.Module, kind: str) -> Iterable[torch.Tensor]:
     if isinstance(module, Linear4bit) and kind == "weight":
-        return module.packed, module.absmax
+        (whole,) = module.tensors
+        return whole.values()
     return (module.get_parameter(kind),)

@@ -1,4 +1,4 @@
-"""Packed weights that stay in their file: the system reads them when they are used, and lets go of them as it must."""
+"""Packed weights that stay in their file: the system reads them when they are used, and drops them if RAM is short."""
 
 import mmap
 import warnings
@@ -10,17 +10,16 @@ import torch
 from ..checkpoint.catalogue import Catalogue
 from ..checkpoint.errors import CheckpointError
 from ..linear.linear4bit import Linear4bit
-from ..linear.linear_of_parts import LinearOfParts
 from .transformers import block_groups, model_names
 
 Mapped = dict[torch.nn.Module, dict[str, torch.Tensor]]
-"""Tensors by their module, then by the name of its buffer."""
+"""Tensors by their module, then by the name of the buffer."""
 
 
 def map_packed(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> Mapped:
-    """The packed bytes of the blocks' layers as views (uint8, flat) of the files, which have to stay as they are.
+    """The packed bytes of the blocks' layers as views (uint8, flat) of the files, which must not change meanwhile.
 
-    Those that a file has not in one piece, as diffusers' q, k and v, are not among them.
+    A layer that the file has in several pieces, as diffusers' q, k and v, is left out.
 
     Raises:
         CheckpointError: the system refuses to map a file.
@@ -33,17 +32,17 @@ def map_packed(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> Mappe
         linear, tensor = modules.get(name.removesuffix(".weight")), catalogue.transformer[source]
         if not name.endswith(".weight") or linear not in in_blocks or not isinstance(linear, Linear4bit):
             continue
-        if isinstance(linear, LinearOfParts) or len(tensor.parts) > 1 or tensor.halves_swapped:
+        if len(tensor.parts) > 1 or tensor.halves_swapped:
             continue
         packed = tensor.weights4bit[0].packed
         if packed.path not in files:
             files[packed.path] = _map(packed.path)
-        mapped[linear] = {"packed": files[packed.path][packed.offset : packed.offset + packed.nbytes]}
+        mapped[linear] = {"packed_0": files[packed.path][packed.offset : packed.offset + packed.nbytes]}
     return mapped
 
 
 def _map(path: Path) -> torch.Tensor:
-    # Not a private map, which may be written and which a system without that much memory refuses.
+    # Read-only: a private map may be written, so a system without that much memory refuses it.
     try:
         with path.open("rb") as file:
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,18 @@ from ..checkpoint.catalogue import COMPANIONS, TransformerTensor, Weight4bit, gr
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.header import Header, TensorEntry
 from ..checkpoint.identify import of_another_kind
-from ..checkpoint.read_parts import PackedMemory, memory_of_fused, read_entries, read_parts
+from ..checkpoint.read_parts import DenseMemory, PackedMemory, memory_of, read_entries, read_parts
 from ..checkpoint.shards import read_checkpoint_header
-from ..linear import kernels
 from ..linear.linear4bit import Linear4bit
 
 _MARKS = {
     "t5xxl": re.compile(r"encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.q\.weight$"),
     "clip_l": re.compile(r"text_model\.encoder\.layers\.(\d+)\.mlp\.fc1\.weight$"),
 }
-"""A weight of each encoder, by the names of transformers."""
-
+"""A weight that tells each encoder, by the names of transformers."""
 
 _FORMATS = "_quantization_metadata"
-"""Where some files describe ComfyUI's formats, in place of tensors."""
+"""The metadata in which some files describe ComfyUI's own formats; others do it in tensors."""
 
 _READ_BY_ALL = "bf16, fp16 or plain fp8 (t5xxl_fp8_e4m3fn.safetensors)"
 
@@ -37,8 +36,8 @@ State = dict[str, torch.Tensor]
 
 
 class _Operations(comfy.ops.manual_cast):
-    """ComfyUI's layers for an encoder of which some Linears are in 4 bits: a Linear has no memory before its weight
-    comes, for a dense T5 would take four times what the file has."""
+    """ComfyUI's layers for an encoder with some Linears in 4 bits. A Linear has no memory before its weight comes: a
+    dense T5 would take four times what the file has."""
 
     class Linear(comfy.ops.manual_cast.Linear):
         def __init__(
@@ -70,73 +69,77 @@ class _Operations(comfy.ops.manual_cast):
                     setattr(self, name, nn.Parameter(torch.zeros(shape, dtype=expected.dtype), requires_grad=False))
                 elif tuple(value.shape) != shape:
                     errors.append(f"{prefix}{name}: it has shape {tuple(value.shape)}; needed is {shape}")
-                elif not value.is_meta:  # what is in 4 bits is put in its place by `adopt_4bit`
-                    # A bias is taken where a file has one, though ComfyUI's T5 has none.
+                elif not value.is_meta:  # for a packed weight, `adopt_4bit` puts another layer in place of this one
+                    # A bias is taken if a file has one, though ComfyUI's T5 has none.
                     setattr(self, name, nn.Parameter(value, requires_grad=False))
 
 
-class _Linear4bit(Linear4bit):
-    """ComfyUI may leave a part of an encoder on the CPU: its bytes then go to the device when it computes.
+@dataclass(frozen=True)
+class _Encoder:
+    """One text encoder in a file."""
 
-    It takes no patches: ComfyUI's own patcher would write to the weight, so that it does not show it to LoRAs.
-    """
+    kind: str
+    """"clip_l" or "t5xxl"."""
+    header: Header
+    state: State
+    """For ComfyUI. What is packed is meta tensors of the logical shape."""
+    packed: Mapping[str, Weight4bit]
 
-    def _multiply(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        packed, absmax = self.packed.to(input.device), self.fp32_absmax().to(input.device)
-        bias = None if bias is None else bias.to(input.device)
-        return kernels.linear(input, packed, absmax, self.shape, self.blocksize, self.quant_type, bias)
-
-    def _save_to_state_dict(self, destination: State, prefix: str, keep_vars: bool) -> None:
-        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+    @property
+    def path(self) -> Path:
+        return self.header.path
 
 
 def load_dual_clip(paths: Sequence[Path], embedding_directory: Sequence[str]) -> comfy.sd.CLIP:
     """Load CLIP-L and T5 for Flux from two files, in any order, each dense or in 4 bits.
 
     Raises:
-        CheckpointError: a file is none of the two, or ComfyUI does not take it.
+        CheckpointError: a file is none of the two, both are of one kind, or ComfyUI does not take them.
     """
-    found: dict[str, Path] = {}
-    states: dict[Path, State] = {}
-    headers: list[Header] = []
-    weights: dict[str, Weight4bit] = {}
-    entries: dict[str, TensorEntry] = {}
+    encoders: dict[str, _Encoder] = {}
     for path in paths:
-        header = read_checkpoint_header(path)
-        headers.append(header)
-        tensors = header.tensors
-        part = _encoder_of(path, tensors)
-        if part in found:
+        encoder = _read_encoder(path)
+        if encoder.kind in encoders:
             raise CheckpointError(
                 path,
-                f"it is of the same kind ({part}) as {found[part].name} in the other input: pick CLIP-L and T5-XXL.",
+                f"it is of the same kind ({encoder.kind}) as {encoders[encoder.kind].path.name} in the other input: "
+                "pick CLIP-L and T5-XXL.",
             )
-        found[part] = path
-        state, packed = read_encoders(path, tensors)
-        states[path] = _in_comfyuis_format(state, header.metadata)
-        weights |= {f"{part}.transformer.{name}": weight for name, weight in packed.items()}
-        entries |= {f"text_encoders.{part}.transformer.{name}": entry for name, entry in tensors.items()}
-    if len(found) < len(_MARKS):
+        encoders[encoder.kind] = encoder
+    if len(encoders) < len(_MARKS):
         raise CheckpointError(paths[0], "Flux needs two text encoders: CLIP-L and T5-XXL.")
-    for path, state in states.items():
-        require_computable(path, state, weights)
-    t5 = states[found["t5xxl"]]
-    layers = max(int(match[1]) for name in t5 if (match := _MARKS["t5xxl"].search(name))) + 1
+    found = encoders.values()
+    weights = {f"{one.kind}.transformer.{name}": weight for one in found for name, weight in one.packed.items()}
+    for encoder in found:
+        require_computable(encoder.path, encoder.state, weights)
+    t5 = encoders["t5xxl"]
+    layers = max(int(match[1]) for name in t5.state if (match := _MARKS["t5xxl"].search(name))) + 1
     try:
         clip = comfy.sd.load_text_encoder_state_dicts(
-            list(states.values()),
+            [encoder.state for encoder in found],
             embedding_directory=list(embedding_directory),
             clip_type=comfy.sd.CLIPType.FLUX,
             model_options=options_for(weights, layers),
         )
-    except RuntimeError as error:  # of torch, for shapes that are not the model's
-        raise CheckpointError(
-            found["t5xxl"], f"ComfyUI does not take it with {found['clip_l'].name}: {error}"
-        ) from error
+    except RuntimeError as error:  # torch raises it for shapes that are not the model's
+        other = encoders["clip_l"].path.name
+        raise CheckpointError(t5.path, f"ComfyUI does not take it with {other}: {error}") from error
     adopt_4bit(clip, weights)
-    if not any(_FORMATS in header.metadata for header in headers):  # without which the tensors are not the model's
-        clip.cond_stage_model.nf4_entries = entries
+    # Without what the metadata says of ComfyUI's own formats, a file's tensors are not the model's.
+    if not any(_FORMATS in encoder.header.metadata for encoder in found):
+        clip.cond_stage_model.nf4_entries = {
+            f"text_encoders.{one.kind}.transformer.{name}": entry
+            for one in found
+            for name, entry in one.header.tensors.items()
+        }
     return clip
+
+
+def _read_encoder(path: Path) -> _Encoder:
+    header = read_checkpoint_header(path)
+    kind = _encoder_of(path, header.tensors)
+    state, packed = read_encoders(path, header.tensors)
+    return _Encoder(kind, header, _in_comfyuis_format(state, header.metadata), packed)
 
 
 def _encoder_of(path: Path, tensors: Mapping[str, TensorEntry]) -> str:
@@ -151,8 +154,8 @@ def _encoder_of(path: Path, tensors: Mapping[str, TensorEntry]) -> str:
 
 
 def read_encoders(path: Path, tensors: Mapping[str, TensorEntry]) -> tuple[State, dict[str, Weight4bit]]:
-    """The state dict of text encoders for ComfyUI, in which what is packed is meta tensors of the logical shape, and
-    where the packed weights are.
+    """The state dict of text encoders for ComfyUI, with meta tensors of the logical shape for what is packed; and the
+    packed weights by name.
 
     Raises:
         CheckpointError: they are quantised in another format, or a quant state does not fit.
@@ -168,7 +171,7 @@ def read_encoders(path: Path, tensors: Mapping[str, TensorEntry]) -> tuple[State
 
 
 def _in_comfyuis_format(state: State, metadata: Mapping[str, str]) -> State:
-    """As ComfyUI's own loader hands it on: from 0.8 on, layers in scaled fp8 are described in another way there."""
+    """``state`` as ComfyUI's own loader hands it on: from 0.8 on it describes layers in scaled fp8 in another way."""
     convert = getattr(comfy.utils, "convert_old_quants", None)
     return state if convert is None else convert(state, metadata=metadata)[0]
 
@@ -217,19 +220,21 @@ def adopt_4bit(clip: comfy.sd.CLIP, weights: Mapping[str, Weight4bit]) -> None:
         weights: By their names in ``clip.cond_stage_model``.
     """
     modules = dict(clip.cond_stage_model.named_modules())
-    memory: list[PackedMemory] = []
+    memory: list[PackedMemory | DenseMemory] = []
     with torch.inference_mode(False), torch.no_grad():
         for name, weight in weights.items():
             path = name.removesuffix(".weight")
             replaced = modules.get(path)
             if not isinstance(replaced, _Operations.Linear):
                 raise CheckpointError(weight.packed.path, f"{weight.name}: this text encoder has no such Linear.")
-            state, tensor = weight.state, TransformerTensor((weight,))
-            how = (state.shape, state.quant_type, state.blocksize)
-            linear = _Linear4bit(*how, nested=tensor.nested, bias=False, dtype=replaced.weight.dtype)
+            tensor = TransformerTensor((weight,))
+            linear = Linear4bit(tensor.held, bias=False, dtype=replaced.weight.dtype)
             linear.bias = replaced.bias
+            linear.shows_weight = False  # ComfyUI's patcher would write to it
             parent, _, child = path.rpartition(".")
             setattr(modules[parent], child, linear)
-            memory += memory_of_fused(tensor, linear.packed, linear.absmax, linear.nested_tables)
+            memory += memory_of(tensor, linear.tensors)
         read_parts(memory, lambda _: None)
-    clip.patcher.size = 0  # ComfyUI has measured it without them
+    model = clip.cond_stage_model
+    # ComfyUI has measured it without them, and they are not in the state dict that it measures.
+    clip.patcher.size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))

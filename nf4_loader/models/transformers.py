@@ -15,12 +15,11 @@ import torch
 from torch import nn
 
 from ... import families
-from ..checkpoint.catalogue import TEXT_ENCODERS_PREFIX, Catalogue, TransformerTensor, Weight4bit
+from ..checkpoint.catalogue import TEXT_ENCODERS_PREFIX, Catalogue
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.header import natural_key
 from ..checkpoint.read_parts import read_entries
 from ..linear.linear4bit import Linear4bit
-from ..linear.patched_linear import PatchedLinear4bit, PatchedLinearOfParts
 from .text_encoders import adopt_4bit, options_for, read_encoders, require_computable
 
 logger = logging.getLogger(__name__)
@@ -127,19 +126,10 @@ def _adopt_4bit_weights(model: comfy.model_base.BaseModel, catalogue: Catalogue,
                     "The file is damaged or of another model.",
                 )
             parent, _, name = path.rpartition(".")
-            setattr(modules[parent], name, _linear(tensor, bias, dtype))
+            linear = Linear4bit(tensor.held, bias=bias, dtype=dtype, device=torch.device("meta"))
+            setattr(modules[parent], name, linear)
         elif not bias:
             module.bias = None  # type: ignore[assignment]
-
-
-def _linear(tensor: TransformerTensor, bias: bool, dtype: torch.dtype) -> Linear4bit:
-    meta = torch.device("meta")
-    state = tensor.fused
-    if state is not None:
-        how = (state.shape, state.quant_type, state.blocksize)
-        return PatchedLinear4bit(*how, nested=tensor.nested, bias=bias, dtype=dtype, device=meta)
-    parts = [part.state if isinstance(part, Weight4bit) else part.shape[0] for part in tensor.parts]
-    return PatchedLinearOfParts(parts, tensor.shape[1], bias=bias, dtype=dtype, device=meta)
 
 
 def _check_complete(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> None:
@@ -182,7 +172,7 @@ def _check_complete(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> 
 
 
 def _lacks_bias(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Linear4bit) and module.bias is None
+    return isinstance(module, nn.Linear) and module.bias is None
 
 
 def _tensor_shapes(diffusion_model: nn.Module) -> dict[str, tuple[int, ...]]:

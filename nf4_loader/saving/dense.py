@@ -1,4 +1,4 @@
-"""The dense values of a tensor in a file, dequantised and scaled where they are not stored as such."""
+"""The dense values of a tensor in a file: dequantised if it is packed, scaled if it has a scale."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -17,15 +17,15 @@ def read_dense(
     device: torch.device = CPU,
     scales: Mapping[str, TensorEntry] = MappingProxyType({}),
 ) -> torch.Tensor:
-    """The values of a tensor, dequantised where they are packed.
+    """The values of a tensor, dequantised if they are packed.
 
-    They go to the device as they are stored, which is the smallest that they ever are, and are converted there.
+    They go to the device as they are stored, where they are smallest, and are converted there.
 
     Args:
         tensor: Of a file.
-        dtype: Of the result; None for the file's own, which for packed weights is bf16.
+        dtype: Of the result; None for the file's own dtype, and bf16 for packed weights.
         device: Where the result is to be.
-        scales: By the names of parts, numbers that they are to be multiplied by: one, or one a row.
+        scales: By the name of a part, what to multiply it by: one number, or one for each row.
     """
     if tensor.weights4bit and dtype is None:
         dtype = torch.bfloat16
@@ -46,6 +46,5 @@ def _read_part(
         values = torch.empty(part.shape, dtype=torch_dtype(part))
         read_parts([DenseMemory(part, values)], lambda _: None)
         return values.to(device).to(dtype)
-    state = part.state
     packed, absmax = (memory.to(device) for memory in read_fused(TransformerTensor((part,))))
-    return kernels.dequantise(packed, absmax, state.shape, state.blocksize, state.quant_type, dtype or torch.bfloat16)
+    return kernels.dequantise(packed, absmax, part.state, dtype or torch.bfloat16)

@@ -16,7 +16,6 @@ from ..checkpoint.catalogue import COMPANIONS, Catalogue
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.header import TensorEntry
 from ..checkpoint.read_parts import TORCH_DTYPES
-from ..linear.linear4bit import Linear4bit
 from .save import Source
 from .sources import dequantised_gguf, sources_of_catalogue, sources_of_entries
 
@@ -40,7 +39,7 @@ def sources_of_model(patcher: comfy.model_patcher.ModelPatcher) -> list[Source]:
     sources: dict[str, Source] = dict(in_file)
     for key, (original, *patches) in _key_patches(patcher, _TRANSFORMER).items():
         name = family.place(family.native, key.removeprefix(_TRANSFORMER)).name
-        if name.endswith(COMPANIONS) or _is_a_part(patcher.model, key) or (name in in_file and not patches):
+        if name.endswith(COMPANIONS) or (name in in_file and not patches):
             continue
         _require_values(patcher.model, key, original[0])
         sources[name] = _source(name, key, original, patches)
@@ -60,7 +59,7 @@ def sources_of_encoders(clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> list[Source]:
     encoders = {source.name: source for source in sources_of_entries(entries)}
     found = _key_patches(clip.patcher, "")
     for key, (original, *patches) in found.items():
-        if key.endswith(COMPANIONS) or _is_a_part(clip.cond_stage_model, key) or (entries and not patches):
+        if key.endswith(COMPANIONS) or (entries and not patches):
             continue
         _require_values(clip.cond_stage_model, key, original[0])
         name = f"text_encoders.{key}"
@@ -113,12 +112,6 @@ def _is_there(model: torch.nn.Module, key: str) -> bool:
     except AttributeError:
         return False
     return True
-
-
-def _is_a_part(model: torch.nn.Module, key: str) -> bool:
-    """Whether it is the packed bytes or the like of a layer whose weight is saved."""
-    path, _, name = key.rpartition(".")
-    return name not in ("weight", "bias") and isinstance(comfy.utils.get_attr(model, path), Linear4bit)
 
 
 def _require_values(model: torch.nn.Module, key: str, weight: torch.Tensor) -> None:

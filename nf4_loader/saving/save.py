@@ -203,7 +203,7 @@ def _in_4_bits(source: Source, name: str, settings: QuantSettings, device: torch
             yield name + end, tensor
         return
     first = stored.weights4bit[0]
-    if _is_as_it_is(stored) and (first.state.nested is not None) == settings.nested:
+    if _is_as_it_is(stored) and bool(first.state.nested) == settings.nested:
         for entry in first.entries:
             yield name + entry.name.removeprefix(first.name), entry
         return

@@ -21,9 +21,9 @@ from packed_tensors import packed_tensors
 from safetensors.torch import load_file, save_file
 from sparse_file import write_sparse
 
-from flux_nf4.nf4_loader.checkpoint.catalogue import Weight4bit, read_catalogue
+from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
 from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
-from flux_nf4.nf4_loader.checkpoint.read_parts import DenseMemory, PackedMemory, memory_of_fused, read_parts
+from flux_nf4.nf4_loader.checkpoint.read_parts import DenseMemory, memory_of, read_parts
 from flux_nf4.nf4_loader.checkpoint.require import require_all_in_one, require_transformer
 from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
 from flux_nf4.nf4_loader.models.transformers import build_flux
@@ -202,19 +202,13 @@ def read_all(path):
     block_sizes(catalogue, torch.bfloat16)  # as the page asks for
     memory = []
     for tensor in catalogue.transformer.values():
-        state = tensor.fused
-        if state is not None:
-            how = (state.shape, state.quant_type, state.blocksize)
-            linear = Linear4bit(*how, nested=tensor.nested, bias=False, dtype=torch.bfloat16)
-            memory += memory_of_fused(tensor, linear.packed, linear.absmax, linear.nested_tables)
-            assert sum(buffer.nbytes for buffer in linear.buffers()) == tensor.ram_bytes
-            continue
-        for part in tensor.parts:
-            if isinstance(part, Weight4bit):
-                packed = torch.empty(part.state.packed_bytes, dtype=torch.uint8)
-                memory.append(PackedMemory(part, packed, torch.empty(part.state.absmax_count)))
-            else:
-                memory.append(DenseMemory(part, torch.empty(part.shape)))
+        if tensor.weights4bit:
+            linear = Linear4bit(tensor.held, bias=False, dtype=torch.bfloat16)
+            memory += memory_of(tensor, linear.tensors)
+            packed = [buffer.nbytes for name, buffer in linear.named_buffers() if not name.startswith("dense")]
+            assert packed == tensor.packed_sizes
+        else:
+            memory += [DenseMemory(part, torch.empty(part.shape)) for part in tensor.parts]
     read_parts(memory, lambda _: None)
     require_all_in_one(catalogue)
 

@@ -18,7 +18,6 @@ from flux_nf4.checkpoints import load_transformer, streamed
 from flux_nf4.families import FLUX1
 from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
 from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
-from flux_nf4.nf4_loader.linear.linear_of_parts import LinearOfParts
 from flux_nf4.nf4_loader.models.transformers import block_groups
 from flux_nf4.offload.plan import Residency
 from flux_nf4.offload.streamer import Streamer
@@ -181,8 +180,10 @@ def test_a_model_that_diffusers_saved_is_the_same_model(options, quantised, read
     model = read_model(folder)
     packed = [m for m in model.diffusion_model.modules() if isinstance(m, Linear4bit)]
     assert len(packed) == 10 + DEPTH * 13 - (1 + 1 + 1 + DEPTH if "skip" in options else 0)
-    assert not any(isinstance(linear, LinearOfParts) for linear in packed)
-    assert len([m for m in packed if m.nested]) == ("double_quant" in options and len(packed) - 1)  # not norm_out
+    assert all(linear.is_one_weight for linear in packed)
+    assert len([m for m in packed if m.parts[0].nested]) == (
+        "double_quant" in options and len(packed) - 1
+    )  # not norm_out
     check_sizes(model, folder)
     check_every_weight(model, reference)
     check_forward(model, reference, dense_model)
@@ -239,9 +240,10 @@ def test_parts_that_are_quantised_in_different_ways_stay_as_they_are(quantised, 
     path = tmp_path / "mixed.safetensors"
     save_file(tensors, path)
     model = read_model(path)
-    of_parts = {name: m for name, m in model.diffusion_model.named_modules() if isinstance(m, LinearOfParts)}
+    linears = {name: m for name, m in model.diffusion_model.named_modules() if isinstance(m, Linear4bit)}
+    of_parts = {name: m for name, m in linears.items() if not m.is_one_weight}
     assert list(of_parts) == ["double_blocks.0.img_attn.qkv", "single_blocks.1.linear1"]
-    assert not any(linear.nested for linear in of_parts.values())
+    assert not any(getattr(part, "nested", ()) for linear in of_parts.values() for part in linear.parts)
     check_sizes(model, path)
 
     class Mixed:
@@ -261,7 +263,7 @@ def test_parts_of_which_only_some_are_nested_are_one_weight(quantised, read_mode
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(to_k)}
     save_file(tensors | {name: t for name, t in plain.items() if name.startswith(to_k)}, tmp_path / "mixed.safetensors")
     model = read_model(tmp_path / "mixed.safetensors")
-    assert not model.diffusion_model.double_blocks[0].img_attn.qkv.nested
+    assert not model.diffusion_model.double_blocks[0].img_attn.qkv.parts[0].nested
     check_sizes(model, tmp_path / "mixed.safetensors")
     modules = dict(reference.named_modules()) | {to_k: other.get_submodule(to_k)}
 

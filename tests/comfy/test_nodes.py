@@ -17,6 +17,7 @@ from flux_nf4 import nodes, nodes_old, nodes_shared
 from flux_nf4.checkpoints import load_transformer
 from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
 from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
+from flux_nf4.nf4_loader.checkpoint.quant_state import QuantState
 from flux_nf4.nf4_loader.linear import kernels
 from flux_nf4.nf4_loader.linear.kernels import dequantise_by_table
 
@@ -141,7 +142,8 @@ def test_the_dense_twin_has_the_values_of_the_packed_file(nested, tmp_path):
             state = bytes(packed[f"{name}.quant_state.bitsandbytes__nf4"].tolist()).decode()
             offset = float(state.split('"nested_offset": ')[1].rstrip("}"))
             absmax = packed[f"{name}.nested_quant_map"][absmax.long()] * scales + offset
-        dense = dequantise_by_table(packed[name].view(-1), absmax, tuple(weight.shape), 128, "nf4", torch.float32)
+        how = QuantState("nf4", 128, tuple(weight.shape))
+        dense = dequantise_by_table(packed[name].view(-1), absmax, how, torch.float32)
         assert torch.equal(weight, dense)
         checked += 1
     assert checked > 20

@@ -114,7 +114,7 @@ def test_a_t5_of_transformers_is_the_same_model(options, t5, clip_l):
     ours = clip.cond_stage_model.t5xxl.transformer
     packed = {name: module for name, module in ours.named_modules() if isinstance(module, Linear4bit)}
     assert len(packed) == LAYERS * (7 - len(options.get("skip") or ("wo",)))
-    assert all(bool(linear.nested) == ("double_quant" in options) for linear in packed.values())
+    assert all(bool(linear.parts[0].nested) == ("double_quant" in options) for linear in packed.values())
     for name, linear in packed.items():
         assert torch.equal(linear.dequantise(torch.float32), reference.get_submodule(name).weight), name
     tokens = torch.tensor([[3, 14, 159, 26, 5, 1]])
@@ -250,7 +250,7 @@ def test_it_encodes_a_prompt_and_knows_its_size(t5, clip_l, monkeypatch):
     assert cond.shape == (1, 3, T5["d_model"])
     assert pooled.shape == (1, CLIP_L["hidden_size"])
     assert cond.isfinite().all()
-    packed = sum(m.packed.nbytes for m in clip.cond_stage_model.modules() if isinstance(m, Linear4bit))
+    packed = sum(m.packed_0.nbytes for m in clip.cond_stage_model.modules() if isinstance(m, Linear4bit))
     assert clip.patcher.model_size() > packed
 
 

@@ -17,6 +17,7 @@ from sparse_file import write_sparse
 
 from flux_nf4.nf4_loader.checkpoint.catalogue import Weight4bit, read_catalogue
 from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
+from flux_nf4.nf4_loader.checkpoint.quant_state import QuantState
 from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
 from flux_nf4.nf4_loader.models.fill import fill
 from flux_nf4.nf4_loader.models.transformers import build_flux, load_clip_and_vae, materialise
@@ -83,7 +84,7 @@ def check(model, shapes, packed=lambda _: True, **changed):
         assert isinstance(layers[name], Linear4bit) == packed(f"{name}.weight")
         assert tuple(layers[name].weight.shape) == shape
         assert (layers[name].bias is not None) == (f"{name}.bias" in shapes)
-    assert {name for name, layer in layers.items() if isinstance(layer, (Linear4bit, torch.nn.Linear))} == set(linears)
+    assert {name for name, layer in layers.items() if isinstance(layer, torch.nn.Linear)} == set(linears)
     assert all(tensor.is_meta for tensor in (*transformer.parameters(), *transformer.buffers()))
 
 
@@ -139,9 +140,9 @@ def test_the_layers_know_how_they_are_packed(quant_type, blocksize, catalogue_of
     model = build_flux(catalogue_of(shapes, quant_type=quant_type, blocksize=blocksize))
     check(model, shapes)
     linear = model.diffusion_model.double_blocks[0].img_attn.qkv
-    assert (linear.quant_type, linear.blocksize) == (quant_type, blocksize)
-    assert tuple(linear.packed.shape) == (9216 * 3072 // 2,)
-    assert tuple(linear.absmax.shape) == (9216 * 3072 // blocksize,)
+    assert linear.parts == (QuantState(quant_type, blocksize, (9216, 3072)),)
+    assert tuple(linear.packed_0.shape) == (9216 * 3072 // 2,)
+    assert tuple(linear.absmax_0.shape) == (9216 * 3072 // blocksize,)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ def test_what_is_dense_in_the_file_stays_a_layer_of_comfyui(packed, catalogue_of
     check(model, shapes, packed)
     for module in model.diffusion_model.modules():
         if isinstance(module, torch.nn.Linear):
-            assert isinstance(module, comfy.ops.manual_cast.Linear)
+            assert isinstance(module, (Linear4bit, comfy.ops.manual_cast.Linear))
 
 
 @pytest.mark.parametrize("packed", [lambda _: True, lambda _: False], ids=["packed", "dense"])
@@ -230,9 +231,10 @@ def test_nested_absmax_stays_so_and_is_expanded_as_bitsandbytes_does(tiny_config
     assert len(linears) == sum(isinstance(part, Weight4bit) for part in catalogue.parts)
     for name, linear in linears.items():
         packed, state = quantised(recipe, f"{name}.weight", linear.shape)
-        assert torch.equal(linear.packed, packed.view(-1))
-        assert torch.equal(linear.absmax, state.absmax)
-        assert torch.equal(linear.fp32_absmax(), bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset)
+        assert torch.equal(linear.packed_0, packed.view(-1))
+        assert torch.equal(linear.absmax_0, state.absmax)
+        _, absmax, _ = linear.packed_weight()
+        assert torch.equal(absmax, bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset)
 
 
 def test_a_lora_finds_every_linear(catalogue_of):

@@ -119,13 +119,13 @@ def test_every_weight_is_found_with_its_state_and_bytes(make_tensors, save, pref
         if nested:
             fields = json.loads(bytes(tensors[f"{full}{QUANT_STATE}{quant_type}"].tolist()))
             count = tensors[f"{full}.absmax"].numel()
-            assert weight.state.nested == NestedAbsmax(count, 256)
+            assert weight.state.nested == (NestedAbsmax(count, 256),)
             assert weight.state.nested_offset == fields["nested_offset"]
-            assert weight.state.nested.blocks == tensors[f"{full}.nested_absmax"].numel()
+            assert weight.state.nested[0].blocks == tensors[f"{full}.nested_absmax"].numel()
             check_bytes(path, weight.nested_absmax, tensors[f"{full}.nested_absmax"])
             check_bytes(path, weight.nested_map, tensors[f"{full}.nested_quant_map"])
         else:
-            assert weight.state.nested is None
+            assert weight.state.nested == ()
             assert weight.nested_absmax is None
             assert weight.nested_map is None
 
@@ -136,10 +136,10 @@ def test_every_weight_is_found_with_its_state_and_bytes(make_tensors, save, pref
     ids=["whole", "one part of any size", "scales end off 16 bytes", "codes end off 16 bytes"],
 )
 def test_absmax_stays_nested_where_each_part_begins_on_16_bytes(rows, stays):
-    states = [QuantState("nf4", 64, (count, 512), NestedAbsmax(8 * count, 256)) for count in rows]
+    states = [QuantState("nf4", 64, (count, 512), (NestedAbsmax(8 * count, 256),)) for count in rows]
     tensor = TransformerTensor(tuple(Weight4bit(state, *[None] * 6) for state in states))
     assert tensor.fused is not None
-    assert tensor.nested == (tuple(state.nested for state in states) if stays else ())
+    assert tensor.nested == (tuple(nested for state in states for nested in state.nested) if stays else ())
 
 
 @pytest.mark.parametrize("prefix", [PREFIX, ""], ids=["prefix", "no prefix"])

@@ -3,13 +3,14 @@
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from bitsandbytes import functional as bnb
 
-from flux_nf4.nf4_loader.checkpoint.quant_state import BLOCKSIZES, CODES, NestedAbsmax, NestedTables
+from flux_nf4.nf4_loader.checkpoint.quant_state import BLOCKSIZES, CODES, NestedAbsmax, NestedTables, QuantState
 from flux_nf4.nf4_loader.linear import kernels
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -53,7 +54,7 @@ def test_dequantised_weights_are_bit_equal_to_bitsandbytes(
     for dtype in DTYPES:
         expected = reference(packed, state, shape, dtype)
         for function in (kernels.dequantise, kernels.dequantise_by_table):
-            found = function(packed.view(-1), absmax, shape, blocksize, quant_type, dtype)
+            found = function(packed.view(-1), absmax, QuantState(quant_type, blocksize, shape), dtype)
             assert (found.shape, found.dtype) == (shape, dtype)
             assert torch.equal(found, expected), f"{function.__name__} in {dtype}"
 
@@ -62,7 +63,7 @@ def test_the_first_element_is_in_the_high_nibble():
     packed = torch.tensor([0x0F, 0x70], dtype=torch.uint8)
     absmax = torch.tensor([2.0])
     for function in (kernels.dequantise, kernels.dequantise_by_table):
-        found = function(packed, absmax, (1, 4), 64, "nf4", torch.float32)
+        found = function(packed, absmax, QuantState("nf4", 64, (1, 4)), torch.float32)
         assert found.tolist() == [[-2.0, 2.0, 0.0, -2.0]]
 
 
@@ -70,7 +71,7 @@ def test_each_block_has_its_own_absmax():
     packed = torch.full((64,), 0xFF, dtype=torch.uint8)
     absmax = torch.tensor([1.0, 2.0, 3.0, 4.0])
     for function in (kernels.dequantise, kernels.dequantise_by_table):
-        found = function(packed, absmax, (2, 64), 32, "nf4", torch.float32)
+        found = function(packed, absmax, QuantState("nf4", 32, (2, 64)), torch.float32)
         assert torch.equal(found.view(-1), absmax.repeat_interleave(32))
 
 
@@ -80,7 +81,7 @@ def test_extreme_absmax_is_bit_equal_in_both_ways(quant_type, scale):
     packed = torch.arange(256, dtype=torch.uint8)
     absmax = torch.full((8,), scale)
     for dtype in DTYPES:
-        arguments = (packed, absmax, (8, 64), 64, quant_type, dtype)
+        arguments = (packed, absmax, QuantState(quant_type, 64, (8, 64)), dtype)
         assert torch.equal(kernels.dequantise(*arguments), kernels.dequantise_by_table(*arguments))
 
 
@@ -95,22 +96,9 @@ def test_the_table_look_up_is_exact_over_chunk_boundaries(quantise, reference, m
     for numel in (2 * packed_bytes - 1, 2 * packed_bytes):
         packed, state = quantise((1, numel), "nf4", blocksize)
         expected = reference(packed, state, (1, numel), torch.bfloat16)
-        found = kernels.dequantise_by_table(packed.view(-1), state.absmax, (1, numel), blocksize, "nf4", torch.bfloat16)
+        how = QuantState("nf4", blocksize, (1, numel))
+        found = kernels.dequantise_by_table(packed.view(-1), state.absmax, how, torch.bfloat16)
         assert torch.equal(found, expected)
-
-
-@pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
-@pytest.mark.parametrize("leading", [(), (1,), (5,), (2, 3)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_linear_is_a_matmul_with_the_dequantised_weight(quantise, reference, dtype, leading, with_bias):
-    shape = (48, 128)
-    packed, state = quantise(shape)
-    input = torch.randn(*leading, 128).to(dtype)
-    bias = torch.randn(48).to(dtype) if with_bias else None
-    found = kernels.linear(input, packed.view(-1), state.absmax, shape, 64, "nf4", bias)
-    expected = torch.nn.functional.linear(input, reference(packed, state, shape, dtype), bias)
-    assert found.dtype == dtype
-    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("count", [1, 255, 256, 257, 1000])
@@ -149,22 +137,22 @@ def dequantise_equals_bitsandbytes(quantise, reference):
 
     def check():
         for _ in range(2):
-            found = kernels.dequantise(packed.view(-1), state.absmax, (64, 128), 64, "nf4", torch.bfloat16)
+            found = kernels.dequantise(packed.view(-1), state.absmax, QuantState("nf4", 64, (64, 128)), torch.bfloat16)
             assert torch.equal(found, expected)
 
     return check
 
 
-def zeros_of(packed, absmax, shape, blocksize, quant_type, dtype):
-    return torch.zeros(shape, dtype=dtype)
+def zeros_of(packed, absmax, state, dtype):
+    return torch.zeros(state.shape, dtype=dtype)
 
 
 def no_kernel(*arguments):
     raise NotImplementedError("bitsandbytes::dequantize_4bit has no kernel for this device")
 
 
-def wrong_for_fp4(packed, absmax, shape, blocksize, quant_type, dtype):
-    return kernels.dequantise_by_table(packed, absmax, shape, blocksize, "nf4", dtype)
+def wrong_for_fp4(packed, absmax, state, dtype):
+    return kernels.dequantise_by_table(packed, absmax, replace(state, quant_type="nf4"), dtype)
 
 
 @pytest.mark.usefixtures("untried")
@@ -254,9 +242,9 @@ from flux_nf4.nf4_loader.checkpoint import catalogue, header, quant_state, read
 from flux_nf4.nf4_loader.linear import kernels, linear4bit
 
 assert "bitsandbytes" not in sys.modules, "imported before anything was dequantised"
-linear = linear4bit.Linear4bit((4, 64), "nf4", 64, bias=False, dtype=torch.float32)
-linear.packed.fill_(0xFF)
-linear.absmax.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+linear = linear4bit.Linear4bit([quant_state.QuantState("nf4", 64, (4, 64))], bias=False, dtype=torch.float32)
+linear.packed_0.fill_(0xFF)
+linear.absmax_0.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
 assert linear(torch.ones(64)).tolist() == [64.0, 128.0, 192.0, 256.0]
 assert torch.equal(linear.weight + 0, torch.tensor([[1.0], [2.0], [3.0], [4.0]]).expand(4, 64))
 """

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from flux_nf4.nf4_loader.checkpoint.quant_state import NestedAbsmax
-from flux_nf4.nf4_loader.linear import kernels
+from flux_nf4.nf4_loader.checkpoint.quant_state import DensePart, NestedAbsmax, QuantState
+from flux_nf4.nf4_loader.linear import kernels, matmul
 from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -20,14 +20,14 @@ def make_linear(quantise):
 
     def make(quant_type="nf4", blocksize=64, nested=False, bias=True, dtype=torch.bfloat16):
         packed, state = quantise(SHAPE, quant_type, blocksize, nested)
-        second = [NestedAbsmax(state.absmax.numel(), 256)] if nested else ()
-        linear = Linear4bit(SHAPE, quant_type, blocksize, nested=second, bias=bias, dtype=dtype)
-        linear.packed.copy_(packed.view(-1))
-        linear.absmax.copy_(state.absmax)
+        second = (NestedAbsmax(state.absmax.numel(), 256),) if nested else ()
+        linear = Linear4bit([QuantState(quant_type, blocksize, SHAPE, second)], bias=bias, dtype=dtype)
+        linear.packed_0.copy_(packed.view(-1))
+        linear.absmax_0.copy_(state.absmax)
         if nested:
-            linear.nested_absmax.copy_(state.state2.absmax)
-            linear.nested_map.copy_(state.state2.code)
-            linear.nested_offset.copy_(state.offset)
+            linear.nested_absmax_0.copy_(state.state2.absmax)
+            linear.nested_map_0.copy_(state.state2.code)
+            linear.nested_offset_0.copy_(state.offset)
         if bias:
             linear.bias.copy_(torch.randn(SHAPE[0], generator=torch.Generator().manual_seed(1)))
         return linear
@@ -77,14 +77,15 @@ def test_absmax_that_is_nested_is_expanded_part_by_part(quantise, reference, fp3
     shapes = ((48, 128), (16, 128), (32, 128))
     parts = [quantise(shape, nested=True) for shape in shapes]
     parts[1][1].state2.code = parts[1][1].state2.code / 2
-    nested = [NestedAbsmax(state.absmax.numel(), 256) for _, state in parts]
-    linear = Linear4bit((96, 128), "nf4", 64, nested=nested, bias=False, dtype=torch.bfloat16)
-    linear.packed.copy_(torch.cat([packed.view(-1) for packed, _ in parts]))
-    linear.absmax.copy_(torch.cat([state.absmax for _, state in parts]))
-    linear.nested_absmax.copy_(torch.cat([state.state2.absmax for _, state in parts]))
-    linear.nested_map.copy_(torch.stack([state.state2.code for _, state in parts]))
-    linear.nested_offset.copy_(torch.stack([state.offset for _, state in parts]))
-    assert torch.equal(linear.fp32_absmax(), torch.cat([fp32_absmax(state) for _, state in parts]))
+    nested = tuple(NestedAbsmax(state.absmax.numel(), 256) for _, state in parts)
+    linear = Linear4bit([QuantState("nf4", 64, (96, 128), nested)], bias=False, dtype=torch.bfloat16)
+    linear.packed_0.copy_(torch.cat([packed.view(-1) for packed, _ in parts]))
+    linear.absmax_0.copy_(torch.cat([state.absmax for _, state in parts]))
+    linear.nested_absmax_0.copy_(torch.cat([state.state2.absmax for _, state in parts]))
+    linear.nested_map_0.copy_(torch.stack([state.state2.code for _, state in parts]))
+    linear.nested_offset_0.copy_(torch.stack([state.offset for _, state in parts]))
+    _, absmax, _ = linear.packed_weight()
+    assert torch.equal(absmax, torch.cat([fp32_absmax(state) for _, state in parts]))
     expected = [reference(*part, shape, torch.bfloat16) for part, shape in zip(parts, shapes, strict=True)]
     assert torch.equal(linear.dequantise(torch.bfloat16), torch.cat(expected))
 
@@ -92,7 +93,7 @@ def test_absmax_that_is_nested_is_expanded_part_by_part(quantise, reference, fp3
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 def test_layers_of_a_kind_are_compiled_once(make_linear, input, nested):
     layers = [make_linear(nested=nested) for _ in range(2)]
-    for buffer in (layers[1].absmax, layers[1].nested_offset) if nested else (layers[1].absmax,):
+    for buffer in (layers[1].absmax_0, layers[1].nested_offset_0) if nested else (layers[1].absmax_0,):
         buffer.mul_(2)
     torch.compiler.reset()
     compiled = torch.compile(lambda layer, input: layer(input), backend="aot_eager", fullgraph=True)
@@ -114,6 +115,26 @@ def test_forward_is_the_same_in_inference_mode(linear, input):
     expected = linear(input)
     with torch.inference_mode():
         assert torch.equal(linear(input), expected)
+
+
+def test_a_new_way_is_one_entry(monkeypatch, linear, input):
+    def takes(layer, rows, dtype, device):
+        return layer is linear and (rows, dtype, device.type) == (3, torch.bfloat16, "cpu")
+
+    way = matmul.Way(takes, lambda layer, input, bias: input.new_full((*input.shape[:-1], layer.out_features), 7))
+    plain = linear(input[:2])
+    monkeypatch.setattr(matmul, "WAYS", (way, *matmul.WAYS))
+    assert torch.equal(linear(input), torch.full((3, SHAPE[0]), 7).bfloat16())
+    assert torch.equal(linear(input[:2]), plain)
+
+
+def test_a_layer_that_is_elsewhere_is_brought_to_its_input(monkeypatch, linear, input):
+    expected, meta, cpu = linear(input), torch.device("meta"), torch.device("cpu")
+    there = linear.on(meta)
+    assert there.packed_0.is_meta
+    assert not linear.packed_0.is_meta
+    monkeypatch.setattr(Linear4bit, "on", lambda layer, device: linear if (layer, device) == (there, cpu) else None)
+    assert torch.equal(there(input), expected)
 
 
 # ComfyUI's functions on weight and bias
@@ -188,7 +209,7 @@ def test_looking_at_the_weight_reads_as_dense_and_dequantises_nothing(linear):
     assert (weight.nbytes, weight.element_size(), weight.stride()) == (2 * 48 * 128, 2, (128, 1))
     assert weight.is_contiguous()
     assert not weight.requires_grad
-    assert "(48, 128), nf4, blocksize=64" in repr(weight)
+    assert "(48, 128), nf4/64" in repr(weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -200,11 +221,12 @@ def test_the_weights_dtype_is_the_one_asked_for(make_linear, dtype):
 
 
 def test_a_weight_on_the_meta_device_says_so():
-    linear = Linear4bit(SHAPE, "nf4", 64, bias=True, dtype=torch.bfloat16, device=torch.device("meta"))
+    parts = [QuantState("nf4", 64, SHAPE)]
+    linear = Linear4bit(parts, bias=True, dtype=torch.bfloat16, device=torch.device("meta"))
     assert linear.weight.is_meta
     assert linear.weight.shape == SHAPE
-    assert linear.packed.shape == (48 * 64,)
-    assert linear.absmax.shape == (96,)
+    assert linear.packed_0.shape == (48 * 64,)
+    assert linear.absmax_0.shape == (96,)
 
 
 USES = {
@@ -278,35 +300,32 @@ def test_putting_another_weight_in_its_place_is_refused(linear, value):
 # As a module among others
 
 
+def test_it_is_a_linear_to_whoever_asks(linear):
+    assert isinstance(linear, nn.Linear)
+    assert (linear.in_features, linear.out_features) == (SHAPE[1], SHAPE[0])
+
+
 @pytest.mark.usefixtures("unread")
 def test_the_state_dict_has_the_weight_in_its_logical_shape(linear):
     state = nn.ModuleDict({"img_in": linear}).state_dict()
-    assert state.keys() == {"img_in.weight", "img_in.packed", "img_in.absmax", "img_in.bias"}
+    assert state.keys() == {"img_in.weight", "img_in.bias"}
     assert (state["img_in.weight"].shape, state["img_in.weight"].dtype) == (SHAPE, torch.bfloat16)
 
 
 def test_a_linear_without_bias_has_none(make_linear):
     linear = make_linear(bias=False)
     assert linear.bias is None
-    assert linear.state_dict().keys() == {"weight", "packed", "absmax"}
+    assert linear.state_dict().keys() == {"weight"}
     assert list(linear.parameters()) == []
 
 
 def test_a_nested_one_is_a_twelfth_smaller(make_linear):
     def nbytes(linear):
-        return sum(buffer.nbytes for name, buffer in linear.named_buffers() if name != "nested_map")
+        return sum(buffer.nbytes for name, buffer in linear.named_buffers() if name != "nested_map_0")
 
     linear = make_linear(nested=True)
-    assert linear.state_dict().keys() == {
-        "weight",
-        "bias",
-        "packed",
-        "absmax",
-        "nested_absmax",
-        "nested_map",
-        "nested_offset",
-    }
-    assert linear.nested_map.shape == (1, 256)
+    assert linear.state_dict().keys() == {"weight", "bias"}
+    assert linear.nested_map_0.shape == (1, 256)
     assert nbytes(linear) / nbytes(make_linear()) == pytest.approx(11 / 12, rel=0.01)
 
 
@@ -321,7 +340,7 @@ def test_a_change_of_dtype_leaves_packed_and_absmax_alone(make_linear, nested, s
     linear = make_linear(nested=nested, dtype=source)
     before = {name: buffer.clone() for name, buffer in linear.named_buffers()}
     assert nn.Sequential(linear).to(dtype)[0] is linear
-    assert linear.get_buffer("absmax").dtype == (torch.uint8 if nested else torch.float32)
+    assert linear.get_buffer("absmax_0").dtype == (torch.uint8 if nested else torch.float32)
     for name, buffer in linear.named_buffers():
         assert buffer.dtype == before[name].dtype
         assert torch.equal(buffer, before[name])
@@ -338,18 +357,21 @@ def test_half_and_the_like_leave_the_values_alone(linear, move):
 
 def test_device_and_dtype_may_change_at_once(linear):
     linear.to("meta", torch.float16)
-    assert linear.packed.is_meta
-    assert linear.absmax.is_meta
-    assert linear.absmax.dtype == torch.float32
+    assert linear.packed_0.is_meta
+    assert linear.absmax_0.is_meta
+    assert linear.absmax_0.dtype == torch.float32
     assert (linear.weight.is_meta, linear.weight.dtype) == (True, torch.float16)
 
 
 def test_memory_may_be_rebound(linear, make_linear, input):
-    other = make_linear(quant_type="fp4", bias=False)
-    linear.packed, linear.absmax = other.packed * 0, other.absmax * 0 + 1
+    other = make_linear(bias=False)
+    linear.packed_0, linear.absmax_0 = other.packed_0 * 0, other.absmax_0 * 0 + 1
     assert torch.equal(linear(input), nn.functional.linear(input, -torch.ones(SHAPE).bfloat16(), linear.bias))
 
 
 def test_its_printed_form_says_what_it_holds(linear, make_linear):
-    assert repr(linear) == "Linear4bit((48, 128), nf4, blocksize=64, bias=True)"
-    assert repr(make_linear(nested=True)) == "Linear4bit((48, 128), nf4, blocksize=64, nested, bias=True)"
+    assert repr(linear) == "Linear4bit((48, 128), nf4/64, bias=True)"
+    assert repr(make_linear(nested=True)) == "Linear4bit((48, 128), nf4/64 nested, bias=True)"
+    parts = [QuantState("nf4", 64, (32, 128)), DensePart((16, 128))]
+    mixed = Linear4bit(parts, bias=False, dtype=torch.float16)
+    assert repr(mixed) == "Linear4bit((48, 128), nf4/64 + dense, bias=False)"

@@ -7,8 +7,9 @@ import torch
 from interpreted_kernel import interpreted
 from own_python import run_script
 
+from flux_nf4.low_rank.branch import Patch
+from flux_nf4.nf4_loader.checkpoint.quant_state import QuantState
 from flux_nf4.nf4_loader.linear import kernels, patched_weight
-from flux_nf4.nf4_loader.linear.patched_weight import Patch
 
 SHAPE = (48, 128)
 NEW = (torch.device("meta"), torch.bfloat16)
@@ -24,7 +25,7 @@ def weight(quant_type="nf4", blocksize=64, shape=SHAPE):
     generator = torch.Generator().manual_seed(0)
     numel = shape[0] * shape[1]
     packed = torch.randint(256, (numel // 2,), generator=generator, dtype=torch.uint8)
-    return packed, torch.rand(numel // blocksize, generator=generator), shape, blocksize, quant_type
+    return packed, torch.rand(numel // blocksize, generator=generator), QuantState(quant_type, blocksize, shape)
 
 
 def patches(ranks, dtype, strength=0.5):
@@ -133,7 +134,7 @@ def test_without_triton_the_package_loads_and_says_so(tmp_path):
     said = run_script(
         f"""
         sys.path.insert(0, {str(tmp_path)!r})
-        from flux_nf4.nf4_loader import patched_weight
+        from flux_nf4.nf4_loader.linear import patched_weight
         print(patched_weight._problem(torch.device("meta"), torch.bfloat16))
         """
     )

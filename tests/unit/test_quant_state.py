@@ -43,7 +43,7 @@ def test_what_bitsandbytes_writes_is_read(quantise, quant_type, nested, blocksiz
     packed, state = quantise(shape, quant_type, blocksize, nested, dtype)
     tensors, json_bytes = as_written(state, shape)
     parsed = parse_quant_state(json_bytes)
-    second = (NestedAbsmax(state.absmax.numel(), 256), state.offset.item()) if nested else ()
+    second = ((NestedAbsmax(state.absmax.numel(), 256),), state.offset.item()) if nested else ()
     assert parsed == QuantState(quant_type, blocksize, shape, *second)
     assert parsed.numel == 33 * 130
     assert parsed.packed_bytes == packed.numel()
@@ -129,7 +129,7 @@ def test_expanded_absmax_is_bit_equal_to_bitsandbytes(quantise, fp32_absmax, blo
     tensors, json_bytes = as_written(state, (blocks, 64))
     parsed = parse_quant_state(json_bytes)
     tables = (tensors["nested_absmax"], tensors["nested_quant_map"], torch.tensor([parsed.nested_offset]))
-    ours = expanded(parsed.nested, tensors["absmax"], *tables)
+    ours = expanded(*parsed.nested, tensors["absmax"], *tables)
     assert torch.equal(ours, fp32_absmax(state))
 
 

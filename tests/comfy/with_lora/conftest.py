@@ -10,7 +10,7 @@ import pytest
 import torch
 from make_checkpoint import Recipe, make_checkpoint, make_twin
 
-from flux_nf4.nf4_loader.linear import patched_linear
+from flux_nf4.nf4_loader.linear import matmul
 
 RECIPE = Recipe(double_blocks=2, single_blocks=3, hidden=256, unet_only=True)
 
@@ -113,4 +113,4 @@ def layer_output():
 @pytest.fixture(params=["few rows", "many rows"])
 def either_way(request, monkeypatch):
     """The branch is added to the matmul's output, or the matmul to the branch."""
-    monkeypatch.setattr(patched_linear, "_MANY_ROWS", 1 if request.param == "many rows" else 10**9)
+    monkeypatch.setattr(matmul, "_MANY_ROWS", 1 if request.param == "many rows" else 10**9)

@@ -67,7 +67,7 @@ def test_a_streamed_weight_reads_as_where_it_computes(load):
     meta = torch.device("meta")
     patcher.model.streaming.patching.apply({}, {}, meta, torch.float32)
     assert layer.weight.device == meta
-    assert layer.packed.device.type == "cpu"
+    assert layer.device.type == "cpu"
     comfy.model_management.load_models_gpu([patcher])
     assert layer.weight.device.type == "cpu"
     assert torch.equal(layer.weight.clone(), layer.dequantise(torch.float32))

@@ -6,9 +6,9 @@ from comfy.weight_adapter import LoRAAdapter
 from interpreted_kernel import interpreted
 from torch import nn
 
-from flux_nf4.nf4_loader.checkpoint.quant_state import NestedAbsmax, QuantState
+from flux_nf4.nf4_loader.checkpoint.quant_state import DensePart, NestedAbsmax, QuantState
 from flux_nf4.nf4_loader.linear import patched_weight
-from flux_nf4.nf4_loader.linear.patched_linear import PatchedLinear4bit, PatchedLinearOfParts
+from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
 
 SHAPE = OUT, IN = 96, 128
 
@@ -20,14 +20,14 @@ def expanded(monkeypatch):
     with interpreted() as module:
         expand = module.expand
         monkeypatch.setattr(module, "works_on", lambda *_: True)
-        monkeypatch.setattr(module, "expand", lambda *args: shapes.append(args[2]) or expand(*args))
+        monkeypatch.setattr(module, "expand", lambda *args: shapes.append(args[2].shape) or expand(*args))
         yield shapes
 
 
 def layer(dtype=torch.float16, shape=SHAPE, rank=8, strength=0.5, nested=()):
     """With LoRA of q, k and v, a third of the rows each."""
     torch.manual_seed(0)
-    made = PatchedLinear4bit(shape, "nf4", 64, nested=nested, bias=True, dtype=dtype)
+    made = Linear4bit([QuantState("nf4", 64, shape, nested)], bias=True, dtype=dtype)
     for buffer in made.buffers():
         buffer.random_(256) if buffer.dtype == torch.uint8 else buffer.uniform_()
     nn.init.normal_(made.bias)
@@ -121,8 +121,8 @@ def test_compiled_it_is_beside_the_weight(expanded):
 
 
 def test_a_linear_of_parts_is_beside_its_weight(expanded):
-    parts = [QuantState("nf4", 64, (OUT // 3, IN), None)] * 2 + [OUT // 3]
-    made = PatchedLinearOfParts(parts, IN, bias=False, dtype=torch.float16)
+    parts = [QuantState("nf4", 64, (OUT // 3, IN))] * 2 + [DensePart((OUT // 3, IN))]
+    made = Linear4bit(parts, bias=False, dtype=torch.float16)
     for name, buffer in made.named_buffers():
         buffer.fill_(0x42 if name.startswith("packed") else 0.1)
     added = give(made, torch.float16, rank=8, strength=0.5)

@@ -5,8 +5,8 @@ import torch
 from comfy.weight_adapter import LoRAAdapter
 from torch.nn.functional import linear
 
-from flux_nf4.nf4_loader.checkpoint.quant_state import QuantState
-from flux_nf4.nf4_loader.linear.patched_linear import PatchedLinearOfParts
+from flux_nf4.nf4_loader.checkpoint.quant_state import DensePart, QuantState
+from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
 from flux_nf4.offload.comfyui.patching import Patching
 
 OUT, IN, RANK = 96, 128, 4
@@ -16,8 +16,8 @@ STRENGTH = 0.5
 @pytest.fixture
 def layer():
     torch.manual_seed(0)
-    parts = [QuantState("nf4", 64, (32, IN), None), QuantState("fp4", 32, (32, IN), None), 32]
-    layer = PatchedLinearOfParts(parts, IN, bias=True, dtype=torch.float32)
+    parts = [QuantState("nf4", 64, (32, IN)), QuantState("fp4", 32, (32, IN)), DensePart((32, IN))]
+    layer = Linear4bit(parts, bias=True, dtype=torch.float32)
     for name, buffer in layer.named_buffers():
         buffer.copy_(torch.randint(256, buffer.shape)) if name.startswith("packed") else buffer.uniform_()
     torch.nn.init.normal_(layer.bias)

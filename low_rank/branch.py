@@ -1,49 +1,26 @@
-"""LoRA beside a 4-bit weight: ``output[:, rows] += (input @ down.T * scale) @ up.T``.
+"""A low-rank branch beside a weight: ``output[:, rows] += (input @ down.T * scale) @ up.T``.
 
-The packed weight stays as it is, and what a LoRA costs is its own rank, or less: where the weight is expanded for many
-rows of input anyway, the LoRA may be added to it on the way (`patches`). The formula is that of ComfyUI's
+The weight stays as it is, and a LoRA costs only its own rank; or less, where a weight is expanded for many rows of
+input anyway and the LoRA is added to it on the way (`LowRank.patches`). The formula is the one of ComfyUI's
 ``LoRAAdapter.calculate_weight`` (comfy/weight_adapter/lora.py): ``weight += strength * alpha / rank * up @ down``.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from comfy.weight_adapter import LoRAAdapter
 
-from .patched_weight import Patch
+from .factors import Factors
 
 
-@dataclass(frozen=True, eq=False)
-class Factors:
-    """A low-rank patch: adds ``scale * up @ down`` to as many rows of a weight as ``up`` has, from row ``start``."""
+class Patch(NamedTuple):
+    """Adds ``(up * scale) @ down`` to the rows from ``start`` on: up (rows, R), down (R, in), scale fp32 (R,)."""
 
+    start: int
     up: torch.Tensor
     down: torch.Tensor
-    scale: float
-    start: int
-
-    def differ_only_in_scale(self, other: "Factors") -> bool:
-        return self.up is other.up and self.down is other.down and self.start == other.start
-
-
-def factors_of(patch: Sequence[Any], shape: tuple[int, int]) -> Factors | None:
-    """A patch (see `PatchedLinear4bit.take_patches`) of a weight of ``shape`` (out, in); None if it is not low-rank."""
-    strength, adapter, strength_model, offset, function = patch
-    if not isinstance(adapter, LoRAAdapter) or strength_model != 1.0 or function is not None:
-        return None
-    up, down, alpha, mid, dora_scale, reshape = adapter.weights
-    if mid is not None or dora_scale is not None or reshape is not None:
-        return None
-    axis, start, rows = (0, 0, shape[0]) if offset is None else offset
-    rank = down.shape[0]
-    if rank == 0 or axis != 0 or up.shape[0] != rows or start + rows > shape[0]:
-        return None
-    if up.numel() != rows * rank or down.numel() != rank * shape[1]:
-        return None
-    scale = 0.0 if strength is None else strength * (1.0 if alpha is None else alpha / rank)
-    return Factors(up, down, scale, start)
+    scale: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -56,10 +33,11 @@ class _Piece:
 
 
 class LowRank:
-    """Any number of low-rank patches of one Linear; those of the same rows are concatenated.
+    """Any number of low-rank patches of one Linear; patches of the same rows are concatenated.
 
     ``tensors`` are host tensors: ``lora_down`` (R, in) and ``lora_up_0``, ``lora_up_1``, ... (rows, R of these rows) in
-    compute dtype, and ``lora_scale`` (R,) in fp32, which is all that changes with a strength.
+    compute dtype, and ``lora_scale`` (R,) in fp32, which is all that changes with a strength. Whoever owns the layer's
+    memory brings them to the device; each method that computes is given them there, by the same names.
     """
 
     def __init__(self, factors: Sequence[Factors], dtype: torch.dtype) -> None:
@@ -85,13 +63,13 @@ class LowRank:
 
     @classmethod
     def of(cls, factors: Sequence[Factors], dtype: torch.dtype, previous: "LowRank | None") -> "LowRank | None":
-        """For ``factors``: ``previous``, if it has them, with their scales; None if there are none."""
+        """For ``factors``: ``previous`` with their scales, if it has the same factors; None if there are none."""
         if previous is not None and previous.rescaled(factors, dtype):
             return previous
         return cls(factors, dtype) if factors else None
 
     def rescaled(self, factors: Sequence[Factors], dtype: torch.dtype) -> bool:
-        """Take other scales of the same factors. False, and nothing done, if they are other factors."""
+        """Take other scales of the same factors. Returns False, and does nothing, if they are other factors."""
         if dtype != self._dtype or len(factors) != len(self._factors):
             return False
         if not all(new.differ_only_in_scale(old) for new, old in zip(factors, self._factors, strict=True)):
@@ -107,7 +85,7 @@ class LowRank:
         return torch.tensor(scales, dtype=torch.float32)
 
     def covers(self, rows: int) -> bool:
-        """Whether every one of so many rows of the weight is patched, by one piece."""
+        """Whether each of the weight's ``rows`` rows is patched by exactly one piece."""
         ends = [0, *(piece.rows.stop for piece in self._pieces)]
         return ends[-1] == rows and all(piece.rows.start == end for piece, end in zip(self._pieces, ends, strict=False))
 
@@ -118,13 +96,13 @@ class LowRank:
         return [(rows.stop - rows.start, ranks.stop - ranks.start) for rows, ranks in sizes]
 
     def patches(self, tensors: Mapping[str, Any]) -> Iterator[Patch]:
-        """What the pieces add to the weight; ``tensors`` as in `add_to`."""
+        """What each piece adds to the weight."""
         for piece in self._pieces:
             down, scale = tensors["lora_down"][piece.ranks], tensors["lora_scale"][piece.ranks]
             yield Patch(piece.rows.start, tensors[piece.name], down, scale)
 
     def product(self, input: torch.Tensor, bias: torch.Tensor | None, tensors: Mapping[str, Any]) -> torch.Tensor:
-        """The branch of ``input`` (n, in), and ``bias`` (out,), if all rows are covered; ``tensors`` as in `add_to`."""
+        """The branch of ``input`` (n, in) plus ``bias`` (out,), as (n, out). All rows of the weight must be covered."""
         hidden, scale = self._hidden(input, tensors)
         if bias is None:
             bias = input.new_zeros(self._pieces[-1].rows.stop)
@@ -144,16 +122,16 @@ class LowRank:
         return output
 
     def add_to(self, output: torch.Tensor, input: torch.Tensor, tensors: Mapping[str, Any]) -> None:
-        """Add the branch of ``input`` (n, in) to ``output`` (n, out), with ``tensors`` where these are."""
+        """Add the branch of ``input`` (n, in) to ``output`` (n, out)."""
         hidden, scale = self._hidden(input, tensors)
         for piece in self._pieces:
             up = tensors[piece.name].to(input.dtype).t()
             output[:, piece.rows].addmm_(hidden[:, piece.ranks], up, alpha=scale)
 
     def _hidden(self, input: torch.Tensor, tensors: Mapping[str, Any]) -> tuple[torch.Tensor, float]:
-        """``input @ down.T``, and what is left to multiply it with."""
+        """``input @ down.T``, and the number that it is still to be multiplied by."""
         hidden = torch.nn.functional.linear(input, tensors["lora_down"].to(input.dtype))
-        # A number costs no launch of its own; but compiled code is made for one value of it.
+        # A Python number costs no kernel launch; but compiled code would be made anew for each value of it.
         if torch.compiler.is_compiling() or self._only_scale is None:
             return hidden.mul_(tensors["lora_scale"]), 1.0
         return hidden, self._only_scale
