@@ -2,8 +2,6 @@
 
 import sys
 
-import torch
-
 MIB = 1 << 20
 GIB = 1 << 30
 
@@ -14,6 +12,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     Not every backend raises torch's own class; some only say so. ComfyUI, where it runs, is asked too: it knows errors
     of more backends, and clears what the driver keeps of them.
     """
+    import torch  # here, because modules that import no torch need the units above
+
     is_oom = getattr(sys.modules.get("comfy.model_management"), "is_oom", None)
     if isinstance(error, torch.OutOfMemoryError) or (is_oom is not None and is_oom(error)):
         return True

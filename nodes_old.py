@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import folder_paths
-
 import nodes as comfy_nodes
 
 from .nf4_loader.checkpoint.errors import CheckpointError

@@ -39,11 +39,15 @@ MOST_LINES, MOST_LINES_BESIDE = 350, 600
 
 @dataclass
 class Imports:
-    """What a file imports: modules of this package by their dotted names, and the first names of all others."""
+    """What a file imports: modules of this package by their dotted names, and the first names of all others.
+
+    ``at_once`` is what of both is imported with it, outside of any function.
+    """
 
     own: set[str] = field(default_factory=set)
     own_for_types: set[str] = field(default_factory=set)
     others: set[str] = field(default_factory=set)
+    at_once: set[str] = field(default_factory=set)
 
 
 def files(root: Path) -> list[Path]:
@@ -87,17 +91,28 @@ def _imports(name: str, text: str, texts: Mapping[str, str]) -> Imports:
         if isinstance(test, ast.If) and "TYPE_CHECKING" in ast.unparse(test.test)
         for node in ast.walk(test)
     }
+    later = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+    }
     for node in ast.walk(tree):
-        own = found.own_for_types if id(node) in for_types else found.own
         if isinstance(node, ast.Import):
-            found.others |= {alias.name.split(".")[0] for alias in node.names}
+            kind, names = found.others, {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
-            found.others.add(str(node.module).split(".")[0])
+            kind, names = found.others, {str(node.module).split(".")[0]}
         elif isinstance(node, ast.ImportFrom):
             base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
             module = ".".join(filter(None, base))
             members = {".".join(filter(None, (module, alias.name))) for alias in node.names}
-            own |= {member if member in texts else module for member in members}
+            kind = found.own_for_types if id(node) in for_types else found.own
+            names = {member if member in texts else module for member in members}
+        else:
+            continue
+        kind |= names
+        if id(node) not in for_types | later:
+            found.at_once |= names
     return found
 
 
@@ -138,8 +153,8 @@ def _against_the_rooms(graph: Mapping[str, Imports]) -> Iterator[str]:
 def _too_heavy(graph: Mapping[str, Imports]) -> Iterator[str]:
     for name in graph:
         if _is_in(name, WITHOUT_TORCH):
-            for reached in _reached(name, graph):
-                if "torch" in graph[reached].others:
+            for reached in _reached(name, {other: imports.at_once for other, imports in graph.items()}):
+                if "torch" in graph[reached].at_once:
                     yield f"{name} needs torch" + ("" if reached == name else f", by {reached}")
         if _is_in(name, WITHOUT_COMFYUI) and not _is_in(name, (COMFYUI_IN_OFFLOAD,)):
             for other in graph[name].others & COMFYUI:
@@ -153,19 +168,20 @@ def _is_in(name: str, packages: tuple[str, ...]) -> bool:
     return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
-def _reached(name: str, graph: Mapping[str, Imports]) -> set[str]:
-    """``name`` and all that is imported with it."""
+def _reached(name: str, imported: Mapping[str, set[str]]) -> set[str]:
+    """``name`` and all of this package that comes with it."""
     found, left = set(), [name]
     while left:
         module = left.pop()
-        if module in graph and module not in found:
+        if module in imported and module not in found:
             found.add(module)
-            left += graph[module].own
+            left += imported[module]
     return found
 
 
 def _circles(graph: Mapping[str, Imports]) -> Iterator[str]:
-    for name, imports in graph.items():
-        for own in imports.own - {name}:
-            if own in graph and name in _reached(own, graph):
+    imported = {name: imports.own for name, imports in graph.items()}
+    for name in graph:
+        for own in imported[name] - {name}:
+            if own in graph and name in _reached(own, imported):
                 yield f"{name} imports {own}, which needs {name}"

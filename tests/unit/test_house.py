@@ -37,7 +37,7 @@ TINY = {
     "nf4_loader.saving.save": "from ..checkpoint.header import X\nfrom ...memory import GIB",
     "offload": "",
     "offload.plan": "import math",
-    "offload.ring": "",
+    "offload.ring": "def f():\n    import torch",
     "offload.streamer": "import torch\nfrom .plan import X\nfrom ..memory import Y",
     "offload.comfyui": "",
     "offload.comfyui.patcher": "import comfy.model_patcher\nfrom ..streamer import X",
