@@ -85,7 +85,7 @@ class FluxNF4QuantiseSave:
         vae: Any = None,
     ) -> dict[str, Any]:
         root = folder_paths.get_output_directory() if folder == "output" else folder_paths.get_folder_paths(folder)[0]
-        place, name, counter, _, _ = folder_paths.get_save_imagepath_of(filename_prefix, root)
+        place, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, root)
         path = Path(place, f"{name}_{counter:05}_.safetensors")
         if family_of_model(model.model.model_config.unet_config.get("image_model")) is not FLUX1:
             raise CheckpointError(
