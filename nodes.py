@@ -1,7 +1,5 @@
 """The ComfyUI nodes of today, and the table of all nodes."""
 
-import logging
-import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,8 +30,6 @@ from .nodes_shared import (
     stream,
 )
 from .offload.comfyui.encoders import leave_unpinned, leave_without_copies
-
-logger = logging.getLogger(__name__)
 
 
 def _checkpoint_input() -> tuple[list[str], dict[str, str]]:
@@ -190,19 +186,8 @@ class FluxNF4DualCLIPLoader:
         return (clip,)
 
 
-_OLD_NAME = "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload"
-
-_other = getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {}).get(_OLD_NAME)
-if _other is not None:
-    logger.warning(
-        "NF4: another package (%s) has registered the node %s already; this one takes its place. To keep the other, "
-        "remove or disable one of the two in custom_nodes.",
-        getattr(_other, "RELATIVE_PYTHON_MODULE", None) or _other.__module__,
-        _OLD_NAME,
-    )
-
 NODE_CLASS_MAPPINGS: dict[str, type] = {
-    _OLD_NAME: FluxNF4CheckpointLoader,
+    "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload": FluxNF4CheckpointLoader,
     "FluxNF4CheckpointLoaderStreamed": FluxNF4CheckpointLoaderStreamed,
     "FluxNF4UNETLoaderStreamed": FluxNF4UNETLoaderStreamed,
     "StreamModelBlocks": StreamModelBlocks,
@@ -213,7 +198,7 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "FluxNF4DualCLIPLoader": FluxNF4DualCLIPLoader,
 }
 NODE_DISPLAY_NAME_MAPPINGS = {
-    _OLD_NAME: "Load Flux NF4 Checkpoint (streamed)",
+    "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload": "Load Flux NF4 Checkpoint (streamed)",
     "FluxNF4CheckpointLoaderStreamed": "Load Flux NF4 (streamed)",
     "FluxNF4UNETLoaderStreamed": "Load Flux NF4 UNet (streamed)",
     "StreamModelBlocks": "Stream Model Blocks",

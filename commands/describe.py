@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import package  # noqa: F401  makes flux_nf4 importable
+import terminal
 import torch
 
 from flux_nf4.families import Found
@@ -24,21 +25,23 @@ from flux_nf4.nf4_loader.checkpoint.catalogue import (
     Weight4bit,
     read_catalogue,
 )
-from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
+from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError, printable
 from flux_nf4.nf4_loader.checkpoint.quant_state import QUANT_STATE
 from flux_nf4.nf4_loader.checkpoint.require import require_transformer
 from flux_nf4.offload.plan import Residency
 from flux_nf4.page.file_plan import block_sizes, make_plan, other_bytes
 
+_KEY, _VALUE = 60, 120  # characters of metadata that are shown
 _DTYPE = torch.bfloat16  # what tensors that are not packed are on a GPU
 
 
 def main() -> None:
+    terminal.replace_what_it_lacks()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a .safetensors file, any one shard, an index or a folder")
     parser.add_argument("--budget", type=float, metavar="GiB", help="of VRAM for the transformer")
     given = parser.parse_args()
-    if given.budget is not None and given.budget <= 0:
+    if given.budget is not None and not 0 < given.budget < math.inf:
         parser.error("argument --budget: it is a number of GiB above 0")
     try:
         catalogue = read_catalogue(given.model)
@@ -70,7 +73,13 @@ def describe(catalogue: Catalogue) -> Iterator[str]:
     for part, prefix in (("CLIP-L", CLIP_L_PREFIX), ("T5-XXL", T5_PREFIX), ("VAE", VAE_PREFIX)):
         yield f"{part:<14}{_summary(catalogue, prefix)}"
     for key, value in catalogue.header.metadata.items():
-        yield f"{key:<14}{value}"
+        yield f"{_cut(key, _KEY):<13} {_cut(value, _VALUE)}"
+
+
+def _cut(text: str, length: int) -> str:
+    """``text`` on a line: control characters escaped, and what is beyond ``length`` characters as their number."""
+    more = f"... ({len(text):,} characters)" if len(text) > length else ""
+    return printable(text[:length]) + more
 
 
 def _model(found: Found, shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -109,14 +118,20 @@ def plan(catalogue: Catalogue, budget_gib: float) -> Iterator[str]:
     made = make_plan(sizes, others, Residency((), int(budget_gib * GIB)))
     assert made is not None
     stays = set(made.resident)
+    high, low = _bar_characters()
     yield f"with {budget_gib:g} GiB"
     for kind in dict.fromkeys(size.kind for size in sizes):
         marks = [index in stays for index, size in enumerate(sizes) if size.kind == kind]
-        bar = "".join("█" if mark else "▄" for mark in marks)
+        bar = "".join(high if mark else low for mark in marks)
         yield f"  {kind:<12}{bar}  {sum(marks)} of {len(marks)} stay"
     everything = others + sum(size.nbytes for size in sizes)
     yield f"  VRAM        {(others + made.device_bytes) / GIB:.2f} GiB, of {everything / GIB:.2f} for all"
     yield f"  bus         {made.bytes_per_forward / 1e9:.2f} GB a step, for {len(made.streamed)} streamed blocks"
+
+
+def _bar_characters() -> tuple[str, str]:
+    """Of a block that stays, and of one that is streamed."""
+    return ("█", "▄") if terminal.shows("█▄") else ("#", "-")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import package  # noqa: F401  makes flux_nf4 importable
+import terminal
 import torch
 
 from flux_nf4.families import CHECKPOINT_PREFIX
@@ -25,6 +26,7 @@ from flux_nf4.nf4_loader.saving.sources import has_others, sources_of_file
 
 
 def main() -> None:
+    terminal.replace_what_it_lacks()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a .safetensors or .gguf file, any one shard, an index or a folder")
     parser.add_argument("output", type=Path, help="the new .safetensors file")

@@ -26,6 +26,7 @@ __all__ = [
     "family_of_model",
     "kind_of",
     "names",
+    "prefix_not_read",
 ]
 
 FAMILIES: tuple[Family, ...] = (CHROMA, FLUX2, HUNYUAN_VIDEO, FLUX1)
@@ -58,6 +59,18 @@ def detect(tensors: Iterable[str]) -> Found | None:
             for layout in family.layouts:
                 if all(_any_begins(ordered, prefix + mark) for mark in layout.marks):
                     return Found(prefix, family, layout)
+    return None
+
+
+def prefix_not_read(tensors: Iterable[str]) -> tuple[str, Family] | None:
+    """The prefix behind which the names of a family begin, and the family, where `detect` does not look there."""
+    ordered = sorted(tensors)
+    for family in FAMILIES:
+        for layout in family.layouts:
+            first = f".{layout.marks[0]}"
+            for prefix in sorted({name[: name.find(first) + 1] for name in ordered} - {""}):
+                if all(_any_begins(ordered, prefix + mark) for mark in layout.marks):
+                    return prefix, family
     return None
 
 

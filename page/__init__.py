@@ -1,1 +1,4 @@
-"""The server's side of the page: ``file_plan`` makes the plan from a file's header, ``routes`` answers the page."""
+"""The server's side of the page: from a file's header to its plan (``file_plan``) and the
+answer (``answers``); what runs have shown (``reports``); whose our nodes' names are (``registered``); ``routes`` is the
+door.
+"""

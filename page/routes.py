@@ -7,32 +7,28 @@
 
 import asyncio
 import dataclasses
-import functools
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management
 import folder_paths
 from aiohttp import web
 
 from ..memory import GIB
-from ..nf4_loader.checkpoint.catalogue import read_catalogue
-from ..nf4_loader.checkpoint.errors import CheckpointError
-from ..nf4_loader.checkpoint.require import require_all_in_one, require_transformer
-from ..nf4_loader.models.transformers import model_dtype
 from ..nodes import NODE_CLASS_MAPPINGS
 from ..nodes_shared import PlannedNode
 from ..offload.comfyui.patcher import StreamedModelPatcher
-from ..offload.comfyui.streaming import StreamingReport, observers
-from ..offload.plan import BlockSize, BudgetTooSmallError, Residency, least_device_bytes
-from .file_plan import Advice, Measured, advise, block_sizes, make_plan, other_bytes, predict_ms
+from ..offload.comfyui.streaming import observers
+from ..offload.plan import Residency
+from .answers import answer_for
+from .registered import replaced, say_what_folder_is_not_served, say_what_is_replaced, say_what_was_taken
+from .reports import Reports, report_as_json
 
 EVENT = "flux_nf4.report"
 
 _MAX_BUDGET_GIB = 1024.0
-
 
 PLANNED_NODES: Mapping[str, PlannedNode] = {
     name: node.PLAN for name, node in NODE_CLASS_MAPPINGS.items() if hasattr(node, "PLAN")
@@ -42,50 +38,13 @@ _KINDS = tuple(dict.fromkeys(kind for node in PLANNED_NODES.values() for kind in
 
 
 @dataclass(frozen=True)
-class BarBlock:
-    """A block of the bar. ``is_resident`` is None where that is decided when the model is loaded."""
+class Question:
+    """Of the page: for which file, and with which widgets; ``node`` is the id of the node if it has run."""
 
-    kind: str
-    nbytes: int
-    is_resident: bool | None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The plan for a file: bytes, and ms of one forward where this machine's speed has been measured."""
-
-    blocks: tuple[BarBlock, ...]
-    device_bytes: int | None
-    least_device_bytes: int
-    most_device_bytes: int
-    host_bytes: int
-    bytes_per_forward: int | None
-    compute_ms: float | None
-    stall_ms: float | None
-    advice: Advice
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Why the node cannot load the file, and what to do, in words for the user."""
-
-    problem: str
-
-
-@dataclass
-class Reports:
-    """The last report of each node since the server started."""
-
-    by_node: dict[str, StreamingReport] = field(default_factory=dict)
-    measured: Measured | None = None
-
-    def add(self, report: StreamingReport) -> None:
-        if report.node_id is not None:
-            self.by_node[report.node_id] = report
-        cost = report.cost
-        if cost is not None and cost.total_ms and cost.stall_ms is not None and report.link_gbps:
-            compute_ms = (cost.total_ms - cost.stall_ms) / len(report.kinds)
-            self.measured = Measured(report.link_gbps, compute_ms, report.pinned_bytes >= report.host_bytes)
+    folder: str
+    name: str
+    wanted: Residency
+    node: str | None
 
 
 def register(server: Any) -> None:
@@ -93,52 +52,72 @@ def register(server: Any) -> None:
     reports = Reports()
 
     async def get_nodes(request: web.Request) -> web.Response:
-        return web.json_response({name: _describe(name, node) for name, node in NODE_CLASS_MAPPINGS.items()})
+        taken = replaced()
+        return web.json_response({name: _describe(name, node, taken) for name, node in NODE_CLASS_MAPPINGS.items()})
 
     async def get_plan(request: web.Request) -> web.Response:
-        return await _answer_plan(request, reports.measured)
+        return await _answer_plan(request, reports)
 
     async def get_reports(request: web.Request) -> web.Response:
-        return web.json_response({name: _jsonable(report) for name, report in reports.by_node.items()})
+        return web.json_response(reports.as_json())
 
     def push(patcher: StreamedModelPatcher) -> None:
         report = patcher.report()
-        reports.add(report)
+        catalogue = getattr(patcher.model, "nf4_catalogue", None)
+        reports.add(report, str(patcher.load_device), catalogue and catalogue.path)
         if report.node_id is not None:
-            server.send_sync(EVENT, _jsonable(report), server.client_id)
+            server.send_sync(EVENT, report_as_json(report), server.client_id)
 
     for path, handler in (("nodes", get_nodes), ("plan", get_plan), ("reports", get_reports)):
         server.routes.get(f"/flux_nf4/{path}")(handler)
     observers.append(push)
+    say_what_is_replaced()
+    say_what_folder_is_not_served()
+    server.add_on_prompt_handler(_look_when_the_first_prompt_comes())
 
 
-def _describe(name: str, node: type) -> dict[str, Any]:
-    plan = PLANNED_NODES.get(name)
-    return {"aliases": getattr(node, "SEARCH_ALIASES", []), "plan": plan and dataclasses.asdict(plan)}
+def _look_when_the_first_prompt_comes() -> Callable[[Any], Any]:
+    """A handler of prompts, which hands them on as they are: by then all packages are loaded."""
+    is_first = True
+
+    def look(prompt: Any) -> Any:
+        nonlocal is_first
+        if is_first:
+            is_first = False
+            say_what_was_taken()
+        return prompt
+
+    return look
 
 
-def _jsonable(report: StreamingReport) -> dict[str, Any]:
-    return dataclasses.asdict(report) | {"is_lowered": report.is_lowered}
+def _describe(name: str, node: type, taken: Mapping[str, str]) -> dict[str, Any]:
+    """Of a node whose name another package has taken: by which folder, and nothing of ours."""
+    plan = None if name in taken else PLANNED_NODES.get(name)
+    aliases = [] if name in taken else getattr(node, "SEARCH_ALIASES", [])
+    return {"aliases": aliases, "plan": plan and dataclasses.asdict(plan), "taken_by": taken.get(name)}
 
 
-async def _answer_plan(request: web.Request, measured: Measured | None) -> web.Response:
+async def _answer_plan(request: web.Request, reports: Reports) -> web.Response:
     if request.body_exists:
         raise web.HTTPRequestEntityTooLarge(max_size=0, actual_size=request.content_length or 1)
     try:
-        folder, name, wanted = parse_question(request.query)
+        question = parse_question(request.query)
     except ValueError as error:
         return web.json_response({"problem": str(error)}, status=400)
-    path = _listed_path(folder, name)
+    folder, name = question.folder, question.name
+    path = await asyncio.to_thread(_listed_path, folder, name)
     if path is None:
         problem = (
             f"{name[:200]}: there is no such file in the {folder} folder. Refresh the page (key R) and pick another."
         )
         return web.json_response({"problem": problem}, status=404)
-    return web.json_response(text=await answer_for(path, folder == "checkpoints", wanted, measured))
+    device = str(comfy.model_management.get_torch_device())
+    measured = reports.measured(device, path, question.node)
+    return web.json_response(text=await answer_for(path, folder == "checkpoints", question.wanted, measured))
 
 
-def parse_question(query: Mapping[str, str]) -> tuple[str, str, Residency]:
-    """Folder, file and widgets of a request.
+def parse_question(query: Mapping[str, str]) -> Question:
+    """What a request asks.
 
     Raises:
         ValueError: one is missing, no number, or out of range.
@@ -151,80 +130,10 @@ def parse_question(query: Mapping[str, str]) -> tuple[str, str, Residency]:
     if not (min(counts.values()) >= -1 and max(counts.values()) < 1000 and 0 <= budget <= _MAX_BUDGET_GIB):
         raise ValueError(f"{' and '.join(_KINDS)} are -1 to 999, budget is 0 to 1024 (GiB)")
     given = tuple((kind, count) for kind, count in counts.items() if count >= 0)
-    return folder, name, Residency(given, round(budget * GIB) or None)
+    return Question(folder, name, Residency(given, round(budget * GIB) or None), query.get("node"))
 
 
 def _listed_path(folder: str, name: str) -> Path | None:
     """Only a name that ComfyUI itself lists in the node leads to a file."""
     found = folder_paths.get_full_path(folder, name) if name in folder_paths.get_filename_list(folder) else None
     return None if found is None else Path(found)
-
-
-async def answer_for(path: Path, is_all_in_one: bool, wanted: Residency, measured: Measured | None) -> str:
-    """JSON of the `Answer` for the file at ``path``, which has to hold CLIP, T5 and VAE too if ``is_all_in_one``; of a
-    `Problem` where the node cannot load it."""
-    file = await _file_at(path, is_all_in_one)
-    # Not in a thread: that costs more than the answer, and a prompt that runs has to share Python's lock with it.
-    return json.dumps(file, default=vars) if isinstance(file, Problem) else _answer(file, wanted, measured)
-
-
-@dataclass(frozen=True, eq=False)
-class _File:
-    """What of a file a plan depends on."""
-
-    blocks: tuple[BlockSize, ...]
-    other_bytes: int
-
-
-_files: dict[tuple[Path, bool], tuple[tuple[int, int], _File]] = {}
-"""Each file that was asked about and can be loaded, as it was when it had this time of change in ns and this size."""
-
-
-async def _file_at(path: Path, is_all_in_one: bool) -> _File | Problem:
-    try:
-        status = path.stat()
-    except OSError as error:
-        return Problem(f"{path.name}: it cannot be read ({error}). Refresh the page (key R) and pick another.")
-    key, version = (path, is_all_in_one), (status.st_mtime_ns, status.st_size)
-    known = _files.get(key)
-    if known is not None and known[0] == version:
-        return known[1]
-    found = await asyncio.to_thread(_read_file, path, is_all_in_one)
-    if isinstance(found, _File):  # a problem may lie in another file than this one, such as a shard that is missing
-        _files[key] = (version, found)
-    return found
-
-
-def _read_file(path: Path, is_all_in_one: bool) -> _File | Problem:
-    try:
-        catalogue = read_catalogue(path)
-        (require_all_in_one if is_all_in_one else require_transformer)(catalogue)
-        dtype = model_dtype(catalogue)
-    except CheckpointError as error:
-        return Problem(str(error))
-    return _File(block_sizes(catalogue, dtype), other_bytes(catalogue, dtype))
-
-
-@functools.lru_cache(maxsize=1024)
-def _answer(file: _File, wanted: Residency, measured: Measured | None) -> str:
-    blocks, other = file.blocks, file.other_bytes
-    least = other + least_device_bytes(blocks)
-    try:
-        plan = make_plan(blocks, other, wanted)
-        advice = Advice("automatic") if plan is None else advise(plan, blocks, measured)
-    except BudgetTooSmallError:
-        plan, advice = None, Advice("budget_too_small", {"gib": least / GIB})
-    resident = None if plan is None else set(plan.resident)
-    compute_ms, stall_ms = predict_ms(plan, blocks, measured) if plan and measured else (None, None)
-    answer = Answer(
-        tuple(BarBlock(b.kind, b.nbytes, None if resident is None else i in resident) for i, b in enumerate(blocks)),
-        device_bytes=None if plan is None else other + plan.device_bytes,
-        least_device_bytes=least,
-        most_device_bytes=other + sum(block.nbytes for block in blocks),
-        host_bytes=sum(block.nbytes for block in blocks),
-        bytes_per_forward=None if plan is None else plan.bytes_per_forward,
-        compute_ms=compute_ms,
-        stall_ms=stall_ms,
-        advice=advice,
-    )
-    return json.dumps(answer, default=vars)

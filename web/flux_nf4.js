@@ -8,7 +8,10 @@ import { words } from "./words.js";
 const SHOW_BAR = "FluxNF4.Bar.Show";
 const DEFAULT_BUDGET = "FluxNF4.Budget.Default";
 
-/** What the server says of our nodes: {class: {aliases, plan: {folder, file, counts: {kind: widget}, budget} or null}}. */
+/**
+ * What the server says of our nodes: {class: {aliases, plan: {folder, file, counts: {kind: widget}, budget} or null,
+ * taken_by: the folder of another package that has this node's name, or null}}.
+ */
 let nodes = {};
 /** The last report of each node, by its id in the prompt: of any graph that had such a node. */
 let reports = {};
@@ -19,8 +22,12 @@ const plans = new Map();
 const setting = (id) => app.extensionManager?.setting?.get(id);
 const locale = () => setting("Comfy.Locale") ?? "en";
 
+/** The server's answer, which may be a problem in words. Anything else that is no success is thrown. */
 async function getJson(path) {
-  return (await api.fetchApi(path)).json();
+  const response = await api.fetchApi(path);
+  const answer = await response.json();
+  if (!response.ok && !answer.problem) throw new Error(`${path}: ${response.status}`);
+  return answer;
 }
 
 /** The node with this id in a prompt; "5:3" is node 3 of the subgraph that node 5 is. */
@@ -41,14 +48,23 @@ function onReport(report) {
   for (const each of plans.values()) each.onReport();
 }
 
+function warn(summary, detail, life) {
+  app.extensionManager?.toast?.add?.({ severity: "warn", summary, detail, life });
+}
+
 function warnOfLowering(report) {
   const { lowered, loweredTitle } = words(locale());
-  app.extensionManager?.toast?.add?.({
-    severity: "warn",
-    summary: loweredTitle,
-    detail: lowered(report.resident.length, report.wanted.length),
-    life: 10_000,
-  });
+  warn(loweredTitle, lowered(report.resident.length, report.wanted.length), 10_000);
+}
+
+function warnOfTakenNames() {
+  const { taken, takenTitle } = words(locale());
+  const folders = new Set(Object.values(nodes).map(({ taken_by }) => taken_by));
+  for (const folder of folders) {
+    if (!folder) continue;
+    const names = Object.keys(nodes).filter((name) => nodes[name].taken_by === folder);
+    warn(takenTitle, taken(folder, names), 30_000);
+  }
 }
 
 /** What is known of ``node``. Before it ran in this page, only where its file can tell whether a report is of it. */
@@ -92,11 +108,16 @@ app.registerExtension({
   },
 
   async addCustomNodeDefs(definitions) {
-    [nodes, reports] = await Promise.all([getJson("/flux_nf4/nodes"), getJson("/flux_nf4/reports")]);
+    nodes = await getJson("/flux_nf4/nodes");
+    reports = await getJson("/flux_nf4/reports").catch(() => ({})); // without them there is still a plan
     for (const [name, { aliases }] of Object.entries(nodes)) {
       // Older servers do not send them.
       if (definitions[name]) definitions[name].search_aliases ??= aliases;
     }
+  },
+
+  setup() {
+    warnOfTakenNames();
   },
 
   nodeCreated(node) {

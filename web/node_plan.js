@@ -81,6 +81,8 @@ export class NodePlan {
       if (this.isLinked(name)) return "linked";
       values[word] = this.widgetOf(word)?.value ?? "";
     }
+    const report = this.page.reportOf(this.node);
+    if (report) values.node = report.node_id; // what it has measured counts first
     return `?${new URLSearchParams(values)}`;
   }
 

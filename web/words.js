@@ -62,6 +62,10 @@ const en = {
     })[code]?.() ?? "",
   notAsked: "A value comes from a link: the plan is known when it runs.",
   noFileYet: "What stays in VRAM and what a step costs is shown here once it has run.",
+  takenTitle: "Another package has taken nodes of Flux NF4",
+  taken: (folder, names) =>
+    `The package in custom_nodes/${folder} was loaded later and has registered ${names.join(", ")}, too: graphs get its nodes. ` +
+    "To use ours, remove or disable that folder and restart ComfyUI.",
   loweredTitle: "Fewer blocks stay in VRAM",
   lowered: (now, before) => `The GPU has room for ${now} of ${before} blocks; the others are streamed. The picture is the same.`,
 };
@@ -100,6 +104,10 @@ const zh = {
     })[code]?.() ?? "",
   notAsked: "有数值来自连线：运行后才知道计划。",
   noFileYet: "运行一次后，这里会显示哪些块常驻显存以及每步的开销。",
+  takenTitle: "另一个扩展占用了 Flux NF4 的节点",
+  taken: (folder, names) =>
+    `custom_nodes/${folder} 中的扩展加载得更晚，也注册了 ${names.join("、")}：工作流会使用它的节点。` +
+    "要使用本扩展的节点，请移除或禁用该文件夹并重启 ComfyUI。",
   loweredTitle: "常驻显存的块减少了",
   lowered: (now, before) => `显存只放得下 ${before} 个块中的 ${now} 个，其余流式传输。图像不变。`,
 };

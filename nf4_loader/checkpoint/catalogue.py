@@ -33,6 +33,16 @@ CLIP_L_PREFIX = TEXT_ENCODERS_PREFIX + "clip_l."
 T5_PREFIX = TEXT_ENCODERS_PREFIX + "t5xxl."
 VAE_PREFIX = "vae."
 
+_OTHER_PARTS = (
+    TEXT_ENCODERS_PREFIX,
+    VAE_PREFIX,
+    "cond_stage_model.",
+    "conditioner.",
+    "first_stage_model.",
+    "model_ema.",
+)
+"""Beginnings of the names of what is no transformer in a checkpoint, of whatever tool."""
+
 SCALES = (".scale_weight", ".weight_scale")
 """Beside the fp8 weight of a layer: what its values are to be multiplied by (ComfyUI's scaled fp8)."""
 
@@ -151,9 +161,9 @@ class TransformerTensor:
 class Catalogue:
     """The parts of one checkpoint.
 
-    ``transformer`` has its tensors by the names of ComfyUI's model without prefix (``img_in.weight``), and whatever
-    else is in the file by its own name. ``text_encoders`` and ``vae`` keep the file's full names. ``found`` is None
-    where there is no transformer that can be read.
+    ``transformer`` has its tensors by the names of ComfyUI's model without prefix (``img_in.weight``). The other parts
+    keep the file's full names; ``others`` are step counters and whatever else there is. ``found`` is None where there
+    is no transformer that can be read; then ``transformer`` has all that is in no other part.
     """
 
     header: Header
@@ -161,6 +171,7 @@ class Catalogue:
     transformer: Mapping[str, TransformerTensor]
     text_encoders: Mapping[str, TensorEntry]
     vae: Mapping[str, TensorEntry]
+    others: Mapping[str, TensorEntry]
 
     @property
     def path(self) -> Path:
@@ -206,15 +217,25 @@ def read_catalogue(path: Path) -> Catalogue:
             bytes that it describes.
     """
     header = read_checkpoint_header(path)
-    parts: dict[str, dict[str, TensorEntry]] = {"rest": {}, TEXT_ENCODERS_PREFIX: {}, VAE_PREFIX: {}}
-    for name, entry in header.tensors.items():
-        part = next((prefix for prefix in (TEXT_ENCODERS_PREFIX, VAE_PREFIX) if name.startswith(prefix)), "rest")
-        parts[part][name] = entry
-    found = families.detect(parts["rest"])
+    found = families.detect(header.tensors)
     if found is not None and not found.layout.is_read:
         found = None
-    transformer = _placed(path, found, group_4bit(path, parts["rest"]))
-    return Catalogue(header, found, transformer, parts[TEXT_ENCODERS_PREFIX], parts[VAE_PREFIX])
+    parts: dict[str, dict[str, TensorEntry]] = {"": {}, TEXT_ENCODERS_PREFIX: {}, VAE_PREFIX: {}, "others": {}}
+    for name, entry in header.tensors.items():
+        parts[_part_of(name, found)][name] = entry
+    transformer = _placed(path, found, group_4bit(path, parts[""]))
+    return Catalogue(header, found, transformer, parts[TEXT_ENCODERS_PREFIX], parts[VAE_PREFIX], parts["others"])
+
+
+def _part_of(name: str, found: families.Found | None) -> str:
+    if is_of_transformer(name, found):
+        return ""
+    return next((part for part in (TEXT_ENCODERS_PREFIX, VAE_PREFIX) if name.startswith(part)), "others")
+
+
+def is_of_transformer(name: str, found: families.Found | None) -> bool:
+    """Whether the tensor ``name`` of a checkpoint with the transformer ``found`` may belong to that."""
+    return not name.startswith(_OTHER_PARTS) and (found is None or name.startswith(found.prefix))
 
 
 def group_4bit(path: Path, tensors: Mapping[str, TensorEntry]) -> dict[str, Weight4bit | TensorEntry]:

@@ -14,10 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from .errors import CheckpointError
+from .errors import CheckpointError, reason
 
-MAX_HEADER_BYTES = 8_000_000
-"""Ten times what the largest Flux file needs, and read in seconds; the safetensors library takes up to 100 MB."""
+MAX_HEADER_BYTES = 100_000_000
+"""As the safetensors library: trainers write megabytes of metadata."""
+
+_MAX_TENSORS = 50_000
+"""Twenty times what the largest Flux file has. Only metadata makes a header of a real file large."""
+
+_MAX_NAME = 500
+"""Characters of a tensor's name."""
 
 _MAX_DIMENSIONS = 64
 """PyTorch makes no tensor of more."""
@@ -83,17 +89,17 @@ def read_header(path: Path) -> Header:
     try:
         raw, size = _read_raw(path)
     except FileNotFoundError:
-        problem = f"there is no such file ({path}). In the page, refresh (key R) and pick another."
+        problem = "there is no such file. In the page, refresh (key R) and pick another."
         raise CheckpointError(path, problem) from None
     except OSError as error:
-        raise CheckpointError(path, f"it cannot be read ({error}). This node needs a readable file.") from error
+        raise CheckpointError(path, f"it cannot be read ({reason(error)}). This node needs a readable file.") from error
     return Header(path, *_parse(path, raw, data_start=8 + len(raw), file_size=size))
 
 
 def _read_raw(path: Path) -> tuple[bytes, int]:
     """The bytes of the header's JSON, and the size of the file."""
     if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for who writes into it
-        raise CheckpointError(path, f"it cannot be read: {path} is no ordinary file. Pick a .safetensors file.")
+        raise CheckpointError(path, "it cannot be read: it is no ordinary file. Pick a .safetensors file.")
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
@@ -119,14 +125,16 @@ def _what_else_it_is(prefix: bytes, length: int) -> str:
     if prefix.startswith((b"PK\x03\x04", b"\x80")):
         return "this is a PyTorch pickle (.ckpt or .pt). This node reads .safetensors files: convert or download one."
     return (
-        f"its first bytes give a header of {length:,} bytes, more than the {MAX_HEADER_BYTES:,} that this node reads; "
-        "that of a Flux file has less than 1,000,000. This is no safetensors file, or it is damaged: download it again."
+        f"its first bytes give a header of {length:,} bytes, more than the {MAX_HEADER_BYTES:,} that safetensors "
+        "allows. This is no safetensors file, or it is damaged: download it again."
     )
 
 
 def _parse(
     path: Path, raw: bytes, data_start: int, file_size: int
 ) -> tuple[Mapping[str, TensorEntry], Mapping[str, str]]:
+    if raw.count(b'"data_offsets"') > _MAX_TENSORS:  # before they are parsed, which takes long
+        raise CheckpointError(path, f"its header lists more than {_MAX_TENSORS:,} tensors. No model has so many.")
     try:
         document = json.loads(raw.decode("utf-8"), object_pairs_hook=object_without_duplicates)
     except (ValueError, RecursionError) as error:
@@ -152,6 +160,8 @@ def object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(path: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
+    if len(name) > _MAX_NAME or not name.isprintable():
+        raise CheckpointError(path, f"{name[:80]!r}: this is no name of a tensor. {_DAMAGED}")
     dtype = fields.get("dtype") if isinstance(fields, dict) else None
     shape = fields.get("shape") if isinstance(fields, dict) else None
     offsets = fields.get("data_offsets") if isinstance(fields, dict) else None
@@ -198,4 +208,4 @@ def _check_cover(path: Path, tensors: list[TensorEntry], data_start: int, file_s
 
 def natural_key(name: str) -> list[tuple[int, str]]:
     """Sort key that puts ``blocks.2`` before ``blocks.10``."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]{1,18})", name)]

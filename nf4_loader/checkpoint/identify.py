@@ -151,6 +151,8 @@ def _packed_without_state(facts: _Facts) -> str:
 
 
 def _dense_of_a_family(facts: _Facts) -> str:
+    if len({entry.path for entry in facts.header.tensors.values()}) > 1:
+        return _dense_shards(facts)
     dtype = f"{facts.sample} " if facts.sample else ""
     dense = (
         f"it is a {facts.family} model with dense {dtype}weights: no tensor ends in "
@@ -162,6 +164,15 @@ def _dense_of_a_family(facts: _Facts) -> str:
     is_flux1 = facts.found is not None and facts.found.family is families.FLUX1
     quantiser = "the node 'Quantise Flux to NF4 and Save'" if is_flux1 else "commands/quantise.py"
     return f"{dense}, or make an NF4 file of it with {quantiser}."
+
+
+def _dense_shards(facts: _Facts) -> str:
+    if not facts.is_known:
+        return f"it is one of the shards of a dense {facts.family} model, which ComfyUI does not load. Join them first."
+    return (
+        f"it is one of the shards of a dense {facts.family} model, which ComfyUI does not load. Make an NF4 file of "
+        "all of them with commands/quantise.py, which takes their folder."
+    )
 
 
 def _dense_in_unread_layout(facts: _Facts) -> str:
@@ -179,6 +190,18 @@ def _4bit_in_unread_layout(facts: _Facts) -> str:
 
 def _in_layout(facts: _Facts) -> str:
     return f"a {facts.family} model in the layout of {facts.found.layout.name if facts.found else 'nobody'}"
+
+
+def _has_another_prefix(facts: _Facts) -> bool:
+    return facts.found is None and families.prefix_not_read(facts.names) is not None
+
+
+def _another_prefix(facts: _Facts) -> str:
+    prefix, family = families.prefix_not_read(facts.names) or ("", families.FLUX1)
+    return (
+        f"the names of its {family.name} transformer begin with '{prefix}', which no loader knows. Save the file again "
+        f"without that prefix, or with '{families.CHECKPOINT_PREFIX}' in its place."
+    )
 
 
 def _4bit_of_another_model(facts: _Facts) -> str:
@@ -218,6 +241,7 @@ _RULES = (
             "pick an NF4 file, or an fp8 one with 'Load Diffusion Model'."
         ),
     ),
+    _Rule(_has_another_prefix, _another_prefix),
     _Rule(_is_in_comfyuis_format, _comfyuis_format),
     _Rule(_is_packed_without_state, _packed_without_state),
     _Rule(lambda facts: facts.is_read or (facts.is_native and not facts.is_4bit), _dense_of_a_family),

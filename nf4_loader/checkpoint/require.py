@@ -1,10 +1,14 @@
 """What a file has to hold so that a node can load it."""
 
+from ...families import Family
 from .catalogue import CLIP_L_PREFIX, SCALES, T5_PREFIX, VAE_PREFIX, Catalogue, Weight4bit
 from .errors import DAMAGED, CheckpointError
 from .header import TensorEntry
 from .identify import what_else_it_is
 from .quant_state import QUANT_STATE
+
+_MAX_BLOCKS = 500
+"""Eight times what the deepest model has. A plan takes longer the more blocks there are, and the page asks for many."""
 
 
 def require_transformer(catalogue: Catalogue) -> None:
@@ -16,6 +20,7 @@ def require_transformer(catalogue: Catalogue) -> None:
     is_4bit = any(isinstance(part, Weight4bit) for part in catalogue.parts)
     if catalogue.found is None or not is_4bit:
         raise CheckpointError(catalogue.path, what_else_it_is(catalogue.header))
+    _require_blocks(catalogue, catalogue.found.family)
     for part in catalogue.parts:
         if isinstance(part, TensorEntry) and _is_packed(part):
             weight = part.name.removesuffix(".absmax")
@@ -30,6 +35,13 @@ def require_transformer(catalogue: Catalogue) -> None:
                 f"{part.name}: some of its layers are in 4 bits and others in scaled fp8, which this node cannot run. "
                 "Make a 4-bit file of it with commands/quantise.py and load that.",
             )
+
+
+def _require_blocks(catalogue: Catalogue, family: Family) -> None:
+    found = {(block.blocks, block.index) for name in catalogue.transformer if (block := family.block_of(name))}
+    if len(found) > _MAX_BLOCKS:
+        problem = f"it has {len(found):,} blocks; no {family.name} model has more than {_MAX_BLOCKS}. {DAMAGED}"
+        raise CheckpointError(catalogue.path, problem)
 
 
 def require_all_in_one(catalogue: Catalogue) -> None:

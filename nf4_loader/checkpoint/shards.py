@@ -11,11 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from .errors import CheckpointError
-from .header import MAX_HEADER_BYTES, Header, TensorEntry, object_without_duplicates, read_header
+from .errors import CheckpointError, reason
+from .header import Header, TensorEntry, object_without_duplicates, read_header
 
-INDEX_SUFFIX = ".safetensors.index.json"
+_INDEX = re.compile(r".+\.safetensors\.index(\.\w+)?\.json")
+"""``model.safetensors.index.json``; of a variant in diffusers, ``model.safetensors.index.fp16.json``."""
+
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors")
+_MAX_INDEX_BYTES = 8_000_000
 _AGAIN = "Download all files of this folder again, from one source."
 
 
@@ -48,8 +51,8 @@ def _main_file(folder: Path) -> Path:
     try:
         names = sorted(path.name for path in folder.iterdir())
     except OSError as error:
-        raise CheckpointError(folder, f"the folder cannot be read ({error}).") from error
-    indices = [name for name in names if name.endswith(INDEX_SUFFIX)]
+        raise CheckpointError(folder, f"the folder cannot be read ({reason(error)}).") from error
+    indices = [name for name in names if _INDEX.fullmatch(name)]
     files = indices or [name for name in names if name.endswith(".safetensors")]
     stems = {match["stem"] if (match := _SHARD.fullmatch(name)) else name for name in files}
     if len(stems) != 1:
@@ -63,8 +66,8 @@ def _main_file(folder: Path) -> Path:
 def _shards_of(path: Path) -> tuple[Mapping[str, str], Sequence[Path]]:
     """The index's weight map, where there is an index, and the files of the checkpoint."""
     shard = _SHARD.fullmatch(path.name)
-    index = path.with_name(shard["stem"] + INDEX_SUFFIX) if shard else path
-    if not index.name.endswith(INDEX_SUFFIX):
+    index = path.with_name(f"{shard['stem']}.safetensors.index.json") if shard else path
+    if not _INDEX.fullmatch(index.name):
         return {}, [path]
     if shard and not index.exists():
         count = int(shard["count"])
@@ -81,7 +84,7 @@ def _present(owner: Path, names: Sequence[str]) -> list[Path]:
         raise CheckpointError(
             owner,
             f"{len(missing)} of the model's {len(files)} files are missing: {', '.join(missing[:4])}. Download them "
-            f"into the same folder ({owner.parent}).",
+            "into the same folder.",
         )
     targets: dict[Path, str] = {}
     for file in files:
@@ -93,10 +96,12 @@ def _present(owner: Path, names: Sequence[str]) -> list[Path]:
 
 def _read_weight_map(index: Path) -> Mapping[str, str]:
     try:
-        if index.stat().st_size > MAX_HEADER_BYTES:
-            raise ValueError(f"it has more than {MAX_HEADER_BYTES:,} bytes")
+        if index.stat().st_size > _MAX_INDEX_BYTES:
+            raise ValueError(f"it has more than {_MAX_INDEX_BYTES:,} bytes")
         document = json.loads(index.read_text("utf-8"), object_pairs_hook=object_without_duplicates)
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(index, f"the index cannot be read ({reason(error)}). {_AGAIN}") from None
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(index, f"the index is not readable as JSON ({error}). {_AGAIN}") from None
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not (isinstance(weight_map, dict) and weight_map and all(isinstance(name, str) for name in weight_map.values())):

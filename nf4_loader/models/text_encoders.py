@@ -23,9 +23,10 @@ from ..linear.linear4bit import Linear4bit
 
 _MARKS = {
     "t5xxl": re.compile(r"encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.q\.weight$"),
-    "clip_l": re.compile(r"text_model\.encoder\.layers\.(\d+)\.mlp\.fc1\.weight$"),
+    "clip_l": re.compile(r"text_model\.encoder\.layers\.(\d+)\.mlp\.fc1\.weight$|transformer\.resblocks\.0\.ln_1\."),
 }
-"""A weight that tells each encoder, by the names of transformers."""
+"""A weight of each encoder, by the names of transformers; of CLIP-L also by OpenAI's, which ComfyUI renames."""
+
 
 _FORMATS = "_quantization_metadata"
 """The metadata in which some files describe ComfyUI's own formats; others do it in tensors."""
@@ -89,6 +90,13 @@ class _Encoder:
     def path(self) -> Path:
         return self.header.path
 
+    @property
+    def is_as_the_model(self) -> bool:
+        """Whether the file's tensors are the model's: not those under OpenAI's names, which ComfyUI renames, and not
+        those that only the metadata tells how to read."""
+        is_openai = any(name.startswith("transformer.resblocks.") for name in self.header.tensors)
+        return not is_openai and _FORMATS not in self.header.metadata
+
 
 def load_dual_clip(paths: Sequence[Path], embedding_directory: Sequence[str]) -> comfy.sd.CLIP:
     """Load CLIP-L and T5 for Flux from two files, in any order, each dense or in 4 bits.
@@ -125,8 +133,7 @@ def load_dual_clip(paths: Sequence[Path], embedding_directory: Sequence[str]) ->
         other = encoders["clip_l"].path.name
         raise CheckpointError(t5.path, f"ComfyUI does not take it with {other}: {error}") from error
     adopt_4bit(clip, weights)
-    # Without what the metadata says of ComfyUI's own formats, a file's tensors are not the model's.
-    if not any(_FORMATS in encoder.header.metadata for encoder in found):
+    if all(encoder.is_as_the_model for encoder in found):
         clip.cond_stage_model.nf4_entries = {
             f"text_encoders.{one.kind}.transformer.{name}": entry
             for one in found
@@ -148,8 +155,8 @@ def _encoder_of(path: Path, tensors: Mapping[str, TensorEntry]) -> str:
             return part
     raise CheckpointError(
         path,
-        "it is no CLIP-L ('text_model.encoder.layers.0...') and no T5 ('encoder.block.0...') in the names of "
-        "transformers. Pick clip_l.safetensors and a t5xxl file of models/text_encoders.",
+        "it is neither CLIP-L ('text_model.encoder.layers.0...' or 'transformer.resblocks.0...') nor T5 "
+        "('encoder.block.0...'). Pick clip_l.safetensors and a t5xxl file from models/text_encoders.",
     )
 
 

@@ -104,7 +104,7 @@ def save_quantised(
         remove_abandoned(path.parent)
         _require_room(path, sources, settings, keep_dense)
         with whole_file(path) as file:
-            _write(file, tensors, _room(sources, prefix, metadata), metadata)
+            _write(path, file, tensors, _room(sources, prefix, metadata), metadata)
     except OSError as error:
         raise CheckpointError(path, f"writing it failed ({error}). Nothing was changed there.") from error
 
@@ -244,14 +244,14 @@ def _metadata(settings: QuantSettings, keep_dense: Sequence[str]) -> dict[str, s
 
 
 def _room(sources: Sequence[Source], prefix: str, metadata: Mapping[str, str]) -> int:
-    """Bytes that the header takes at most: it is written last, for only then is the length of each quant state known,
-    and what it does not need is filled with spaces, as the format allows."""
+    """Upper bound of the header's size. The header is written last, when the length of each quant state is known;
+    unused room is filled with spaces, as the format allows."""
     names = [prefix + source.name + end for source in sources for end in _ENDS]
     entries = sum(len(json.dumps(name)) + _HEADER_ENTRY_BYTES for name in names)
     return -(-(entries + len(json.dumps({"__metadata__": dict(metadata)}))) // 8) * 8
 
 
-def _write(file: BinaryIO, tensors: Iterator[_Tensor], room: int, metadata: Mapping[str, str]) -> None:
+def _write(path: Path, file: BinaryIO, tensors: Iterator[_Tensor], room: int, metadata: Mapping[str, str]) -> None:
     file.write(bytes(8 + room))
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     position = 0
@@ -268,12 +268,16 @@ def _write(file: BinaryIO, tensors: Iterator[_Tensor], room: int, metadata: Mapp
         for written in under_way:
             written.result()
     raw = json.dumps(entries, separators=(",", ":")).encode()
+    if len(raw) > room:
+        raise CheckpointError(
+            path, f"its header takes {len(raw):,} bytes, more than the {room:,} kept for it. Nothing was changed there."
+        )
     file.seek(0)
     file.write(room.to_bytes(8, "little") + raw.ljust(room))
 
 
 def _aligned(tensors: Iterator[_Tensor]) -> Iterator[_Tensor]:
-    """Tensors of odd sizes (quant states) last, so that every other one is aligned for who maps the file."""
+    """Tensors of odd sizes (quant states) last: the others stay 8-byte aligned for readers that map the file."""
     odd: list[_Tensor] = []
     for name, tensor in tensors:
         if tensor.nbytes % 8:

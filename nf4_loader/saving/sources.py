@@ -1,6 +1,7 @@
 """Where the tensors of a model to be saved come from: a checkpoint, or a GGUF file."""
 
 import functools
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,24 @@ from typing import Any
 import torch
 
 from ... import families
-from ..checkpoint.catalogue import COMPANIONS, SCALES, Catalogue, TransformerTensor, read_catalogue
+from ..checkpoint.catalogue import (
+    COMPANIONS,
+    SCALES,
+    Catalogue,
+    TransformerTensor,
+    is_of_transformer,
+    read_catalogue,
+)
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.header import TensorEntry
 from ..checkpoint.identify import of_another_kind, what_else_it_is
 from ..checkpoint.read_parts import TORCH_DTYPES
 from .dense import read_dense
 from .save import Source
+
+logger = logging.getLogger(__name__)
+
+_WHOLE_NUMBERS = {"BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"}
 
 
 def sources_of_file(path: Path, *, all_in_one: bool) -> list[Source]:
@@ -27,7 +39,7 @@ def sources_of_file(path: Path, *, all_in_one: bool) -> list[Source]:
     Raises:
         CheckpointError: there is no transformer in it that can be read, or the encoders and the VAE are not there.
     """
-    catalogue = None if path.suffix == ".gguf" else read_catalogue(path)
+    catalogue = None if _is_gguf(path) else read_catalogue(path)
     if all_in_one and not (catalogue and catalogue.text_encoders and catalogue.vae):
         raise CheckpointError(path, "it has no text encoders or no VAE: only the transformer of it can be saved.")
     if catalogue is None:
@@ -39,14 +51,14 @@ def sources_of_file(path: Path, *, all_in_one: bool) -> list[Source]:
 
 def has_others(path: Path) -> bool:
     """Whether `sources_of_file` gives more of it as an all-in-one file."""
-    if path.suffix == ".gguf":
+    if _is_gguf(path):
         return False
     catalogue = read_catalogue(path)
     return bool(catalogue.text_encoders and catalogue.vae)
 
 
 def sources_of_catalogue(catalogue: Catalogue) -> list[Source]:
-    """The tensors of the transformer.
+    """The tensors of the transformer. What else is in the file is left out, and the log says so.
 
     Raises:
         CheckpointError: there is none, or it has weights that are neither float numbers nor in 4 bits.
@@ -55,15 +67,42 @@ def sources_of_catalogue(catalogue: Catalogue) -> list[Source]:
         raise CheckpointError(catalogue.path, what_else_it_is(catalogue.header))
     other = of_another_kind(catalogue.header.tensors)
     _require_whole(catalogue.path, catalogue.found.family, catalogue.transformer, other)
-    sources = []
+    sources, left_out = [], list(catalogue.others)
     for name, tensor in catalogue.transformer.items():
         if name.endswith(COMPANIONS):
+            continue
+        if _is_bookkeeping(tensor):
+            left_out.append(name)
             continue
         _require_values(catalogue, tensor)
         scales = _scales_of(catalogue, tensor)
         read = functools.partial(_read, tensor, scales)
         sources.append(Source(name, tensor.shape, read, stored=None if scales else tensor))
+    _say_what_is_left_out(catalogue.path, left_out)
     return sources
+
+
+def _is_bookkeeping(tensor: TransformerTensor) -> bool:
+    """Whether it is a step counter or the like that trainers leave in a file. No model here has whole numbers."""
+    return all(
+        isinstance(part, TensorEntry) and part.dtype in _WHOLE_NUMBERS and not part.name.endswith(".weight")
+        for part in tensor.parts
+    )
+
+
+def _say_what_is_left_out(path: Path, names: Sequence[str]) -> None:
+    if names:
+        logger.warning(
+            "NF4: %s: left out of the new file, since they are not of the transformer: %d tensors (%s%s)",
+            path.name,
+            len(names),
+            ", ".join(names[:4]),
+            ", ..." if len(names) > 4 else "",
+        )
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf"
 
 
 def sources_of_entries(entries: Mapping[str, TensorEntry]) -> list[Source]:
@@ -125,8 +164,10 @@ def _sources_of_gguf(path: Path) -> list[Source]:
     found = families.detect(tensors)
     if found is None or found.layout is not found.family.native or not found.layout.is_read:
         raise CheckpointError(path, f"it holds no transformer of {families.names()} in the names of ComfyUI's model.")
-    placed = {found.place(name).name: tensor for name, tensor in tensors.items()}
+    left_out = [name for name in tensors if not is_of_transformer(name, found)]
+    placed = {found.place(name).name: tensor for name, tensor in tensors.items() if name not in left_out}
     _require_whole(path, found.family, placed)
+    _say_what_is_left_out(path, left_out)
     return [
         Source(name, tuple(reversed(tensor.shape.tolist())), functools.partial(_read_gguf, tensor))
         for name, tensor in placed.items()

@@ -1,12 +1,15 @@
 """What the command says of a file is what loading it gives."""
 
+import os
+import subprocess
 import sys
 
 import describe
+import environment
 import pytest
 from make_checkpoint import Recipe, make_checkpoint
 from packed_tensors import packed_tensors
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sparse_checkpoint import make_sparse_checkpoint
 from sparse_file import write_sparse
 from torch import ones
@@ -70,9 +73,43 @@ def test_a_budget_that_is_too_small_says_what_is_needed(tiny_file, monkeypatch, 
         match=r"^a VRAM budget of 0\.00 GiB is too small: with every block streamed this model takes 0\.\d\d",
     ):
         lines(tiny_file, monkeypatch, capsys, "--budget", "0.0001")
-    with pytest.raises(SystemExit):
-        lines(tiny_file, monkeypatch, capsys, "--budget", "0")
-    assert "a number of GiB above 0" in capsys.readouterr().err
+    for budget in ("0", "-1", "inf", "nan", "1e400"):
+        with pytest.raises(SystemExit):
+            lines(tiny_file, monkeypatch, capsys, "--budget", budget)
+        assert "a number of GiB above 0" in capsys.readouterr().err
+
+
+ENCODINGS = (
+    {"PYTHONIOENCODING": "cp1252"},
+    {"PYTHONIOENCODING": "cp850"},
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    {"PYTHONIOENCODING": "utf-8"},
+)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS, ids=["cp1252", "cp850", "LC_ALL=C", "UTF-8"])
+def test_a_terminal_that_lacks_characters_gets_all_lines(encoding, tmp_path):
+    path = tmp_path / "灯塔.safetensors"
+    make_checkpoint(path, Recipe(hidden=256, unet_only=True))
+    save_file(load_file(path), path, metadata={"modelspec.title": "灯塔"})
+    command = [sys.executable, environment.ROOT / "commands/describe.py", path, "--budget", "1"]
+    ran = subprocess.run(command, capture_output=True, env=os.environ | encoding, check=True, timeout=100)
+    printed = ran.stdout.decode(encoding.get("PYTHONIOENCODING", "ascii"))
+    assert len(printed.splitlines()) > 12
+    assert "1 of 1 stay" in printed
+    assert "a step, for 0 streamed blocks" in printed
+
+
+def test_metadata_is_cut_and_escaped(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "flux.safetensors"
+    make_checkpoint(path, Recipe(hidden=256, unet_only=True))
+    title = "\x1b[2Jred\nvision: all fine"
+    save_file(load_file(path), path, metadata={"title": title, "workflow": "a" * 160_000, "k" * 99: "v"})
+    printed = lines(path, monkeypatch, capsys)
+    assert all(line.isprintable() and len(line) < 200 for line in printed)
+    assert r"title         \x1b[2Jred\nvision: all fine" in printed
+    assert f"workflow      {'a' * 120}... (160,000 characters)" in printed
+    assert f"{'k' * 60}... (99 characters) v" in printed
 
 
 def test_another_file_is_named(tmp_path, monkeypatch, capsys):

@@ -25,7 +25,7 @@ from flux_nf4.offload.comfyui.adopt import stream_model
 from flux_nf4.offload.comfyui.patcher import StreamedModelPatcher
 from flux_nf4.offload.plan import Residency
 from flux_nf4.offload.streamer import Streamer
-from flux_nf4.page import routes
+from flux_nf4.page.answers import answer_for
 from flux_nf4.page.file_plan import Measured, block_sizes
 
 WIDTH, LAYERS, REFINERS = 64, 5, 3
@@ -185,12 +185,11 @@ def test_the_plan_from_the_header_is_that_of_the_loaded_model(file):
 
 
 def test_the_bar_gets_its_kinds(file):
-    question = routes.answer_for(file, False, Residency((), 300_000), Measured(0.001, 1.0))
+    question = answer_for(file, False, Residency((), 300_000), Measured(0.001, 1.0))
     with ThreadPoolExecutor(1) as thread:  # Playwright, which other tests use, leaves a loop running in this one
         answer = json.loads(thread.submit(asyncio.run, question).result())
     assert [block["kind"] for block in answer["blocks"]] == ["layer"] * LAYERS + ["refining"] * REFINERS
     assert answer["device_bytes"] <= 300_000
-    assert routes._KINDS, "kinds that have a widget"
 
 
 def test_describe_names_it_and_its_blocks(file, monkeypatch, capsys):

@@ -1,7 +1,5 @@
 """The node class, in process."""
 
-import importlib
-import logging
 import os
 import sys
 import types
@@ -22,21 +20,6 @@ from flux_nf4.nf4_loader.linear import kernels
 from flux_nf4.nf4_loader.linear.kernels import dequantise_by_table
 
 OLD_NODE = "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload"
-
-
-def test_a_name_that_another_package_has_is_said_in_the_log(monkeypatch, caplog):
-    other = types.ModuleType("nodes")
-    other.NODE_CLASS_MAPPINGS = {OLD_NODE: type("Node", (), {"RELATIVE_PYTHON_MODULE": "custom_nodes.FluxExt"})}
-    monkeypatch.setitem(sys.modules, "nodes", other)
-    with caplog.at_level(logging.WARNING):
-        importlib.reload(nodes)
-    assert f"another package (custom_nodes.FluxExt) has registered the node {OLD_NODE}" in caplog.text
-    other.NODE_CLASS_MAPPINGS = {}
-    caplog.clear()
-    importlib.reload(nodes)
-    assert caplog.text == ""
-    monkeypatch.undo()
-    importlib.reload(nodes)
 
 
 def test_a_missing_file_is_an_error_that_names_the_folder():

@@ -4,6 +4,8 @@ import asyncio
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -11,9 +13,13 @@ from paces import slowness
 from safetensors.torch import save_file
 from sparse_checkpoint import make_sparse_checkpoint
 
+from flux_nf4.offload.comfyui.streaming import StreamingReport
 from flux_nf4.offload.plan import Residency
-from flux_nf4.page import routes
+from flux_nf4.offload.telemetry import ForwardCost
+from flux_nf4.page import answers as answers_module
+from flux_nf4.page.answers import answer_for
 from flux_nf4.page.file_plan import Measured
+from flux_nf4.page.reports import Reports
 
 MEASURED = Measured(link_gbps=12.0, compute_ms=3.0)
 
@@ -29,7 +35,7 @@ def answers(path, budgets):
     """To these budgets, one after the other, and the CPU seconds that they took."""
 
     async def ask():
-        return [json.loads(await routes.answer_for(path, True, Residency((), budget), MEASURED)) for budget in budgets]
+        return [json.loads(await answer_for(path, True, Residency((), budget), MEASURED)) for budget in budgets]
 
     def timed():
         began = time.thread_time()
@@ -41,7 +47,7 @@ def answers(path, budgets):
 
 def test_a_question_that_was_answered_is_not_worked_out_again(full_size, monkeypatch):
     first, _ = answers(full_size, [2 << 30])
-    monkeypatch.setattr(routes, "make_plan", None)
+    monkeypatch.setattr(answers_module, "make_plan", None)
     assert answers(full_size, [2 << 30])[0] == first
     with pytest.raises(TypeError):
         answers(full_size, [3 << 30])
@@ -63,3 +69,61 @@ def test_another_budget_of_a_known_file_is_worked_out_while_it_is_dragged(full_s
     given, seconds = answers(full_size, [(1 << 30) + (step << 25) for step in range(100)])
     assert seconds / 100 < 0.004 * slowness()
     assert len({answer["device_bytes"] for answer in given}) > 20
+
+
+def test_who_asks_while_a_file_is_read_waits_for_that(full_size, monkeypatch):
+    reads = []
+    read = answers_module._read_file
+    monkeypatch.setattr(answers_module, "_read_file", lambda *given: reads.append(given) or read(*given))
+
+    async def ask():
+        return await asyncio.gather(*(answer_for(full_size, True, Residency((), None), None) for _ in range(8)))
+
+    with ThreadPoolExecutor(1) as thread:
+        given = thread.submit(asyncio.run, ask()).result()
+    assert len(set(given)) == 1
+    assert len(reads) == 1
+
+
+def test_a_problem_names_no_folder(tmp_path):
+    (gone,), _ = answers(tmp_path / "gone.safetensors", [None])
+    assert gone["problem"].startswith("gone.safetensors: it cannot be read (No such file or directory)")
+
+
+def report(node, total_ms=64.0, stall_ms=10.0, gbps=50.0):
+    cost = ForwardCost(copied_bytes=0, pinned_bytes=0, refetched=0, total_ms=total_ms, stall_ms=stall_ms)
+    return StreamingReport(node, ("double", "single"), (), (), (), 1, 2, 2, gbps, cost)
+
+
+def test_what_was_measured_is_of_its_device_file_and_node():
+    reports, file = Reports(), Path("flux.safetensors")
+    reports.add(report("1", 64.0), "cuda:0", file)
+    reports.add(report("2", 170.0), "cuda:0", file)
+    reports.add(report("3", 900.0, gbps=6.0), "cuda:1", file)
+    reports.add(report("4", 1.0), "cuda:0", None)
+    assert reports.measured("cuda:0", file, "1").compute_ms == 27.0
+    assert reports.measured("cuda:0", file, "2").compute_ms == 80.0
+    assert reports.measured("cuda:0", file, "9").compute_ms == 80.0, "the last of that file"
+    assert reports.measured("cuda:1", file, "1").link_gbps == 6.0
+    assert reports.measured("cuda:0", Path("other.safetensors"), "1") is None
+
+
+def test_reports_are_read_while_the_sampler_adds_to_them():
+    reports, stop = Reports(), Event()
+
+    def add():
+        number = 0
+        while not stop.is_set():
+            reports.add(report(str(number)), "cpu", None)
+            number += 1
+
+    with ThreadPoolExecutor(1) as sampler:
+        adding = sampler.submit(add)
+        try:
+            for _ in range(200):
+                reports.as_json()
+                if len(reports._by_node) > 3000:
+                    reports._by_node.clear()
+        finally:
+            stop.set()
+        adding.result()

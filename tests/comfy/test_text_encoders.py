@@ -254,6 +254,30 @@ def test_it_encodes_a_prompt_and_knows_its_size(t5, clip_l, monkeypatch):
     assert clip.patcher.model_size() > packed
 
 
+def test_a_clip_l_under_openais_names_is_the_same_model(t5, clip_l, tmp_path):
+    theirs, ours = load_file(clip_l), {"text_projection": torch.eye(CLIP_L["hidden_size"]).half()}
+    names = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    names["attn.out_proj"] = "self_attn.out_proj"
+    embeddings = "text_model.embeddings"
+    ours["positional_embedding"] = theirs[f"{embeddings}.position_embedding.weight"]
+    ours["token_embedding.weight"] = theirs[f"{embeddings}.token_embedding.weight"]
+    for end in ("weight", "bias"):
+        ours[f"ln_final.{end}"] = theirs[f"text_model.final_layer_norm.{end}"]
+        for i in range(CLIP_L["num_hidden_layers"]):
+            block, layer = f"transformer.resblocks.{i}", f"text_model.encoder.layers.{i}"
+            ours |= {f"{block}.{name}.{end}": theirs[f"{layer}.{other}.{end}"] for name, other in names.items()}
+            parts = [theirs[f"{layer}.self_attn.{part}_proj.{end}"] for part in "qkv"]
+            ours[f"{block}.attn.in_proj_{end}"] = torch.cat(parts)
+    save_file(ours, tmp_path / "ViT-L-14-text.safetensors")
+    _, path = t5()
+    loaded = [load_dual_clip([file, path], []) for file in (clip_l, tmp_path / "ViT-L-14-text.safetensors")]
+    tokens = {"l": [[(1, 1.0)] * 77], "t5xxl": [[(3, 1.0), (14, 1.0), (1, 1.0)]]}
+    (cond, pooled), (got_cond, got_pooled) = (clip.encode_from_tokens(tokens, return_pooled=True) for clip in loaded)
+    assert torch.equal(got_cond, cond)
+    assert torch.equal(got_pooled, pooled)
+    assert not hasattr(loaded[1].cond_stage_model, "nf4_entries"), "a saved file would get names that nobody reads"
+
+
 def test_text_encoders_and_vae_leave_a_device_without_copies(t5, clip_l, tmp_path, monkeypatch):
     _, path = t5()
     loaded = load_all_in_one(
@@ -447,5 +471,5 @@ def test_two_files_of_one_kind_are_refused(t5, clip_l):
 
 def test_a_file_that_is_no_text_encoder_is_refused(clip_l, tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match=r"^other\.safetensors: it is no CLIP-L .* and no T5"):
+    with pytest.raises(CheckpointError, match=r"^other\.safetensors: it is neither CLIP-L .* nor T5"):
         load_dual_clip([clip_l, tmp_path / "other.safetensors"], [])

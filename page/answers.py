@@ -1,0 +1,130 @@
+"""The answer to the page's question: the plan for a file, as JSON. A file's header is read once for all questions."""
+
+import asyncio
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..memory import GIB
+from ..nf4_loader.checkpoint.catalogue import read_catalogue
+from ..nf4_loader.checkpoint.errors import CheckpointError, reason
+from ..nf4_loader.checkpoint.require import require_all_in_one, require_transformer
+from ..nf4_loader.models.transformers import model_dtype
+from ..offload.plan import BlockSize, BudgetTooSmallError, Residency, least_device_bytes
+from .file_plan import Advice, Measured, advise, block_sizes, make_plan, other_bytes, predict_ms
+
+
+@dataclass(frozen=True)
+class BarBlock:
+    """A block of the bar. ``is_resident`` is None where that is decided when the model is loaded."""
+
+    kind: str
+    nbytes: int
+    is_resident: bool | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The plan for a file: bytes, and ms of one forward where this machine's speed has been measured."""
+
+    blocks: tuple[BarBlock, ...]
+    device_bytes: int | None
+    least_device_bytes: int
+    most_device_bytes: int
+    host_bytes: int
+    bytes_per_forward: int | None
+    compute_ms: float | None
+    stall_ms: float | None
+    advice: Advice
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why the node cannot load the file, and what to do, in words for the user."""
+
+    problem: str
+
+
+async def answer_for(path: Path, is_all_in_one: bool, wanted: Residency, measured: Measured | None) -> str:
+    """JSON of the `Answer` for the file at ``path``, which has to hold CLIP, T5 and VAE too if ``is_all_in_one``; of a
+    `Problem` where the node cannot load it."""
+    file = await _file_at(path, is_all_in_one)
+    # Not in a thread: that costs more than the answer, and a prompt that runs has to share Python's lock with it.
+    return json.dumps(file, default=vars) if isinstance(file, Problem) else _answer(file, wanted, measured)
+
+
+@dataclass(frozen=True, eq=False)
+class _File:
+    """What of a file a plan depends on."""
+
+    blocks: tuple[BlockSize, ...]
+    other_bytes: int
+
+
+_Key = tuple[Path, bool]
+
+_files: dict[_Key, tuple[tuple[int, int], _File]] = {}
+"""Each file that was asked about and can be loaded, as it was when it had this time of change in ns and this size."""
+
+_under_way: dict[_Key, "asyncio.Future[_File | Problem]"] = {}
+"""Files that are being looked at: who asks meanwhile waits for the same look."""
+
+
+async def _file_at(path: Path, is_all_in_one: bool) -> _File | Problem:
+    key = (path, is_all_in_one)
+    if key not in _under_way:  # in a thread, for the file may be on a disk that sleeps or a server that is gone
+        _under_way[key] = asyncio.ensure_future(asyncio.to_thread(_look_at, key))
+        _under_way[key].add_done_callback(lambda _: _under_way.pop(key))
+    return await asyncio.shield(_under_way[key])
+
+
+def _look_at(key: _Key) -> _File | Problem:
+    path = key[0]
+    try:
+        status = path.stat()
+    except OSError as error:
+        return Problem(f"{path.name}: it cannot be read ({reason(error)}). Refresh the page (key R) and pick another.")
+    version = status.st_mtime_ns, status.st_size
+    known = _files.get(key)
+    if known is not None and known[0] == version:
+        return known[1]
+    found = _read_file(*key)
+    if isinstance(found, _File):  # a problem may lie in another file than this one, such as a shard that is missing
+        _files[key] = (version, found)
+    return found
+
+
+def _read_file(path: Path, is_all_in_one: bool) -> _File | Problem:
+    try:
+        catalogue = read_catalogue(path)
+        (require_all_in_one if is_all_in_one else require_transformer)(catalogue)
+        dtype = model_dtype(catalogue)
+    except CheckpointError as error:
+        return Problem(str(error))
+    return _File(block_sizes(catalogue, dtype), other_bytes(catalogue, dtype))
+
+
+@functools.lru_cache(maxsize=1024)
+def _answer(file: _File, wanted: Residency, measured: Measured | None) -> str:
+    blocks, other = file.blocks, file.other_bytes
+    least = other + least_device_bytes(blocks)
+    try:
+        plan = make_plan(blocks, other, wanted)
+        advice = Advice("automatic") if plan is None else advise(plan, blocks, measured)
+    except BudgetTooSmallError:
+        plan, advice = None, Advice("budget_too_small", {"gib": least / GIB})
+    resident = None if plan is None else set(plan.resident)
+    compute_ms, stall_ms = predict_ms(plan, blocks, measured) if plan and measured else (None, None)
+    answer = Answer(
+        tuple(BarBlock(b.kind, b.nbytes, None if resident is None else i in resident) for i, b in enumerate(blocks)),
+        device_bytes=None if plan is None else other + plan.device_bytes,
+        least_device_bytes=least,
+        most_device_bytes=other + sum(block.nbytes for block in blocks),
+        host_bytes=sum(block.nbytes for block in blocks),
+        bytes_per_forward=None if plan is None else plan.bytes_per_forward,
+        compute_ms=compute_ms,
+        stall_ms=stall_ms,
+        advice=advice,
+    )
+    return json.dumps(answer, default=vars)

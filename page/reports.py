@@ -1,0 +1,44 @@
+"""What running models have told: the last report of each node, and the speeds that they have shown."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..offload.comfyui.streaming import StreamingReport
+from .file_plan import Measured
+
+_Run = tuple[str, Path, str | None]
+"""A device, a file, and the node that ran it; None is the last of all nodes."""
+
+
+@dataclass
+class Reports:
+    """What has been reported since the server started. The sampling thread adds, the server's thread reads."""
+
+    _by_node: dict[str, StreamingReport] = field(default_factory=dict)
+    _measured: dict[_Run, Measured] = field(default_factory=dict)
+
+    def add(self, report: StreamingReport, device: str, file: Path | None) -> None:
+        """Keep a report of a model from ``file`` (None: no file of this package) that runs on ``device``."""
+        if report.node_id is not None:
+            self._by_node[report.node_id] = report
+        cost = report.cost
+        if file is None or cost is None or not cost.total_ms or cost.stall_ms is None or not report.link_gbps:
+            return
+        compute_ms = (cost.total_ms - cost.stall_ms) / len(report.kinds)
+        measured = Measured(report.link_gbps, compute_ms, report.pinned_bytes >= report.host_bytes)
+        for node in (report.node_id, None):
+            self._measured[device, file, node] = measured
+
+    def measured(self, device: str, file: Path, node: str | None) -> Measured | None:
+        """What runs of ``file`` on ``device`` have shown: those of ``node`` first, whose pictures have its size."""
+        return self._measured.get((device, file, node)) or self._measured.get((device, file, None))
+
+    def as_json(self) -> dict[str, dict[str, Any]]:
+        """The last report of each node, by its id."""
+        return {name: report_as_json(report) for name, report in self._by_node.copy().items()}
+
+
+def report_as_json(report: StreamingReport) -> dict[str, Any]:
+    return dataclasses.asdict(report) | {"is_lowered": report.is_lowered}
