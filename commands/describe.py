@@ -7,6 +7,7 @@ Nothing but headers is read. Run it with the Python that runs ComfyUI (it needs 
 """
 
 import argparse
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
