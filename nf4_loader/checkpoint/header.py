@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from .broken_download import BEGINNING, CUT_SHORT, is_unfinished, what_came_instead, what_to_do
 from .errors import CheckpointError, reason
 
 MAX_HEADER_BYTES = 100_000_000
@@ -54,8 +55,6 @@ BITS = {
 }
 """Bits of one element, by safetensors dtype name."""
 
-_DAMAGED = "The file is damaged or cut short: download it again."
-
 
 @dataclass(frozen=True)
 class TensorEntry:
@@ -89,10 +88,10 @@ def read_header(path: Path) -> Header:
     try:
         raw, size = _read_raw(path)
     except FileNotFoundError:
-        problem = "there is no such file. In the page, refresh (key R) and pick another."
+        problem = "there is no such file. Check the name; in ComfyUI's page press R and pick it again."
         raise CheckpointError(path, problem) from None
     except OSError as error:
-        raise CheckpointError(path, f"it cannot be read ({reason(error)}). This node needs a readable file.") from error
+        raise CheckpointError(path, f"it cannot be read ({reason(error)}).") from error
     return Header(path, *_parse(path, raw, data_start=8 + len(raw), file_size=size))
 
 
@@ -100,31 +99,34 @@ def _read_raw(path: Path) -> tuple[bytes, int]:
     """The bytes of the header's JSON, and the size of the file."""
     if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for who writes into it
         raise CheckpointError(path, "it cannot be read: it is no ordinary file. Pick a .safetensors file.")
+    if unfinished := is_unfinished(path):
+        raise CheckpointError(path, unfinished)
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
-        if len(prefix) < 8:
-            raise CheckpointError(path, f"it has {len(prefix)} bytes, too few for a safetensors file. {_DAMAGED}")
         length = int.from_bytes(prefix, "little")
-        if length > MAX_HEADER_BYTES:
-            raise CheckpointError(path, _what_else_it_is(prefix, length))
-        if 8 + length > size:
+        if not size or length > MAX_HEADER_BYTES or (length == 0 and size > 8):
+            raise CheckpointError(path, _what_else_it_is(prefix + file.read(BEGINNING), size, length))
+        if len(prefix) < 8:
             raise CheckpointError(
-                path, f"the header should be {length:,} bytes long, the whole file has {size:,}. {_DAMAGED}"
+                path, f"it has {len(prefix)} bytes, too few for a safetensors file. {what_to_do(path)}"
             )
+        if 8 + length > size:
+            problem = f"the header should be {length:,} bytes long, the whole file has {size:,}. {what_to_do(path)}"
+            raise CheckpointError(path, problem)
         return file.read(length), size
 
 
-def _what_else_it_is(prefix: bytes, length: int) -> str:
-    """Of a file whose ``prefix`` gives no possible length: a short one may well begin like a pickle (0x80)."""
-    if prefix.startswith(b"GGUF"):
+def _what_else_it_is(beginning: bytes, size: int, length: int) -> str:
+    """Of a file whose first eight bytes give no possible ``length``; a possible one may begin as a pickle (0x80)."""
+    if beginning.startswith(b"GGUF"):
         return (
             "this is a GGUF file. Load it with 'Unet Loader (GGUF)' of the ComfyUI-GGUF package, or text encoders with "
             "its 'DualCLIPLoader (GGUF)'."
         )
-    if prefix.startswith((b"PK\x03\x04", b"\x80")):
-        return "this is a PyTorch pickle (.ckpt or .pt). This node reads .safetensors files: convert or download one."
-    return (
+    if beginning.startswith((b"PK\x03\x04", b"\x80")):
+        return "this is a PyTorch pickle (.ckpt or .pt). Convert it to .safetensors, or download a file of that kind."
+    return what_came_instead(beginning, size) or (
         f"its first bytes give a header of {length:,} bytes, more than the {MAX_HEADER_BYTES:,} that safetensors "
         "allows. This is no safetensors file, or it is damaged: download it again."
     )
@@ -138,9 +140,9 @@ def _parse(
     try:
         document = json.loads(raw.decode("utf-8"), object_pairs_hook=object_without_duplicates)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(path, f"its header is not readable as JSON ({error}). {_DAMAGED}") from None
+        raise CheckpointError(path, f"its header is not readable as JSON ({error}). {CUT_SHORT}") from None
     if not isinstance(document, dict):
-        raise CheckpointError(path, f"its header is a JSON {type(document).__name__}, not an object. {_DAMAGED}")
+        raise CheckpointError(path, f"its header is a JSON {type(document).__name__}, not an object. {CUT_SHORT}")
     metadata = document.pop("__metadata__", {})
     if not isinstance(metadata, dict):
         metadata = {}
@@ -161,12 +163,12 @@ def object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entry(path: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
     if len(name) > _MAX_NAME or not name.isprintable():
-        raise CheckpointError(path, f"{name[:80]!r}: this is no name of a tensor. {_DAMAGED}")
+        raise CheckpointError(path, f"{name[:80]!r}: this is no name of a tensor. {CUT_SHORT}")
     dtype = fields.get("dtype") if isinstance(fields, dict) else None
     shape = fields.get("shape") if isinstance(fields, dict) else None
     offsets = fields.get("data_offsets") if isinstance(fields, dict) else None
     if not (_is_sizes(shape) and _is_sizes(offsets) and len(offsets) == 2 and isinstance(dtype, str)):
-        raise CheckpointError(path, f"{name}: its header entry is malformed ({str(fields)[:120]}). {_DAMAGED}")
+        raise CheckpointError(path, f"{name}: its header entry is malformed ({str(fields)[:120]}). {CUT_SHORT}")
     if dtype not in BITS:
         raise CheckpointError(
             path, f"{name}: unknown dtype {dtype!r}; known are {', '.join(BITS)}. Update this package, or the file."
@@ -177,7 +179,7 @@ def _entry(path: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
         raise CheckpointError(
             path,
             f"{name}: {dtype} of shape {tuple(shape)} needs {expected:,} bytes; "
-            f"the header gives it {end - begin:,} ([{begin}, {end})). {_DAMAGED}",
+            f"the header gives it {end - begin:,} ([{begin}, {end})). {CUT_SHORT}",
         )
     return TensorEntry(path, name, dtype, tuple(shape), data_start + begin, end - begin)
 
@@ -194,15 +196,16 @@ def _check_cover(path: Path, tensors: list[TensorEntry], data_start: int, file_s
     position = data_start
     for entry in tensors:
         if entry.offset < position:
-            raise CheckpointError(path, f"{entry.name}: its bytes overlap those of the tensor before it. {_DAMAGED}")
+            raise CheckpointError(path, f"{entry.name}: its bytes overlap those of the tensor before it. {CUT_SHORT}")
         if entry.offset > position:
             raise CheckpointError(
-                path, f"{entry.name}: {entry.offset - position:,} bytes before it belong to no tensor. {_DAMAGED}"
+                path, f"{entry.name}: {entry.offset - position:,} bytes before it belong to no tensor. {CUT_SHORT}"
             )
         position += entry.nbytes
     if position != file_size:
+        share = f" ({100 * file_size / position:.0f} % of it)" if file_size < position else ""
         raise CheckpointError(
-            path, f"its tensors end at byte {position:,}; the file has {file_size:,} bytes. {_DAMAGED}"
+            path, f"its tensors end at byte {position:,}; the file has {file_size:,} bytes{share}. {what_to_do(path)}"
         )
 
 

@@ -165,6 +165,8 @@ def parse_quant_state(raw: bytes) -> QuantState:
     Raises:
         ValueError: it is not JSON, or a field is missing or has a value that cannot be used.
     """
+    if raw and not any(raw):
+        raise ValueError("its quant state is all zeros: a part of the file was never downloaded, such as by a torrent")
     try:
         fields = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:

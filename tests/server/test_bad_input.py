@@ -75,7 +75,16 @@ QKV = "model.diffusion_model.double_blocks.0.img_attn.qkv.weight"
 
 
 def not_safetensors(bad, path):
-    path.write_bytes(b"<!DOCTYPE html><html>you are not logged in</html>")
+    path.write_bytes(bytes(range(200, 250)))
+
+
+def web_page(bad, path):
+    path.write_bytes(b"<!DOCTYPE html><html><title>Log in</title>you are not logged in</html>")
+
+
+def with_holes(bad, path):
+    bad.bytes = {name: content for name, content in bad.bytes.items() if not name.startswith(QKV)}
+    bad.write(path)
 
 
 def truncated_header(bad, path):
@@ -212,6 +221,8 @@ def without_vae(bad, path):
 
 CASES = {
     not_safetensors: ["no safetensors file, or it is damaged"],
+    web_page: ["this is a web page ('Log in')", "accept the licence"],
+    with_holes: ["img_attn.qkv.weight", "never downloaded"],
     truncated_header: ["header", "download it again"],
     absurdly_long_header: ["4,611,686,018,427,387,904 bytes", "download it again"],
     header_not_json: ["not readable as JSON"],

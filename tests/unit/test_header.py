@@ -135,8 +135,7 @@ OTHER_FILES = {
     "torch.save": (b"PK\x03\x04\0\0\x08\x08" + bytes(64), "PyTorch pickle"),
     "torch.save of old": (b"\x80\x02\x8a\nl\xfc\x9cF" + bytes(64), "PyTorch pickle"),
     "pickle": (b"\x80\x04\x95\x1e\0\0\0\x01" + bytes(64), "PyTorch pickle"),
-    "web page": (b"<!DOCTYPE html><html>", "This is no safetensors file"),
-    "Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\n", "This is no safetensors file"),
+    "noise": (bytes(range(200, 250)), "This is no safetensors file"),
 }
 
 

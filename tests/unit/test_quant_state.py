@@ -67,7 +67,6 @@ def test_the_code_tables_are_those_of_bitsandbytes(quant_type):
 NOT_JSON = {
     "nothing": b"",
     "half": b'{"quant_type": "nf4", ',
-    "zeros": bytes(80),
     "not UTF-8": b'{"quant_type": "\xff"}',
     "deep": b"[" * 100_000,
     "a number of 5000 digits": b'{"blocksize": ' + b"9" * 5000 + b"}",
