@@ -52,8 +52,10 @@ class FluxNF4CheckpointLoader(Loader):
     OUTPUT_TOOLTIPS: ClassVar = ALL_IN_ONE_TOOLTIPS
     FUNCTION = "load_checkpoint"
     CATEGORY = CATEGORY
+    DEPRECATED = True
     SEARCH_ALIASES: ClassVar = ["nf4", "fp4", "bitsandbytes", "bnb", "low vram", "block swap", "offload"]
     DESCRIPTION = (
+        "For graphs that have it already. In new ones use Load Flux NF4 (streamed), where there is nothing to set. "
         "Loads a Flux checkpoint in NF4 or FP4 and runs it on a GPU that cannot hold it. Some blocks stay in VRAM; the "
         "others are streamed from RAM while the block before them computes. 0 and 0 needs the least VRAM. More helps "
         "only where the bus is slower than the GPU (small pictures, slow slots)."
@@ -187,24 +189,25 @@ class FluxNF4DualCLIPLoader:
 
 
 NODE_CLASS_MAPPINGS: dict[str, type] = {
-    "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload": FluxNF4CheckpointLoader,
     "FluxNF4CheckpointLoaderStreamed": FluxNF4CheckpointLoaderStreamed,
     "FluxNF4UNETLoaderStreamed": FluxNF4UNETLoaderStreamed,
+    "FluxNF4DualCLIPLoader": FluxNF4DualCLIPLoader,
     "StreamModelBlocks": StreamModelBlocks,
+    "FluxNF4QuantiseSave": FluxNF4QuantiseSave,
+    "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload": FluxNF4CheckpointLoader,
     "MZ_Flux1PartialLoad_Patch": OldPartialLoad,
     "MZ_Flux1CheckpointLoader_cpuDynOffload": OldCheckpointLoader,
     "MZ_Flux1UnetLoader_cpuDynOffload": OldUNETLoader,
-    "FluxNF4QuantiseSave": FluxNF4QuantiseSave,
-    "FluxNF4DualCLIPLoader": FluxNF4DualCLIPLoader,
 }
 NODE_DISPLAY_NAME_MAPPINGS = {
-    "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload": "Load Flux NF4 Checkpoint (streamed)",
     "FluxNF4CheckpointLoaderStreamed": "Load Flux NF4 (streamed)",
     "FluxNF4UNETLoaderStreamed": "Load Flux NF4 UNet (streamed)",
-    "StreamModelBlocks": "Stream Model Blocks",
-    "MZ_Flux1PartialLoad_Patch": "Stream Flux Blocks (old)",
-    "MZ_Flux1CheckpointLoader_cpuDynOffload": "Load Flux Checkpoint (streamed, old)",
-    "MZ_Flux1UnetLoader_cpuDynOffload": "Load Flux UNet (streamed, old)",
-    "FluxNF4QuantiseSave": "Quantise Flux to NF4 and Save",
     "FluxNF4DualCLIPLoader": "Load Flux NF4 Dual CLIP",
+    "StreamModelBlocks": "Stream Model Blocks",
+    "FluxNF4QuantiseSave": "Quantise Flux to NF4 and Save",
+    "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload": "Load Flux NF4 Checkpoint (old)",
+    "MZ_Flux1PartialLoad_Patch": "Stream Flux Blocks (old)",
+    "MZ_Flux1CheckpointLoader_cpuDynOffload": "Load Flux Checkpoint (old)",
+    "MZ_Flux1UnetLoader_cpuDynOffload": "Load Flux UNet (old)",
 }
+"""What is only for graphs that have it already comes last."""

@@ -30,6 +30,7 @@ class _OldNode:
     """A node of the package FluxExt-MZ that streams dense models."""
 
     CATEGORY = CATEGORY
+    DEPRECATED = True
     PLAN: ClassVar = PlannedNode(**BY_OLD_COUNTS)
     SEARCH_ALIASES: ClassVar = ["fluxext", "mz", "partial load", "low vram"]
     DESCRIPTION = "For graphs made with the package FluxExt-MZ. In new graphs use Stream Model Blocks."

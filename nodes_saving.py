@@ -39,7 +39,7 @@ class FluxNF4QuantiseSave:
                 ),
                 "folder": (
                     ["output", "diffusion_models", "checkpoints"],
-                    {"tooltip": "ComfyUI's output folder, or the first folder of that kind of model."},
+                    {"tooltip": "ComfyUI's output folder, or its models folder of this name."},
                 ),
                 "quant_type": (["nf4", "fp4"], {"tooltip": "NF4 is more exact for a model's weights."}),
                 "absmax": (
@@ -84,9 +84,7 @@ class FluxNF4QuantiseSave:
         clip: Any = None,
         vae: Any = None,
     ) -> dict[str, Any]:
-        root = folder_paths.get_output_directory() if folder == "output" else folder_paths.get_folder_paths(folder)[0]
-        place, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, root)
-        path = Path(place, f"{name}_{counter:05}_.safetensors")
+        path = _new_path(filename_prefix, folder)
         if family_of_model(model.model.model_config.unet_config.get("image_model")) is not FLUX1:
             raise CheckpointError(
                 path, f"the model is a {type(model.model).__name__}, and this node saves only {FLUX1.name}."
@@ -109,6 +107,26 @@ class FluxNF4QuantiseSave:
         )
         logger.info("NF4: saved %s (%.2f GiB)", path, path.stat().st_size / GIB)
         return {"ui": {"text": [str(path)]}}
+
+
+def _new_path(prefix: str, folder: str) -> Path:
+    """A file that is not there yet: ``prefix`` and a number, in the output folder or in the ``folder`` of models.
+
+    Raises:
+        CheckpointError: nothing can be written there.
+    """
+    if folder == "output":
+        root = folder_paths.get_output_directory()
+    else:
+        roots = folder_paths.get_folder_paths(folder)  # the first may have an older name, as "unet" is
+        root = next((path for path in roots if Path(path).name == folder), roots[0])
+        prefix = prefix.removeprefix(f"{folder}/")  # the default has it, for the output folder
+    try:
+        place, name, counter, _, _ = folder_paths.get_save_image_path(prefix, root)
+    except PermissionError as error:
+        problem = f"ComfyUI may not write there ({error.strerror}). Pick another folder, or give it the permission."
+        raise CheckpointError(Path(root), problem) from error
+    return Path(place, f"{name}_{counter:05}_.safetensors")
 
 
 def _origin(model: Any) -> dict[str, str]:

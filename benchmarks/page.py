@@ -123,7 +123,7 @@ def run(server: Any, checkpoint: str, pixels: int, seed: int, questions: Questio
     """Seconds between the steps of one prompt, each odd one disturbed."""
     workflow = json.loads(WORKFLOW.read_text("utf-8"))
     inputs = {node["class_type"]: node["inputs"] for node in workflow.values()}
-    inputs["MZ_Flux1CheckpointLoaderNF4_cpuDynOffload"]["ckpt_name"] = checkpoint
+    inputs["FluxNF4CheckpointLoaderStreamed"]["ckpt_name"] = checkpoint
     inputs["EmptySD3LatentImage"] |= {"width": pixels, "height": pixels}
     inputs["KSampler"] |= {"seed": seed, "steps": STEPS + 2}
     encoder = inputs["CLIPTextEncode"]  # without padding: eight tokens in place of 256

@@ -34,8 +34,8 @@ def main() -> None:
     parser.add_argument("--prompt", help="what to paint")
     parser.add_argument("--size", type=int, help="width and height in pixels (256; with --checkpoint 1024)")
     parser.add_argument("--steps", type=int, help="sampling steps (4; with --checkpoint 20)")
-    parser.add_argument("--double", type=int, default=7, help="double blocks that stay in VRAM (0 to 16)")
-    parser.add_argument("--single", type=int, default=7, help="single blocks that stay in VRAM (0 to 37)")
+    parser.add_argument("--double", type=int, default=-1, help="double blocks that stay in VRAM (-1: automatic)")
+    parser.add_argument("--single", type=int, default=-1, help="single blocks that stay in VRAM (-1: automatic)")
     parser.add_argument("--output", type=Path, default=_OUTPUT, help="folder for the PNG")
     given = parser.parse_args()
     if given.checkpoint and not given.checkpoint.is_file():
@@ -58,11 +58,11 @@ def _small_checkpoint() -> Path:
 def _workflow(name: str, given: argparse.Namespace, size: int, steps: int) -> dict[str, Any]:
     workflow: dict[str, Any] = json.loads(_WORKFLOW.read_text("utf-8"))
     inputs = {node["class_type"]: node["inputs"] for node in workflow.values()}
-    loader = inputs["MZ_Flux1CheckpointLoaderNF4_cpuDynOffload"]
+    loader = inputs["FluxNF4CheckpointLoaderStreamed"]
     loader |= {
         "ckpt_name": name,
-        "double_blocks_cuda_size": given.double,
-        "single_blocks_cuda_size": given.single,
+        "double_blocks": given.double,
+        "single_blocks": given.single,
     }
     inputs["EmptySD3LatentImage"] |= {"width": given.size or size, "height": given.size or size}
     inputs["KSampler"] |= {"steps": given.steps or steps}

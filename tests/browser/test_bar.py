@@ -8,7 +8,7 @@ import pytest
 OLD_NODE = "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload"
 FULL_SIZE = "flux1-dev-bnb-nf4-v2.safetensors"
 UNET_ONLY = "flux1-dev-nf4-unet.safetensors"
-WORKFLOW = json.loads((environment.ROOT / "example_workflows/flux_nf4_text_to_image.json").read_text("utf-8"))
+OLD_GRAPH = json.loads((environment.ROOT / "tests/support/old_graph.json").read_text("utf-8"))
 
 
 @pytest.mark.parametrize("theme", ["dark", "light"])
@@ -77,7 +77,7 @@ def test_a_file_that_the_node_cannot_load_is_named_with_the_right_loader(page):
 
 
 def test_an_old_graph_opens_without_a_warning_and_is_queued_as_it_was(page):
-    page.load(WORKFLOW)
+    page.load(OLD_GRAPH)
     page.wait_for_bar("7 / 19 double")
     assert page.page.get_by_role("dialog").count() == 0
     saved = page.page.evaluate("() => app.graph.serialize().nodes.find((node) => node.id === 1).widgets_values")

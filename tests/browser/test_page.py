@@ -9,6 +9,7 @@ import environment
 import pytest
 from paces import slowness
 
+LOADER = "FluxNF4CheckpointLoaderStreamed"
 OLD_NODE = "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload"
 FULL_SIZE = "flux1-dev-bnb-nf4-v2.safetensors"
 UNET_ONLY = "flux1-dev-nf4-unet.safetensors"
@@ -115,7 +116,7 @@ def small_prompt(checkpoint, steps, **loader):
     """The example in its API form with a tiny picture of a prompt without padding, for quick steps."""
     prompt = json.loads((EXAMPLES / "api" / "flux_nf4_text_to_image.json").read_text("utf-8"))
     inputs = {node["class_type"]: node["inputs"] for node in prompt.values()}
-    inputs[OLD_NODE] |= {"ckpt_name": checkpoint.name} | loader
+    inputs[LOADER] |= {"ckpt_name": checkpoint.name} | loader
     inputs["EmptySD3LatentImage"] |= {"width": 64, "height": 64}
     inputs["KSampler"] |= {"seed": random.getrandbits(30), "steps": steps}
     options = {"clip": inputs["CLIPTextEncode"]["clip"], "min_padding": 0, "min_length": 0}
@@ -139,7 +140,7 @@ def wait_until_idle(page):
 
 
 def test_a_prompt_is_queued_and_its_figures_appear(page, checkpoint):
-    counts = {"double_blocks_cuda_size": 0, "single_blocks_cuda_size": 0}
+    counts = {"double_blocks": 0, "single_blocks": 0}
     page.load_api(small_prompt(checkpoint, steps=3, **counts))  # the second forward is timed
     page.wait_for_bar("0 / 1 double")
     page.page.evaluate(
@@ -159,7 +160,7 @@ def test_a_prompt_is_queued_and_its_figures_appear(page, checkpoint):
 
 @pytest.mark.parametrize("renderer", ["canvas"], indirect=True)  # what says it is no part of a node
 def test_a_toast_says_that_a_run_had_too_little_memory(page, checkpoint):
-    counts = {"double_blocks_cuda_size": 1, "single_blocks_cuda_size": 1}
+    counts = {"double_blocks": 1, "single_blocks": 1}
     prompt = small_prompt(checkpoint, steps=1, **counts)
     prompt["10"] = {"class_type": "TestOutOfMemoryOnce", "inputs": {"model": ["1", 0]}}
     prompt["6"]["inputs"]["model"] = ["10", 0]

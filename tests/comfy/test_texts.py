@@ -30,6 +30,16 @@ def test_inputs_and_outputs_have_tooltips_and_the_node_has_words_that_find_it(na
     assert len(getattr(node, "OUTPUT_TOOLTIPS", ())) == len(node.RETURN_TYPES)
 
 
+def test_nodes_for_old_graphs_are_marked_and_stand_last_in_every_language():
+    old = {name for name in NAMES if name.startswith("MZ_")}
+    for mapping in (NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, TRANSLATED):
+        assert set(list(mapping)[-4:]) == old
+    for name in NAMES:
+        assert NODE_DISPLAY_NAME_MAPPINGS[name].endswith("(old)") == (name in old)
+        assert TRANSLATED[name]["display_name"].endswith("（旧）") == (name in old)
+        assert getattr(NODE_CLASS_MAPPINGS[name], "DEPRECATED", False) == (name in old)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_all_of_it_is_in_chinese_too(name):
     translated = TRANSLATED[name]

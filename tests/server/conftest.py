@@ -13,7 +13,7 @@ from make_checkpoint import Recipe, cached_checkpoint
 from PIL import Image
 
 OLD_NODE = "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload"
-WORKFLOW = json.loads((environment.ROOT / "example_workflows/api/flux_nf4_text_to_image.json").read_text("utf-8"))
+WORKFLOW = json.loads((environment.ROOT / "tests/support/old_prompt.json").read_text("utf-8"))
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +34,7 @@ def server(tmp_path_factory, comfyui, checkpoint):
 
 @pytest.fixture(scope="session")
 def workflow(checkpoint):
-    """A function: the example workflow, small, as a fresh dict, with the loader's inputs replaced."""
+    """A function: text to image with the old node, small, as a fresh dict, with the loader's inputs replaced."""
 
     def make(seed=1, steps=2, text="a lighthouse", **loader):
         made = copy.deepcopy(WORKFLOW)

@@ -1,5 +1,7 @@
 """Quantise and save, in the real server: an all-in-one file comes out as it went in, and the loader takes it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -52,6 +54,13 @@ def test_the_transformer_alone_is_saved_without_prefix_and_under_a_new_name_each
             assert "img_in.weight.absmax" in list(file.keys())
             assert ("img_in.weight.nested_absmax" in list(file.keys())) == nested
             assert not any(name.startswith(("text_encoders.", "vae.", "model.")) for name in list(file.keys()))
+
+
+def test_a_file_for_a_models_folder_is_where_its_name_says(server, saving):
+    """Its first place has an older name; and the default prefix, for the output folder, begins with the folder's."""
+    inputs = {"folder": "diffusion_models", "filename_prefix": "diffusion_models/flux1-nf4"}
+    path = Path(saved(server, saving(all_in_one=False, **inputs)))
+    assert path == server.base / "models" / "diffusion_models" / "flux1-nf4_00001_.safetensors"
 
 
 def test_a_name_that_leaves_the_folder_is_refused(server, saving):
