@@ -73,6 +73,7 @@ def describe(catalogue: Catalogue) -> Iterator[str]:
     yield f"transformer   {ram:.2f} GiB in RAM ({disk:.2f} on disk)"
     for part, prefix in (("CLIP-L", CLIP_L_PREFIX), ("T5-XXL", T5_PREFIX), ("VAE", VAE_PREFIX)):
         yield f"{part:<14}{_summary(catalogue, prefix)}"
+    yield f"RAM in total  {catalogue.ram_bytes / GIB:.2f} GiB"
     for key, value in catalogue.header.metadata.items():
         yield f"{_cut(key, _KEY):<13} {_cut(value, _VALUE)}"
 

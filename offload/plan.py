@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from ..memory import GIB, MIB
 
 STAGING_BYTES = 208 * MIB
-"""Default size of the staging ring: about five of Flux NF4's largest tiles. Measured (README): less stalls where the
-bus is only just fast enough, more gains nothing."""
+"""Default size of the staging ring: about five of Flux NF4's largest tiles. Measured (docs/measurements.md): a
+smaller one stalls where the bus is only just fast enough, a larger one gains nothing."""
 
 _RATES = 256
 

@@ -26,13 +26,17 @@ class BarBlock:
 
 @dataclass(frozen=True)
 class Answer:
-    """The plan for a file: bytes, and ms of one forward where this machine's speed has been measured."""
+    """The plan for a file: bytes, and ms of one forward where this machine's speed has been measured.
+
+    ``host_bytes`` are of the blocks; ``all_host_bytes`` of the whole file, None where the node loads only a part of it.
+    """
 
     blocks: tuple[BarBlock, ...]
     device_bytes: int | None
     least_device_bytes: int
     most_device_bytes: int
     host_bytes: int
+    all_host_bytes: int | None
     bytes_per_forward: int | None
     compute_ms: float | None
     stall_ms: float | None
@@ -60,6 +64,7 @@ class _File:
 
     blocks: tuple[BlockSize, ...]
     other_bytes: int
+    all_host_bytes: int | None
 
 
 _Key = tuple[Path, bool]
@@ -102,7 +107,8 @@ def _read_file(path: Path, is_all_in_one: bool) -> _File | Problem:
         dtype = model_dtype(catalogue)
     except CheckpointError as error:
         return Problem(str(error))
-    return _File(block_sizes(catalogue, dtype), other_bytes(catalogue, dtype))
+    all_host_bytes = catalogue.ram_bytes if is_all_in_one else None
+    return _File(block_sizes(catalogue, dtype), other_bytes(catalogue, dtype), all_host_bytes)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -122,6 +128,7 @@ def _answer(file: _File, wanted: Residency, measured: Measured | None) -> str:
         least_device_bytes=least,
         most_device_bytes=other + sum(block.nbytes for block in blocks),
         host_bytes=sum(block.nbytes for block in blocks),
+        all_host_bytes=file.all_host_bytes,
         bytes_per_forward=None if plan is None else plan.bytes_per_forward,
         compute_ms=compute_ms,
         stall_ms=stall_ms,

@@ -118,7 +118,7 @@ def advise(plan: ResidencyPlan, blocks: tuple[BlockSize, ...], measured: Measure
     limit = limit_of(stall, compute + stall, measured.link_gbps, is_pinned=measured.is_pinned)
     if limit == "bus_is_limit":
         return _advise_more_memory(plan, blocks, measured, compute, stall)
-    return Advice(limit, {"gbps": measured.link_gbps})
+    return Advice(limit, {"gbps": measured.link_gbps, "percent": 100 * stall / (compute + stall)})
 
 
 def _advise_more_memory(

@@ -1,4 +1,4 @@
-"""What running models have told: the last report of each node, and the speeds that they have shown."""
+"""What running models have told: the last report of each node, the speeds that they have shown, and what to do next."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..offload.comfyui.streaming import StreamingReport
-from .file_plan import Measured
+from ..offload.telemetry import limit_of
+from .file_plan import Advice, Measured
 
 _Run = tuple[str, Path, str | None]
 """A device, a file, and the node that ran it; None is the last of all nodes."""
@@ -41,4 +42,20 @@ class Reports:
 
 
 def report_as_json(report: StreamingReport) -> dict[str, Any]:
-    return dataclasses.asdict(report) | {"is_lowered": report.is_lowered}
+    """The report for the page, with what to do next where no plan of a file says it."""
+    advice = advise_next(report)
+    more = {"is_lowered": report.is_lowered, "advice": advice and dataclasses.asdict(advice)}
+    return dataclasses.asdict(report) | more
+
+
+def advise_next(report: StreamingReport) -> Advice | None:
+    """What to do after this run; None where nothing was measured."""
+    if report.resident is not None and not report.streamed:
+        return Advice("all_resident")
+    cost = report.cost
+    if cost is None or not cost.total_ms or cost.stall_ms is None or not report.link_gbps:
+        return None
+    is_pinned = report.pinned_bytes >= report.host_bytes
+    limit = limit_of(cost.stall_ms, cost.total_ms, report.link_gbps, is_pinned=is_pinned)
+    figures = {"gbps": report.link_gbps, "percent": 100 * cost.stall_ms / cost.total_ms}
+    return Advice("more_vram" if limit == "bus_is_limit" else limit, figures)

@@ -105,7 +105,8 @@ export class PlanBar {
   sentence({ problem, advice, run }, isLowered, query) {
     if (problem) return problem;
     if (run && isLowered) return this.words.lowered(run.resident.length, run.wanted.length);
-    if (advice && !(run && advice.code === "automatic")) return this.words.advice(advice.code, advice.figures, advice.kept);
+    const next = run && (!advice || advice.code === "automatic") ? run.advice : advice; // what the run shows, where no plan does
+    if (next) return this.words.advice(next.code, next.figures, next.kept);
     if (run) return "";
     return query === "linked" ? this.words.notAsked : this.words.noFileYet;
   }

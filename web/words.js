@@ -15,11 +15,12 @@ const listOf = (counts, and, before = "", after = "") =>
 
 /** Rows of [term, value] for a view of `viewOf`, in the words of ``say``. */
 function figuresIn(say) {
-  return ({ device_bytes, least_device_bytes, most_device_bytes, host_bytes, bytes_per_forward, compute_ms, stall_ms, run }) => {
+  return ({ device_bytes, least_device_bytes, most_device_bytes, host_bytes, all_host_bytes, bytes_per_forward, compute_ms, stall_ms, run }) => {
     const rows = [];
     if (device_bytes != null) rows.push(["VRAM", gib(device_bytes)]);
     else rows.push(["VRAM", say.from(gib(least_device_bytes), gib(most_device_bytes))]);
     rows.push([say.ram, run ? say.pinned(gib(host_bytes), run.pinned_bytes / host_bytes) : gib(host_bytes)]);
+    if (all_host_bytes) rows.push([say.allRam, gib(all_host_bytes)]);
     if (bytes_per_forward != null) rows.push([say.perStep, gb(bytes_per_forward)]);
     if (run?.link_gbps) rows.push([say.bus, `${fixed(run.link_gbps, 1)} GB/s`]);
     if (run?.cost?.total_ms) rows.push([say.measured, say.step(ms(run.cost.total_ms), ms(run.cost.stall_ms))]);
@@ -39,6 +40,7 @@ const en = {
   key: (isOpen) => (isOpen ? "blocks" : "in VRAM (low: streamed)"),
   figures: figuresIn({
     ram: "RAM",
+    allRam: "RAM in total",
     perStep: "Bus, each step",
     bus: "Bus",
     measured: "Step",
@@ -53,8 +55,14 @@ const en = {
       automatic: () => "Automatic: ComfyUI's free VRAM decides when the model is loaded.",
       not_measured: () => "Run it once: this machine's bus and GPU are measured, not guessed.",
       keeps_up: () => `The bus keeps up (${fixed(f.gbps, 0)} GB/s): more blocks in VRAM would gain little.`,
-      not_pinned: () => "Not all RAM is pinned, which slows the bus down: unload other models, or see the log.",
-      slow_link: () => `The bus is slow: ${fixed(f.gbps, 1)} GB/s. Check that the card sits in a full-width slot.`,
+      not_pinned: () =>
+        `Not all RAM is pinned, and waiting for the slower bus takes ${fixed(f.percent, 0)} % of a step: unload other models, or see the log.`,
+      slow_link: () =>
+        `The bus is slow (${fixed(f.gbps, 1)} GB/s), and waiting for it takes ${fixed(f.percent, 0)} % of a step: check that the card ` +
+        "sits in a full-width slot.",
+      more_vram: () =>
+        `The bus is the limit (${fixed(f.gbps, 0)} GB/s), and waiting for it takes ${fixed(f.percent, 0)} % of a step: let more blocks ` +
+        "stay, with a larger budget or fewer other programs on the GPU.",
       bus_is_limit: () =>
         `The bus is the limit (${fixed(f.gbps, 0)} GB/s): ${f.gib} GiB more, with ${listOf(kept, " and ")} blocks in VRAM, ` +
         `would save ${fixed(f.percent, 0)} %.`,
@@ -81,6 +89,7 @@ const zh = {
   key: (isOpen) => (isOpen ? "块" : "常驻显存（矮的：流式传输）"),
   figures: figuresIn({
     ram: "内存",
+    allRam: "内存总计",
     perStep: "每步传输",
     bus: "总线",
     measured: "每步",
@@ -95,8 +104,11 @@ const zh = {
       automatic: () => "自动：加载模型时由 ComfyUI 的空闲显存决定。",
       not_measured: () => "请先运行一次：总线和显卡的速度是测出来的，不是猜的。",
       keeps_up: () => `总线跟得上（${fixed(f.gbps, 0)} GB/s）：再增加常驻块收益很小。`,
-      not_pinned: () => "内存未全部锁页，传输会变慢：请卸载其他模型，或查看日志。",
-      slow_link: () => `总线较慢：${fixed(f.gbps, 1)} GB/s。请检查显卡是否插在全宽插槽上。`,
+      not_pinned: () => `内存未全部锁页，总线变慢，等待占每步的 ${fixed(f.percent, 0)} %：请卸载其他模型，或查看日志。`,
+      slow_link: () =>
+        `总线较慢（${fixed(f.gbps, 1)} GB/s），等待占每步的 ${fixed(f.percent, 0)} %：请检查显卡是否插在全宽插槽上。`,
+      more_vram: () =>
+        `瓶颈是总线（${fixed(f.gbps, 0)} GB/s），等待占每步的 ${fixed(f.percent, 0)} %：请让更多块常驻，例如加大预算，或关闭占用显存的其他程序。`,
       bus_is_limit: () =>
         `瓶颈是总线（${fixed(f.gbps, 0)} GB/s）：再多用 ${f.gib} GiB 显存（${listOf(kept, "、", "个 ", " 块")}常驻），` +
         `可节省 ${fixed(f.percent, 0)} %。`,

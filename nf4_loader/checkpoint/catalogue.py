@@ -198,6 +198,12 @@ class Catalogue:
         return sum(tensor.ram_bytes for tensor in self.transformer.values())
 
     @property
+    def ram_bytes(self) -> int:
+        """Bytes of host memory that all of the file takes: the transformer, text encoders and VAE."""
+        beside = (*self.text_encoders.values(), *self.vae.values())
+        return self.transformer_ram + sum(entry.nbytes for entry in beside)
+
+    @property
     def t5_layers(self) -> int:
         """Number of T5 encoder layers in the file (24 in the real ones)."""
         block = re.compile(re.escape(T5_PREFIX) + r"transformer\.encoder\.block\.(\d+)\.")

@@ -155,9 +155,8 @@ def _dense_of_a_family(facts: _Facts) -> str:
         return _dense_shards(facts)
     dtype = f"{facts.sample} " if facts.sample else ""
     dense = (
-        f"it is a {facts.family} model with dense {dtype}weights: no tensor ends in "
-        f"'.weight{QUANT_STATE}nf4' or '__fp4'. Load it with {_loader_of_dense(facts.names)} and stream it with "
-        "'Stream Model Blocks'"
+        f"it is a {facts.family} model with dense {dtype}weights, not in NF4 or FP4. Load it with "
+        f"{_loader_of_dense(facts.names)} and stream it with 'Stream Model Blocks'"
     )
     if not facts.is_known:
         return f"{dense}."

@@ -17,7 +17,7 @@ def test_the_plan_is_shown_before_anything_is_loaded(theme, page):
     page.add_node(ckpt_name=FULL_SIZE)
     said = page.wait_for_bar("Bus, each step 4.77 GB")
     assert "7 / 19 double 7 / 38 single in VRAM" in said
-    assert "VRAM 2.01 GiB RAM 6.21 GiB Bus, each step 4.77 GB" in said
+    assert "VRAM 2.01 GiB RAM 6.21 GiB RAM in total 11.06 GiB Bus, each step 4.77 GB" in said
     picture = page.bar.get_by_role("img")
     assert picture.get_attribute("aria-label") == (
         "7 of 19 double blocks in VRAM, 12 streamed; 7 of 38 single blocks in VRAM, 31 streamed"
@@ -176,11 +176,27 @@ def test_what_a_run_has_shown_takes_the_place_of_the_plan_until_a_widget_changes
     push(page, report(node, wanted=wanted, resident=stays, streamed=streamed, pinned_bytes=3 << 30))
     said = page.wait_for_bar("176 ms, of which 2.4 ms waiting")
     assert "5 / 19 double 9 / 38 single" in said
-    assert "VRAM 6.00 GiB RAM 6.00 GiB, 50 % pinned" in said
+    assert "VRAM 6.00 GiB RAM 6.00 GiB, 50 % pinned RAM in total 11.06 GiB" in said
     assert "Bus 54.5 GB/s" in said
     page.page.evaluate("(id) => { const w = app.graph.getNodeById(id).widgets[1]; w.value = 3; w.callback(3) }", node)
     said = page.wait_for_bar("3 / 19 double")
     assert "176 ms, of which 2.4 ms" not in said
+
+
+def test_after_a_run_the_bar_of_an_automatic_node_says_what_to_do_next(page):
+    node = page.add_node("FluxNF4CheckpointLoaderStreamed", ckpt_name=FULL_SIZE)
+    push(page, {"node_id": str(node)})
+    page.wait_for_bar("Automatic: ComfyUI's free VRAM decides")
+    stays = list(range(0, 57, 2))
+    run = report(node, resident=stays, wanted=stays, streamed=list(range(1, 57, 2)))
+    push(page, run | {"advice": {"code": "more_vram", "figures": {"gbps": 12.3, "percent": 31.4}, "kept": {}}})
+    said = page.wait_for_bar("The bus is the limit (12 GB/s)")
+    assert "waiting for it takes 31 % of a step: let more blocks stay" in said
+    assert "Automatic" not in said
+    push(page, run | {"advice": {"code": "keeps_up", "figures": {"gbps": 54.5, "percent": 1.0}, "kept": {}}})
+    page.wait_for_bar("The bus keeps up (55 GB/s)")
+    assert page.run_axe().response["violations"] == []
+    push(page, {"node_id": str(node)})  # the page stays, and must not know it in the next test
 
 
 def test_a_toast_says_when_less_stays_than_was_asked_for(page):
@@ -199,7 +215,7 @@ def test_a_toast_says_when_less_stays_than_was_asked_for(page):
 
 
 def test_the_bar_speaks_chinese(page):
-    said = page.page.evaluate(
+    said, after_a_run, pinned, slow = page.page.evaluate(
         """async (file) => {
           const { PlanBar } = await import("/extensions/ComfyUI-Flux-NF4/plan_bar.js");
           const { viewOf } = await import("/extensions/ComfyUI-Flux-NF4/plan_view.js");
@@ -207,9 +223,19 @@ def test_the_bar_speaks_chinese(page):
           const answer = await (await app.api.fetchApi(`/flux_nf4/plan?${query}`)).json();
           const bar = new PlanBar("zh-TW");
           bar.show(viewOf({ ...answer, advice: { code: "all_resident", figures: {} } }, null), false, query);
-          return bar.element.textContent;
+          const said = [bar.element.textContent];
+          for (const code of ["more_vram", "not_pinned", "slow_link"]) {
+            const advice = { code, figures: { gbps: 8, percent: 31 } };
+            bar.show({ ...answer, advice: null, run: { advice } }, false, query);
+            said.push(bar.element.querySelector("[role=status]").textContent);
+          }
+          return said;
         }""",
         FULL_SIZE,
     )
+    assert "内存总计11.06 GiB" in said
+    assert after_a_run.startswith("瓶颈是总线（8 GB/s），等待占每步的 31 %：请让更多块常驻")
+    assert "等待占每步的 31 %" in pinned
+    assert "总线较慢（8.0 GB/s），等待占每步的 31 %" in slow
     assert "每步传输4.77 GB" in said
     assert "所有块都常驻显存" in said

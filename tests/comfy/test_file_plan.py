@@ -100,7 +100,7 @@ def test_without_a_budget_the_free_memory_decides_what_is_not_counted(blocks):
 
 
 def test_the_prediction_is_what_was_measured(blocks):
-    """README: 7/7 at 512x512 took 86.7 ms where all resident took 62.5, over a bus of 55 GB/s."""
+    """docs/measurements.md: 7/7 at 512x512 took 86.7 ms where all resident took 62.5, over a bus of 55 GB/s."""
     plan = plan_by_counts(blocks, {"double": 7, "single": 7})
     compute, stall = predict_ms(plan, blocks, Measured(55.0, 62.5 / 57))
     assert compute == pytest.approx(62.5)

@@ -53,6 +53,14 @@ def test_a_question_that_was_answered_is_not_worked_out_again(full_size, monkeyp
         answers(full_size, [3 << 30])
 
 
+@pytest.mark.parametrize(("is_all_in_one", "gib"), [(True, 11.06), (False, None)])
+def test_the_ram_in_total_is_that_of_all_that_the_node_loads(is_all_in_one, gib, full_size):
+    with ThreadPoolExecutor(1) as thread:
+        question = answer_for(full_size, is_all_in_one, Residency((), None), None)
+        found = json.loads(thread.submit(asyncio.run, question).result())["all_host_bytes"]
+    assert found == (gib and pytest.approx(gib * 2**30, rel=1e-3))
+
+
 def test_a_shard_that_comes_later_is_noticed(full_size):
     one, other = (full_size.with_name(f"flux-0000{number}-of-00002.safetensors") for number in (1, 2))
     full_size.rename(one)

@@ -440,7 +440,8 @@ DAMAGE = {
         None,
         f"it is packed, but '{QKV}{STATE}', which gives its shape, is not in the file",
     ),
-    "quant state not JSON": (STATE, torch.zeros(80, dtype=torch.uint8), "its quant state is not readable as JSON"),
+    "quant state not JSON": (STATE, torch.ones(80, dtype=torch.uint8), "its quant state is not readable as JSON"),
+    "quant state in a hole": (STATE, torch.zeros(80, dtype=torch.uint8), "its quant state is all zeros"),
     "quant state of another type": (
         STATE,
         quant_state(quant_type="int8"),

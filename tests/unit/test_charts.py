@@ -8,7 +8,8 @@ import torch
 from sparse_checkpoint import make_sparse_checkpoint
 
 from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
-from flux_nf4.page.file_plan import Wanted, block_sizes, make_plan
+from flux_nf4.offload.plan import Residency
+from flux_nf4.page.file_plan import block_sizes, make_plan
 
 DATA = charts.read_data()
 MEASURED = {name: data for name, data in DATA.items() if not data.get("is_computed")}
@@ -65,7 +66,7 @@ def test_seconds_by_slot_are_computed_from_what_a_step_copies(tmp_path):
     assert slots["is_computed"]
     for counts, gb in slots["gb_a_step"].items():
         double, single = map(int, counts.split(" / "))
-        plan = make_plan(blocks, 0, Wanted((("double", double), ("single", single))))
+        plan = make_plan(blocks, 0, Residency((("double", double), ("single", single))))
         assert f"{plan.bytes_per_forward / 1e9:.2f}" == f"{gb:.2f}"
     text = (charts.ROOT / "README.md").read_text("utf-8")
     assert "| PCIe 3.0 x16 | 12.6 | 0.53 s |" in text  # 6.66 / (16 * 0.985 * 0.8)
