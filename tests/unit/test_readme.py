@@ -1,6 +1,7 @@
 """What the texts for users and contributors say is so: files, options, links, commands, sizes."""
 
 import re
+from fnmatch import fnmatch
 
 import environment
 import pytest
@@ -84,3 +85,11 @@ def test_the_ram_in_total_is_that_of_the_file_that_the_readme_names(tmp_path):
     for text in READMES:
         said = next(line for line in read(text).replace("\n  ", " ").splitlines() if "11.9 GB" in line)
         assert re.findall(r"\d+\.\d", said) == [sizes[0], gib, *sizes[1:]]
+
+
+@pytest.mark.parametrize("text", READMES)
+def test_what_a_readme_shows_and_links_is_in_the_published_package(text):
+    ignored = [line.rstrip("/") for line in read(".comfyignore").splitlines()]
+    for page, _, image in _LINK.findall(read(text)):
+        path = image or page
+        assert not any(fnmatch(path, pattern) or path.startswith(f"{pattern}/") for pattern in ignored), path
