@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import orderly
 import package  # noqa: F401  makes flux_nf4 importable
 import torch
 
@@ -40,6 +41,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.budget is not None and given.budget <= 0:
         parser.error("argument --budget: it is a number of GiB above 0")
+    if not given.model.exists():
+        raise SystemExit(f"{given.model}: there is no such file or folder.")
     try:
         catalogue = read_catalogue(given.model)
         require_transformer(catalogue)
@@ -120,4 +123,4 @@ def plan(catalogue: Catalogue, budget_gib: float) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    main()
+    orderly.run(main)

@@ -10,7 +10,6 @@ with this package dropped in, posts the API workflow, shows progress and saves t
 
 import argparse
 import json
-import logging
 import shutil
 import subprocess
 import sys
@@ -65,8 +64,6 @@ def _between(least: int, most: int, step: int = 1) -> Callable[[str], int]:
 
 
 def _small_checkpoint() -> Path:
-    # It warns that the package `kernels` is missing, which nothing here needs.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from make_checkpoint import Recipe, cached_checkpoint
 
     def say(text: str) -> None:

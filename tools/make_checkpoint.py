@@ -10,7 +10,6 @@ also writes the dense twin: the same transformer with every 4-bit weight dequant
 import argparse
 import functools
 import hashlib
-import importlib.util
 import json
 import math
 import zlib
@@ -21,10 +20,7 @@ from pathlib import Path
 import checkpoint_layout as layout
 import environment  # noqa: F401  makes orderly importable
 import orderly
-
-if importlib.util.find_spec("torch") is None:
-    raise SystemExit("This Python has no PyTorch. Run it with the Python that runs ComfyUI.")
-
+import package  # noqa: F401  says so where there is no PyTorch
 import torch
 from bitsandbytes import functional as bnb
 from safetensors.torch import save_file
