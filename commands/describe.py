@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import orderly
 import package  # noqa: F401  makes flux_nf4 importable
 import terminal
 import torch
@@ -44,6 +45,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.budget is not None and not 0 < given.budget < math.inf:
         parser.error("argument --budget: it is a number of GiB above 0")
+    if not given.model.exists():
+        raise SystemExit(f"{given.model}: there is no such file or folder.")
     try:
         catalogue = read_catalogue(given.model)
         require_transformer(catalogue)
@@ -137,4 +140,4 @@ def _bar_characters() -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    orderly.run(main)

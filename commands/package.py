@@ -5,6 +5,7 @@ it can write down: it puts this folder on ``sys.path`` and says ``import package
 """
 
 import importlib.util
+import logging
 import sys
 import types
 from pathlib import Path
@@ -20,3 +21,6 @@ ROOT = Path(__file__).resolve().parent.parent
 package = types.ModuleType("flux_nf4")
 package.__path__ = [str(ROOT)]
 sys.modules.setdefault("flux_nf4", package)
+
+# When it is imported it warns that the package `kernels` is missing, which nothing here needs.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

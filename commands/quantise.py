@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import orderly
 import package  # noqa: F401  makes flux_nf4 importable
 import terminal
 import torch
@@ -38,9 +39,11 @@ def main() -> None:
     parser.add_argument(
         "--keep-dense", default="", metavar="LAYERS", help="with commas between them, such as 'img_in, final_layer.*'"
     )
-    parser.add_argument("--device", type=torch.device, default="cpu", help="where to quantise, such as cuda")
+    parser.add_argument("--device", type=_device, default="cpu", help="where to quantise, such as cuda")
     parser.add_argument("--force", action="store_true", help="replace a file that exists")
     given = parser.parse_args()
+    if not given.model.exists():
+        raise SystemExit(f"{given.model}: there is no such file or folder.")
     if given.output.is_dir():
         raise SystemExit(f"{given.output}: it is a folder. Give the new file's name.")
     if given.output.suffix != ".safetensors":
@@ -49,6 +52,8 @@ def main() -> None:
         raise SystemExit(f"{given.output}: it would replace the file that it is made of. Choose another name.")
     if given.output.exists() and not given.force:
         raise SystemExit(f"{given.output}: it exists already. Choose another name, or add --force to replace it.")
+    if not given.output.parent.is_dir():
+        raise SystemExit(f"{given.output.parent}: there is no such folder. Make it first.")
     try:
         torch.empty(0, device=given.device)
     except (RuntimeError, AssertionError) as error:  # whatever torch says of what is not there
@@ -57,6 +62,13 @@ def main() -> None:
         _quantise(given)
     except CheckpointError as error:
         raise SystemExit(str(error)) from None
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{name} is no device of PyTorch, such as cpu or cuda") from None
 
 
 def _quantise(given: argparse.Namespace) -> None:
@@ -87,4 +99,4 @@ def _quantise(given: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    orderly.run(main)

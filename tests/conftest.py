@@ -52,7 +52,10 @@ def comfyui():
 
 sys.path[:0] = [str(ROOT / folder) for folder in ("tools", "commands", "benchmarks", "tests/support")]
 
+import orderly  # noqa: E402
 import package  # noqa: E402, F401
+
+orderly.end_on_signals()  # a test that is ended, in whatever way, ends its servers
 
 if COMFYUI_PATH:
     _enter_comfyui(COMFYUI_PATH)

@@ -32,6 +32,10 @@ _SMALL_WORKFLOW: Workflow = {
 }
 
 
+class ServerError(RuntimeError):
+    """The server did not start, went away, or refused what it was asked."""
+
+
 class ComfyServer:
     """``main.py`` of a ComfyUI tree as a subprocess, with a base directory of its own; a context manager.
 
@@ -92,7 +96,7 @@ class ComfyServer:
             return bytes(answer.read())
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """Post JSON. An HTTP error is raised as RuntimeError with the server's answer."""
+        """Post JSON. An HTTP error is raised as `ServerError` with the server's answer."""
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
@@ -100,7 +104,7 @@ class ComfyServer:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 text = answer.read()
         except urllib.error.HTTPError as error:
-            raise RuntimeError(f"{path}: {error.code}: {error.read().decode()}") from None
+            raise ServerError(f"{path}: {error.code}: {error.read().decode()}") from None
         return json.loads(text) if text else None
 
     def free(self, *, models: bool = True) -> None:
@@ -141,7 +145,7 @@ class ComfyServer:
                 if ended and message["data"].get("prompt_id") == prompt:
                     break
             else:
-                raise RuntimeError(f"the server went away; its log ends:\n{self._log_tail()}")
+                raise ServerError(f"the server went away; its log ends:\n{self._log_tail()}")
         return self._history(prompt)
 
     def _history(self, prompt: str) -> dict[str, Any]:
@@ -150,21 +154,21 @@ class ComfyServer:
             if prompt in history:
                 return history[prompt]
             time.sleep(0.05)  # the entry is written just after the last message
-        raise RuntimeError(f"prompt {prompt} is not in the history")
+        raise ServerError(f"prompt {prompt} is not in the history")
 
     def _wait_until_up(self) -> None:
         assert self._process is not None
         end = time.monotonic() + _START_SECONDS
         while time.monotonic() < end:
             if self._process.poll() is not None:
-                raise RuntimeError(f"ComfyUI ended while it started; its log ends:\n{self._log_tail()}")
+                raise ServerError(f"ComfyUI ended while it started; its log ends:\n{self._log_tail()}")
             try:
                 self.get("/system_stats")
             except OSError:
                 time.sleep(0.2)
             else:
                 return
-        raise RuntimeError(f"ComfyUI did not start in {_START_SECONDS:.0f} s; its log ends:\n{self._log_tail()}")
+        raise ServerError(f"ComfyUI did not start in {_START_SECONDS:.0f} s; its log ends:\n{self._log_tail()}")
 
     def _log_tail(self) -> str:
         return "\n".join(self.log.read_text("utf-8", "replace").splitlines()[-30:])

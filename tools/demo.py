@@ -11,15 +11,16 @@ with this package dropped in, posts the API workflow, shows progress and saves t
 import argparse
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import environment
+import orderly
 
 _WORKFLOW = environment.ROOT / "example_workflows" / "api" / "flux_nf4_text_to_image.json"
 _OUTPUT = environment.CACHE / "pictures"
@@ -32,27 +33,44 @@ def main() -> None:
     )
     parser.add_argument("--checkpoint", type=Path, help="use this NF4 all-in-one file")
     parser.add_argument("--prompt", help="what to paint")
-    parser.add_argument("--size", type=int, help="width and height in pixels (256; with --checkpoint 1024)")
-    parser.add_argument("--steps", type=int, help="sampling steps (4; with --checkpoint 20)")
-    parser.add_argument("--double", type=int, default=-1, help="double blocks that stay in VRAM (-1: automatic)")
-    parser.add_argument("--single", type=int, default=-1, help="single blocks that stay in VRAM (-1: automatic)")
+    size, steps = _between(64, 4096, step=16), _between(1, 1000)
+    parser.add_argument("--size", type=size, help="width and height in pixels (256; with --checkpoint 1024)")
+    parser.add_argument("--steps", type=steps, help="sampling steps (4; with --checkpoint 20)")
+    count = _between(-1, 999)
+    parser.add_argument("--double", type=count, default=-1, help="double blocks that stay in VRAM (-1: automatic)")
+    parser.add_argument("--single", type=count, default=-1, help="single blocks that stay in VRAM (-1: automatic)")
     parser.add_argument("--output", type=Path, default=_OUTPUT, help="folder for the PNG")
     given = parser.parse_args()
     if given.checkpoint and not given.checkpoint.is_file():
-        raise SystemExit(f"{given.checkpoint}: there is no such file")
+        parser.error(f"{given.checkpoint}: there is no such file")
+    if given.output.exists() and not given.output.is_dir():
+        parser.error(f"{given.output}: it is a file. Name a folder for the picture")
     comfyui = environment.enter(given.comfyui, own_python=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is ended then, too
     checkpoint = given.checkpoint or _small_checkpoint()
     real = given.checkpoint is not None
     workflow = _workflow(checkpoint.name, given, size=1024 if real else 256, steps=20 if real else 4)
     _run(comfyui, checkpoint, workflow, given.output)
 
 
+def _between(least: int, most: int, step: int = 1) -> Callable[[str], int]:
+    """What argparse takes for a number in these bounds."""
+    multiple = f", a multiple of {step}" if step > 1 else ""
+
+    def number(text: str) -> int:
+        if not text.lstrip("-").isdecimal() or not least <= int(text) <= most or int(text) % step:
+            raise argparse.ArgumentTypeError(f"{text} is no number from {least} to {most}{multiple}")
+        return int(text)
+
+    return number
+
+
 def _small_checkpoint() -> Path:
-    print("Small checkpoint with random weights (made the first time: 1 GB, about a minute)", flush=True)
     from make_checkpoint import Recipe, cached_checkpoint
 
-    return cached_checkpoint(environment.CACHE / "checkpoints", Recipe())
+    def say(text: str) -> None:
+        print(f"\r{text:<79}", end="", flush=True)
+
+    return cached_checkpoint(environment.CACHE / "checkpoints", Recipe(), say)
 
 
 def _workflow(name: str, given: argparse.Namespace, size: int, steps: int) -> dict[str, Any]:
@@ -72,7 +90,7 @@ def _workflow(name: str, given: argparse.Namespace, size: int, steps: int) -> di
 
 
 def _run(comfyui: Path, checkpoint: Path, workflow: dict[str, Any], output: Path) -> None:
-    from comfy_server import ComfyServer, drop_package, link_model
+    from comfy_server import ComfyServer, ServerError, drop_package, link_model
 
     base = Path(tempfile.mkdtemp(prefix="flux-nf4-"))
     try:
@@ -94,6 +112,8 @@ def _run(comfyui: Path, checkpoint: Path, workflow: dict[str, Any], output: Path
             print(
                 f"{seconds:.1f} s from prompt to picture; server memory at its highest {_peak_gib(server.pid):.2f} GiB"
             )
+    except ServerError as error:
+        raise SystemExit(f"\n{error}") from None
     finally:
         shutil.rmtree(base, ignore_errors=True)
 
@@ -132,4 +152,4 @@ def _peak_gib(pid: int) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    orderly.run(main)

@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 import environment
+import orderly
 
 FOLDER = environment.ROOT / "locales" / "en"
 
@@ -79,4 +80,4 @@ def _node(node: Any, display_name: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    orderly.run(main)

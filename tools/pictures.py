@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import environment
+import orderly
 
 _ROOT = environment.ROOT
 _IMAGES = _ROOT / "images"
@@ -174,4 +175,4 @@ def _take_node(browser: Any, address: str, language: str, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    orderly.run(main)

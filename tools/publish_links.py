@@ -5,7 +5,7 @@
 The publish workflow runs it: only there is it known where the repository is.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 _PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
@@ -19,5 +19,13 @@ def with_links(text: str, repository: str, revision: str) -> str:
     return text.replace("[tool.comfy]\n", urls + links, 1)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("repository", metavar="OWNER/NAME", help="on GitHub")
+    parser.add_argument("revision", help="the tag that is published")
+    given = parser.parse_args()
+    _PYPROJECT.write_text(with_links(_PYPROJECT.read_text("utf-8"), given.repository, given.revision), "utf-8")
+
+
 if __name__ == "__main__":
-    _PYPROJECT.write_text(with_links(_PYPROJECT.read_text("utf-8"), *sys.argv[1:]), "utf-8")
+    main()

@@ -1,22 +1,32 @@
 """Runs every check: lint, format, types, tests. What CI runs.
 
-python3 tools/test.py
-python3 tools/test.py --comfyui ~/ComfyUI          (or COMFYUI_PATH=~/ComfyUI)
-python3 tools/test.py -- tests/unit -k header      (only these tests, as pytest takes them)
+    python3 tools/test.py
+    python3 tools/test.py --static                     (seconds: no tests)
+    python3 tools/test.py --comfyui ~/ComfyUI          (or COMFYUI_PATH=~/ComfyUI)
+    python3 tools/test.py -- tests/unit -k header      (only these tests, as pytest takes them)
+
+All tests take 20 to 50 minutes on two cores. On a machine with a GPU those in tests/gpu run, too.
 """
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import IO
 
 import environment
+import orderly
 
 _TOOLS = (Path("tools"), Path("benchmarks"), Path("commands"))
 _BESIDE = ("tests/browser", "tests/server")
 """Tests that mostly wait for processes of their own: they run beside all others."""
+
+_CLEANING_S = 60.0
+"""How long tests may take, once they are told to end, to end the servers that they started."""
 
 _ALIAS = environment.CACHE / "typecheck" / "flux_nf4"
 
@@ -31,11 +41,8 @@ def main() -> None:
     os.chdir(environment.ROOT)
     python = [sys.executable, "-m"]
     if given.pytest:
-        raise SystemExit(subprocess.run([*python, "pytest", *given.pytest], check=False).returncode)
-    _ALIAS.parent.mkdir(parents=True, exist_ok=True)
-    if not _ALIAS.is_symlink():
-        # A name for the package: its folder may be called anything, and mypy wants an identifier.
-        _ALIAS.symlink_to(environment.ROOT)
+        os.execv(sys.executable, [*python, "pytest", *given.pytest])
+    _name_the_package()
     packages = sorted(path.parent.name for path in environment.ROOT.glob("*/__init__.py"))
     checks = {
         "lint": [*python, "ruff", "check", "."],
@@ -52,25 +59,72 @@ def main() -> None:
     print("all passed")
 
 
+def _name_the_package() -> None:
+    """Its folder may be called anything, and mypy wants an identifier."""
+    _ALIAS.parent.mkdir(parents=True, exist_ok=True)
+    if _ALIAS.is_symlink() and _ALIAS.readlink() != environment.ROOT:
+        _ALIAS.unlink()  # from before the checkout was moved
+    if not _ALIAS.is_symlink():
+        _ALIAS.symlink_to(environment.ROOT)
+
+
 def _failed_tests(pytest: list[str]) -> list[str]:
+    """Names of the groups of tests of which one has failed."""
+    failed = []
     others = [f"--ignore={folder}" for folder in _BESIDE]
-    with tempfile.TemporaryFile("w+") as said:
-        beside = subprocess.Popen([*pytest, *_BESIDE], stdout=said, stderr=subprocess.STDOUT)
+    with tempfile.NamedTemporaryFile("w+", prefix="flux-nf4-tests-") as said:
+        beside = subprocess.Popen([*pytest, *_BESIDE], stdout=said, stderr=subprocess.STDOUT, env=_unbuffered())
         try:
-            failed = [] if _passes("tests", [*pytest, "tests", *others], dict(os.environ)) else ["tests"]
+            if not _passes("tests", [*pytest, "tests", *others], dict(os.environ)):
+                failed.append("tests")
+            if _has_gpu() and not _passes("tests on the GPU", [*pytest, "tests/gpu"], dict(os.environ)):
+                failed.append("tests on the GPU")
             print(f"== {', '.join(_BESIDE)}, which run beside these", flush=True)
-            beside.wait()
+            with Path(said.name).open(encoding="utf-8", errors="replace") as text:
+                _show(text, beside)
         finally:
-            beside.kill()
-        said.seek(0)
-        print(said.read(), flush=True)
+            _end(beside)
     return failed + ([f"tests in {', '.join(_BESIDE)}"] if beside.returncode else [])
+
+
+def _unbuffered() -> dict[str, str]:
+    return os.environ | {"PYTHONUNBUFFERED": "1"}
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _show(text: IO[str], process: "subprocess.Popen[bytes]") -> None:
+    """Print what ``process`` has written so far, and the rest as it comes: a dot for each test."""
+    while True:
+        has_ended = process.poll() is not None
+        print(text.read(), end="", flush=True)
+        if has_ended:
+            return
+        time.sleep(0.5)
 
 
 def _passes(name: str, command: list[str], variables: dict[str, str]) -> bool:
     print(f"== {name}", flush=True)
-    return subprocess.run(command, env=variables, check=False).returncode == 0
+    process = subprocess.Popen(command, env=variables)
+    try:
+        return process.wait() == 0
+    finally:
+        _end(process)
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Have a process end as after Ctrl-C, with time to end what it has started. Idempotent."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(_CLEANING_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 if __name__ == "__main__":
-    main()
+    orderly.run(main)

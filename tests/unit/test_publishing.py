@@ -3,6 +3,7 @@
 import sys
 
 import environment
+import yaml
 from publish_links import with_links
 
 from flux_nf4.nf4_loader.saving.save import VERSION
@@ -36,3 +37,16 @@ def test_no_requirement_is_comfyuis_own():
     listed = [line for line in lines if not line.startswith("#")]
     assert listed == tomllib.loads(PYPROJECT)["project"]["dependencies"]
     assert not any(line.startswith(("torch", "numpy", "transformers", "safetensors")) for line in listed)
+
+
+def test_the_links_are_still_there_when_it_is_published():
+    """What checks the repository out comes before the links are written: it would write the old text over them."""
+    workflow = yaml.safe_load((environment.ROOT / ".github/workflows/publish.yml").read_text("utf-8"))
+    (job,) = workflow["jobs"].values()
+    steps = [f"{step.get('uses', '')} {step.get('run', '')}" for step in job["steps"]]
+    (links,) = [index for index, step in enumerate(steps) if "tools/publish_links.py" in step]
+    (published,) = [index for index, step in enumerate(steps) if "comfy node publish" in step]
+    assert links < published
+    assert "actions/checkout" in steps[0]
+    assert not any(step.get("uses") for step in job["steps"][1:])
+    assert not any("git " in step for step in steps[links:])

@@ -1,0 +1,86 @@
+"""Commands end in one line, with nothing left behind."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+COMMANDS = Path(__file__).parents[2] / "commands"
+
+HEAD = f"""
+import sys, time
+sys.path.insert(0, {str(COMMANDS)!r})
+import orderly
+"""
+
+CLEANS_UP = """
+def main():
+    try:
+        print("begun", flush=True)
+        time.sleep(60)
+    finally:
+        time.sleep(1)
+        print("cleaned up", flush=True)
+
+orderly.run(main)
+"""
+
+
+def start(body):
+    command = [sys.executable, "-c", HEAD + body]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_it_in_one_line_after_cleaning_up(number):
+    process = start(CLEANS_UP)
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(number)
+    said, error = process.communicate(timeout=20)
+    assert (process.returncode, said, error) == (128 + number, "cleaned up\n", "\ninterrupted\n")
+
+
+def test_a_second_signal_waits_for_the_cleaning_up():
+    process = start(CLEANS_UP)
+    assert process.stdout.readline() == "begun\n"
+    for number in (signal.SIGINT, signal.SIGINT, signal.SIGHUP):
+        process.send_signal(number)
+        time.sleep(0.2)
+    said, error = process.communicate(timeout=20)
+    assert (process.returncode, said) == (130, "cleaned up\n")
+    assert error.split() == [*("ending:", "a", "moment") * 2, "interrupted"]
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(errno.ENOSPC, "the disk is full"), (errno.EACCES, "no permission"), (errno.EROFS, "nothing can be written")],
+)
+def test_what_the_machine_lacks_is_one_line(number, said):
+    process = start(f"def main():\n    raise OSError({number}, 'x', '/some/file')\norderly.run(main)")
+    _, error = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert error.startswith("/some/file: ")
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_a_fault_of_ours_is_no_line_but_a_traceback():
+    process = start(f"def main():\n    raise OSError({errno.EINVAL}, 'x')\norderly.run(main)")
+    assert "Traceback" in process.communicate(timeout=20)[1]
+
+
+def test_a_reader_that_has_read_enough_is_no_error():
+    process = start("def main():\n    while True:\n        print('x' * 1000)\norderly.run(main)")
+    os.read(process.stdout.fileno(), 10)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(20) == 0
+
+
+def test_what_went_well_is_no_error():
+    assert start("orderly.run(lambda: None)").communicate(timeout=20) == ("", "")
