@@ -12,7 +12,8 @@ import torch
 from packed_linear import PackedTensor
 
 from flux_nf4.offload.comfyui.patcher import StreamedModelPatcher
-from flux_nf4.offload.comfyui.streaming import Residency, attach_streaming
+from flux_nf4.offload.comfyui.streaming import attach_streaming
+from flux_nf4.offload.plan import Residency
 
 CPU = torch.device("cpu")
 
