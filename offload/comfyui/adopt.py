@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 _LISTS = (nn.ModuleList, nn.ModuleDict)
 
 _LEAST_PART = 0.5
-"""Of a transformer's bytes that its blocks must have: with fewer, streaming them would gain little."""
+"""Of a transformer's weights that its blocks must have: with fewer, streaming them would gain little."""
 
 _ROOT = "streamed_by_flux_nf4"
 """Where a dense model keeps its streamed one, so that other settings copy nothing again: both share their values."""
@@ -132,8 +132,8 @@ def _lists_of_blocks(model: Any) -> dict[str, list[nn.Module]]:
     transformer = model.diffusion_model
     for is_deep in (False, True):
         lists = dict(_lists_in(transformer, is_deep))
-        in_blocks = sum(_nbytes(block) for blocks in lists.values() for block in blocks)
-        if lists and in_blocks >= _nbytes(transformer) * _LEAST_PART:
+        in_blocks = sum(_count(block) for blocks in lists.values() for block in blocks)
+        if lists and in_blocks >= _count(transformer) * _LEAST_PART:
             return lists
     raise ValueError(
         f"a {type(model).__name__} is not built of blocks one after the other, so its blocks cannot be streamed. "
@@ -154,8 +154,13 @@ def _blocks_in(blocks: nn.Module) -> Iterator[nn.Module]:
     for block in blocks.children():
         if isinstance(block, _LISTS):
             yield from _blocks_in(block)
-        elif _nbytes(block):
+        elif _count(block):
             yield block
+
+
+def _count(module: nn.Module) -> int:
+    """Of weights, whatever each takes."""
+    return sum(tensor.numel() for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _nbytes(module: nn.Module) -> int:

@@ -73,19 +73,11 @@ class PackedLinear(nn.Module):
         destination.update({prefix + name: part for name, part in parts.items()})
         return destination
 
-    def convert_weight(self, weight, inplace=False, **_):
-        return weight.dequantize() if isinstance(weight, PackedTensor) else weight
-
-    def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **_):
-        weight = PackedTensor.of(weight)
-        if return_weight:
-            return weight
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        return None
-
     def forward(self, input):
-        weight, bias = self.weight.dequantize(), self.bias
-        multiplied["dense" if self.weight_function else "packed"] += 1
+        weight, bias = self.weight, self.bias
+        is_packed = isinstance(weight, PackedTensor)
+        multiplied["packed" if is_packed and not self.weight_function else "dense"] += 1
+        weight = weight.dequantize() if is_packed else weight
         for function in self.weight_function:
             weight = function(weight)
         for function in self.bias_function:
@@ -94,8 +86,16 @@ class PackedLinear(nn.Module):
 
 
 def pack(model):
-    """Have every Linear in the blocks of ``model`` be a `PackedLinear`. Returns ``model``."""
+    """Have every Linear of ``model`` be a `PackedLinear`. Returns ``model``."""
     for path, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear) and "_blocks." in path:
+        if isinstance(layer, nn.Linear):
             model.set_submodule(path, PackedLinear(layer))
+    return model
+
+
+def round_like_packed(model):
+    """Have every Linear of ``model`` hold the values that a `PackedLinear` of it has. Returns ``model``."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight = nn.Parameter(PackedTensor.of(layer.weight.detach()).dequantize(), requires_grad=False)
     return model
