@@ -6,7 +6,7 @@ may be sampled too. The values of both are in host memory once.
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import comfy.model_management
@@ -24,6 +24,11 @@ from .requires import UnknownComfyUIError, require_comfyui
 from .streaming import attach_streaming
 
 logger = logging.getLogger(__name__)
+
+_LISTS = (nn.ModuleList, nn.ModuleDict)
+
+_LEAST_PART = 0.5
+"""Of a transformer's weights that its blocks must have: with fewer, streaming them would gain little."""
 
 _ROOT = "streamed_by_flux_nf4"
 """Where a dense model keeps its streamed one, so that other settings copy nothing again: both share their values."""
@@ -94,7 +99,7 @@ def _make_root(patcher: Any) -> StreamedModelPatcher:
     originals, streamed = ([block for of in each.values() for block in of] for each in (lists, blocks))
     attach_streaming(
         model,
-        {families.kind_of(name): list(of) for name, of in blocks.items()},
+        {families.kind_of(name): of for name, of in blocks.items()},
         each=lambda index: _share_host_memory(originals[index], streamed[index]),
     )
     return StreamedModelPatcher(model, patcher.load_device, patcher.offload_device)
@@ -118,25 +123,54 @@ def _refuse_what_is_bound_to_modules(patcher: Any) -> None:
         )
 
 
-def _lists_of_blocks(model: Any) -> dict[str, nn.ModuleList]:
-    """The model's lists of blocks by name, in order of registration, which is that of use."""
-    children = model.diffusion_model.named_children()
-    lists = {name: child for name, child in children if isinstance(child, nn.ModuleList) and _nbytes(child)}
-    if sum(map(_nbytes, lists.values())) < _nbytes(model.diffusion_model) / 2:
-        raise ValueError(
-            f"a {type(model).__name__} is not built of blocks one after the other, so its blocks cannot be streamed. "
-            "Take this node out: ComfyUI moves such a model's parts by itself where VRAM is short."
-        )
-    return lists
+def _lists_of_blocks(model: Any) -> dict[str, list[nn.Module]]:
+    """The model's blocks by the name of their list, in order of registration, which is that of use.
+
+    These are the lists that the transformer itself has; where most of its weights are elsewhere, also those of its
+    parts (Stable Audio has all blocks in ``transformer.layers``).
+    """
+    transformer = model.diffusion_model
+    for is_deep in (False, True):
+        lists = dict(_lists_in(transformer, is_deep))
+        in_blocks = sum(_count(block) for blocks in lists.values() for block in blocks)
+        if lists and in_blocks >= _count(transformer) * _LEAST_PART:
+            return lists
+    raise ValueError(
+        f"a {type(model).__name__} is not built of blocks one after the other, so its blocks cannot be streamed. "
+        "Take this node out: ComfyUI moves such a model's parts by itself where VRAM is short."
+    )
+
+
+def _lists_in(module: nn.Module, is_deep: bool, prefix: str = "") -> Iterator[tuple[str, list[nn.Module]]]:
+    for name, child in module.named_children():
+        if not isinstance(child, _LISTS):
+            yield from _lists_in(child, is_deep, f"{prefix}{name}.") if is_deep else ()
+        elif blocks := list(_blocks_in(child)):
+            yield prefix + name, blocks
+
+
+def _blocks_in(blocks: nn.Module) -> Iterator[nn.Module]:
+    """Those with weights, also of a list in a list (Stable Cascade has one for each resolution)."""
+    for block in blocks.children():
+        if isinstance(block, _LISTS):
+            yield from _blocks_in(block)
+        elif _count(block):
+            yield block
+
+
+def _count(module: nn.Module) -> int:
+    """Of weights, whatever each takes."""
+    return sum(tensor.numel() for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _nbytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
-def _refuse_what_is_no_plain_tensor(lists: Mapping[str, nn.Module]) -> None:
+def _refuse_what_is_no_plain_tensor(lists: Mapping[str, Sequence[nn.Module]]) -> None:
     for kind, blocks in lists.items():
-        for name, tensor in (*blocks.named_parameters(), *blocks.named_buffers()):
+        every = nn.ModuleList(blocks)
+        for name, tensor in (*every.named_parameters(), *every.named_buffers()):
             if type(tensor) not in (torch.Tensor, nn.Parameter) and not is_traceable_wrapper_subclass(tensor):
                 raise ValueError(
                     f"{kind}.{name} is a {type(tensor).__name__}, which only the package that made it can move. "
@@ -145,8 +179,9 @@ def _refuse_what_is_no_plain_tensor(lists: Mapping[str, nn.Module]) -> None:
                 )
 
 
-def _say_what_is_short(lists: Mapping[str, nn.Module]) -> None:
-    needed, free = sum(map(_nbytes, lists.values())), comfy.model_management.get_free_memory(torch.device("cpu"))
+def _say_what_is_short(lists: Mapping[str, Sequence[nn.Module]]) -> None:
+    needed = sum(_nbytes(block) for blocks in lists.values() for block in blocks)
+    free = comfy.model_management.get_free_memory(torch.device("cpu"))
     if needed > free:
         logger.warning(
             "Streaming: the blocks take %.1f GiB of RAM and %.1f GiB are free. Where their weights are still in the "

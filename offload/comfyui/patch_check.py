@@ -35,7 +35,7 @@ def accepted(
     Args:
         patches: As ``ModelPatcher.add_patches`` takes them: by name, or by (name, offset[, function]).
         earlier: The patches that the model has already, which come before these.
-        weights: The model's state dict; only shapes are looked at.
+        weights: The model's tensors by name. Only shapes are looked at, and have to be the logical ones.
         strength: What the patches count.
         strength_model: What the weights count.
 
@@ -74,8 +74,8 @@ def _report(taken: int, skipped: Sequence[str], strength: float) -> None:
         )
     else:
         logger.warning(
-            "LoRA: none of its keys is of this Flux model, so the model stays as it is. Is the LoRA for another model "
-            "(SDXL, SD 1.5, Wan), or only for text encoders?"
+            "LoRA: none of its keys is of this model, so the model stays as it is. Is the LoRA for a model of another "
+            "family, or only for text encoders?"
         )
 
 

@@ -14,7 +14,6 @@ import comfy.model_patcher
 import comfy.patcher_extension
 import torch
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ...memory import MIB
 from ..bounce import through_bounce_buffers
@@ -36,6 +35,7 @@ from .patching import Patch
 from .pins import pin_limit
 from .retry import retry_with_less
 from .streaming import Streaming, StreamingReport, observers, refuse_to_save
+from .weights import in_logical_shapes, key_patches
 
 logger = logging.getLogger(__name__)
 
@@ -235,28 +235,22 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
                 "a streamed model cannot be merged with another: its weights stay as they are in the file. Merge the "
                 f"dense models first; then save the result in 4 bits (node: {QUANTISE}) or stream it (node: {STREAM})."
             )
-        fitting = accepted(patches, self.patches, self.model_state_dict(), strength_patch, strength_model)
+        fitting = accepted(patches, self.patches, self._weights(), strength_patch, strength_model)
         return super().add_patches(fitting, strength_patch, strength_model)
 
     def add_hook_patches(
         self, hook: Any, patches: Mapping[Any, Any], strength_patch: float = 1.0, strength_model: float = 1.0
     ) -> list[Any]:
         """As `add_patches`."""
-        fitting = accepted(patches, self.patches, self.model_state_dict(), strength_patch, strength_model)
+        fitting = accepted(patches, self.patches, self._weights(), strength_patch, strength_model)
         return super().add_hook_patches(hook, fitting, strength_patch, strength_model)
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, list[Any]]:
         """Each weight without its patches, in host memory, and its patches."""
-        weights = self.model_state_dict(filter_prefix)
-        # Nodes that merge models keep these tensors. A view of a resident would keep its block on the device.
-        modules = dict(self.model.named_modules())
-        for key, weight in weights.items():
-            if type(weight) in (torch.Tensor, nn.Parameter) or is_traceable_wrapper_subclass(weight):
-                path, _, name = key.rpartition(".")
-                host = self._streaming.streamer.in_host_memory(modules[path], name) if path in modules else None
-                weights[key] = weight.cpu() if host is None else host
-        found = super().get_key_patches(filter_prefix)
-        return {key: [(weights[key], unpatched[1]), *patches] for key, (unpatched, *patches) in found.items()}
+        return key_patches(self.model, self._weights(filter_prefix), self.patches, self._streaming.streamer)
+
+    def _weights(self, filter_prefix: str | None = None) -> dict[str, torch.Tensor]:
+        return in_logical_shapes(self.model, self.model_state_dict(filter_prefix))
 
     def patch_hooks(self, hooks: Any) -> None:
         """Put the patches of ``hooks`` (a HookGroup or None) into effect, at the strengths that they have now."""

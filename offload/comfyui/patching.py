@@ -1,8 +1,9 @@
 """ComfyUI's patches (LoRA and the like) on a streamed model. Its weights stay as they are: clones share them.
 
-What is small, or outside the blocks, gets a patched copy on the device, which shadows it. A large weight in a block is
-patched in each forward, from a fresh dense copy (`DensePatches`), unless its layer knows a better way (`TakesPatches`).
-Either needs tensors, which become buffers of the layer and so stream with it.
+A layer that computes with its patches beside the weight takes them (`TakesPatches`): 4-bit ones do, and `LowRankBeside`
+does it for those in ComfyUI's quantised formats. Of the others, what is small, or outside the blocks, gets a patched
+copy on the device, which shadows it; a large weight in a block is patched in each forward, from a fresh dense copy
+(`DensePatches`). What a forward needs of patches becomes buffers of the layer, and so streams with it.
 
 Patches are ComfyUI's: (strength, adapter or tuple, strength_model, offset, function). One whose strength is None stands
 by, to be given a strength later.
@@ -17,6 +18,7 @@ from torch import nn
 
 from .. import record
 from .dense_patches import DensePatches, patched_copy
+from .low_rank_beside import LowRankBeside, is_quantised_linear
 
 Patch = Sequence[Any]
 Function = Callable[[torch.Tensor], torch.Tensor]
@@ -32,12 +34,11 @@ _COPIES_TO_PATCH = 2
 
 
 class TakesPatches(Protocol):
-    """A layer that can compute with some patches of its weight without a dense copy of it."""
+    """Computes with some patches of a layer's weight without a dense copy of it: a layer itself, or what is beside it.
 
-    computes_on: torch.device | None
-    """Where the forward runs, which for a streamed layer is not where its weight is now."""
-    patched_shape: tuple[int, ...]
-    """Of the weight, with what ``weight_function`` does to it."""
+    A layer that does has two attributes more: ``computes_on`` is where the forward runs, which for a streamed layer is
+    not where its weight is now; ``patched_shape`` is the shape of the weight with what ``weight_function`` does to it.
+    """
 
     def take_patches(self, patches: Sequence[Patch], dtype: torch.dtype) -> Mapping[str, torch.Tensor] | None:
         """Compute with ``patches`` in ``dtype``, in place of earlier ones. Returns host tensors that are to be buffers
@@ -52,7 +53,8 @@ class Patching:
     def __init__(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
         self._model_of = weakref.ref(model)  # which has this: a cycle would keep its memory until a collection
         self._in_blocks = {module for block in blocks for module in block.modules()}
-        self._takers: set[Any] = set()
+        self._beside = {module: LowRankBeside(module) for module in model.modules() if is_quantised_linear(module)}
+        self._takers: set[TakesPatches] = set()
         self._shadows: list[tuple[nn.Module, str]] = []
         self._outside: list[tuple[nn.Module, str]] = []
         self.scratch_bytes = 0
@@ -81,23 +83,23 @@ class Patching:
         for key, functions in wrappers.items():
             module, name = _find(model, modules, key)
             _add_functions(module, name, functions)
-        takers: set[Any] = set()
+        takers: set[TakesPatches] = set()
         extras: dict[nn.Module, dict[str, torch.Tensor]] = {}
         for key, of_key in patches.items():
             module, name = _find(model, modules, key)
             active = [patch for patch in of_key if patch[0] is not None]
-            if self._can_shadow(module, name):
+            tensors = self._taken(module, name, of_key, dtype, takers) if key not in wrappers else None
+            if tensors is None and self._can_shadow(module, name):
                 self._shadow(module, name, key, active, device)
                 continue
-            tensors = self._taken(module, name, of_key, dtype, takers) if key not in wrappers else None
             if tensors is None:
                 tensors = self._dense(module, name, key, active, dtype)
             if module in self._in_blocks:
                 extras.setdefault(module, {}).update(tensors)
             else:
                 self._put(module, tensors, device)
-        for module in self._takers - takers:
-            module.take_patches((), dtype)
+        for taker in self._takers - takers:
+            taker.take_patches((), dtype)
         self._takers = takers
         return extras
 
@@ -122,14 +124,15 @@ class Patching:
         return is_small or not hasattr(module, f"{name}_function")
 
     def _taken(
-        self, module: Any, name: str, patches: Sequence[Patch], dtype: torch.dtype, takers: set[Any]
+        self, module: Any, name: str, patches: Sequence[Patch], dtype: torch.dtype, takers: set[TakesPatches]
     ) -> Mapping[str, torch.Tensor] | None:
-        if name != "weight" or not hasattr(module, "take_patches"):
+        taker: Any = self._beside.get(module, module)
+        if name != "weight" or not hasattr(taker, "take_patches"):
             return None
-        self._takers.add(module)  # whatever happens from here on, it is to be told when its patches go
-        tensors: Mapping[str, torch.Tensor] | None = module.take_patches(patches, dtype)
+        self._takers.add(taker)  # whatever happens from here on, it is to be told when its patches go
+        tensors: Mapping[str, torch.Tensor] | None = taker.take_patches(patches, dtype)
         if tensors is not None:
-            takers.add(module)
+            takers.add(taker)
         return tensors
 
     def _dense(

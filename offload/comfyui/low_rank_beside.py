@@ -1,0 +1,54 @@
+"""LoRA beside the matmul of a Linear whose weight is quantised by a tensor class, as ComfyUI's native formats are.
+
+ComfyUI's layer leaves its quantised matmul (int8, fp8, 4 bits) as soon as it has a ``weight_function``, and computes
+with a dense copy of its weight instead. So what a LoRA adds is computed beside it, from the layer's input, and added to
+its output in the dtype of that. The weight is neither expanded nor quantised a second time.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ...low_rank.branch import LowRank
+from ...low_rank.factors import factors_of
+
+
+def is_quantised_linear(module: nn.Module) -> bool:
+    """Whether it is a Linear, of torch or ComfyUI, whose weight is made of other tensors."""
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dim() != 2 or not hasattr(module, "in_features"):
+        return False
+    return bool(is_traceable_wrapper_subclass(weight))
+
+
+class LowRankBeside:
+    """Takes the low-rank patches of a layer's weight in its place (`TakesPatches`), by a hook on its forward.
+
+    The hook stays for good: torch.compile looks at a module's hooks only when it compiles it. The factors are buffers
+    of the layer, so that they are where its weight is whenever it computes.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        rows, columns = layer.get_parameter("weight").shape
+        self._shape = (rows, columns)
+        self._low_rank: LowRank | None = None
+        # First, while the layer's tensors are still there: the hook that lets them go comes after.
+        layer.register_forward_hook(self._add, prepend=True)
+
+    def take_patches(self, patches: Sequence[Sequence[Any]], dtype: torch.dtype) -> Mapping[str, torch.Tensor] | None:
+        factors = factors_of(patches, self._shape)
+        self._low_rank = None if factors is None else LowRank.of(factors, dtype, self._low_rank)
+        if factors is None:
+            return None
+        return self._low_rank.tensors if self._low_rank is not None else {}
+
+    def _add(self, layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        if self._low_rank is None:
+            return output
+        rows, columns = self._shape
+        sums = output.reshape(-1, rows)
+        self._low_rank.add_to(sums, inputs[0].reshape(-1, columns), layer._buffers)
+        return sums.reshape(output.shape)

@@ -1,0 +1,48 @@
+"""A streamed model's weights, as nodes and patches see them: unpatched, in host memory, in their logical shapes.
+
+The state dict is not enough. Of a packed weight (NVFP4, W4A8) it has the packed parts, which are of other shapes than
+the patches are for; the parameter itself has the logical shape.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..streamer import Streamer
+
+
+def in_logical_shapes(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a ``state`` dict of ``model``, each as the parameter or buffer that has its name, if one has."""
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    return {key: own.get(key, tensor) for key, tensor in state.items()}
+
+
+def key_patches(
+    model: nn.Module,
+    weights: Mapping[str, torch.Tensor],
+    patches: Mapping[str, Sequence[Any]],
+    streamer: Streamer,
+) -> dict[str, list[Any]]:
+    """What ``ModelPatcher.get_key_patches`` gives: for each of ``weights`` a pair of it in host memory and of ComfyUI's
+    function that converts it to the values that its layer computes with, and then its patches."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = {}
+    for key, weight in weights.items():
+        path, _, name = key.rpartition(".")
+        module = modules[path]
+        if not hasattr(module, name):
+            continue  # a part of a packed weight
+        # Nodes that merge models keep these tensors. A view of a resident would keep its block on the device.
+        if type(weight) in (torch.Tensor, nn.Parameter) or is_traceable_wrapper_subclass(weight):
+            host = streamer.in_host_memory(module, name)
+            weight = weight.cpu() if host is None else host
+        convert: Callable[..., torch.Tensor] = getattr(module, f"convert_{name}", _as_it_is)
+        found[key] = [(weight, convert), *patches.get(key, ())]
+    return found
+
+
+def _as_it_is(weight: torch.Tensor, **_: Any) -> torch.Tensor:
+    return weight
