@@ -86,7 +86,7 @@ def fill_gbps(record: torch.Tensor) -> float:
 
 def require_clean_refusal(arena: Any, device: torch.device) -> int:
     """Have the driver refuse a registration; returns its error code."""
-    from flux_nf4.offload.arena import CudaRegistrar
+    from flux_nf4.offload.pinning import CudaRegistrar
 
     error = CudaRegistrar(device).register(arena.records[0].data_ptr(), 4096)  # it is registered already
     if not error:

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from ..memory import is_out_of_memory
-from .arena import THE_LIMIT, HostArena, Shortfall
+from .arena import HostArena
 from .block import Block, Extras, HostRecord, MappedRecord, arena_for, blocks_in, extras_in, layouts_of
 from .call_order import CallOrders
 from .conveyor import Conveyor, tensors_replaced
 from .copies import Copies, InlineCopies
 from .extras import Places, Travelling, remove_staying
+from .pinning import THE_LIMIT, Shortfall
 from .plan import BlockSize, ResidencyPlan, plan_for, spread
 from .record import RecordLayout, extras_layouts
 from .staging import RingMemory, ring_memory

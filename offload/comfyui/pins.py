@@ -5,8 +5,8 @@ import psutil
 from comfy.cli_args import args as comfy_args
 
 from ...memory import GIB
-from .. import arena
-from ..arena import Shortfall, pinned_by_all
+from .. import pinning
+from ..pinning import Shortfall, pinned_by_all
 
 _counted_bytes = 0
 
@@ -35,7 +35,7 @@ def _pinned_by_comfyui() -> int:
     return total - _counted_bytes
 
 
-arena.pins_changed = _count_pins
+pinning.pins_changed = _count_pins
 
 
 def pin_limit(wanted_bytes: int) -> tuple[int, Shortfall]:
