@@ -1,14 +1,15 @@
 """Files as the host arena: what is mapped of them, pinned where it is, as far as the RAM has room for."""
 
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from .arena import PAGE, whole_pages
-from .file_map import FileMapError, bring_in, map_parts, range_of
+from .file_map import FileMapError, FilePart, bring_in, map_parts, range_of
 from .pinning import THE_LIMIT, Piece, PinnableMemory, Registrar, Shortfall, pinned_by_all, registrar_for
 from .ram import free_ram_bytes, ram_bytes
 
@@ -17,6 +18,23 @@ _NO_ROOM = Shortfall(
     "What is not pinned is read from the file again where the system needs the memory. Close other programs, or keep "
     "more blocks in VRAM.",
 )
+
+
+def map_blocks(
+    blocks: Iterable[nn.Module], parts: Mapping[nn.Module, Mapping[str, FilePart]]
+) -> dict[nn.Module, dict[str, torch.Tensor]]:
+    """The ``parts`` of files, which are tensors of modules by name, as memory; those of a block are mapped together.
+
+    Raises:
+        FileMapError: a file cannot be opened or mapped, or is shorter than a part says.
+    """
+    mapped: dict[nn.Module, dict[str, torch.Tensor]] = {}
+    for block in blocks:
+        of_block = [(module, name) for module in block.modules() for name in parts.get(module, ())]
+        tensors = map_parts([parts[module][name] for module, name in of_block])
+        for (module, name), tensor in zip(of_block, tensors, strict=True):
+            mapped.setdefault(module, {})[name] = tensor
+    return mapped
 
 
 class FileArena(PinnableMemory):

@@ -34,6 +34,8 @@ class FileMapError(Exception):
 
     def __init__(self, path: Path, problem: str) -> None:
         super().__init__(f"{path.name}: {problem}")
+        self.path = path
+        self.problem = problem
 
 
 class FilePart(Protocol):

@@ -35,7 +35,7 @@ class FakeRegistrar:
         self.calls += 1
         if read_only and not self.knows_read_only:
             return self.NOT_SUPPORTED
-        if is_read_only(pointer) and not read_only:
+        if "w" not in rights(pointer) and not read_only:
             return self.ERROR
         if self.refuse_at is not None and self.calls > self.refuse_at:
             return self.ERROR
@@ -45,21 +45,22 @@ class FakeRegistrar:
 
     def unregister(self, pointer):
         del self.registered[pointer]  # KeyError: not registered, or not any more
-        ctypes.string_at(pointer, 1)  # still mapped
+        rights(pointer)  # still mapped; not read, for a file may have been cut short
         self.log.append("unregister")
 
     def synchronise(self):
         self.log.append("synchronise")
 
 
-def is_read_only(pointer):
-    """Whether the page at ``pointer`` of this process may only be read; where the system does not tell, it is not."""
+def rights(pointer):
+    """What this process may do with the page at ``pointer``; everything, where the system does not tell."""
     maps = Path("/proc/self/maps")
     if not maps.exists():
-        return False
+        ctypes.string_at(pointer, 1)
+        return "rw"
     for line in maps.read_text().splitlines():
-        addresses, rights = line.split()[:2]
+        addresses, allowed = line.split()[:2]
         first, end = (int(address, 16) for address in addresses.split("-"))
         if first <= pointer < end:
-            return "w" not in rights
+            return allowed
     raise AssertionError("nothing is mapped there")

@@ -1,5 +1,6 @@
 """Parts of files, as a catalogue names them, and what a process has of files."""
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,18 +16,19 @@ class Part:
     nbytes: int
 
 
-def mapped_copy(path, tensors):
-    """Maps of these tensors (flat bytes), which are written to the file ``path``, one after the other."""
-    parts, offset = [], 3  # nothing begins where a page does
-    with path.open("wb") as file:
+def mapped_copies(tensors):
+    """Maps of these tensors (flat bytes) in a file that has them one after the other, and no name any more."""
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+        parts, offset = [], 3  # nothing begins where a page does
         file.write(bytes(offset))
         for tensor in tensors:
             data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
             padding = -offset % tensor.element_size()
             file.write(bytes(padding) + data)
-            parts.append(Part(path, offset + padding, len(data)))
+            parts.append(Part(Path(file.name), offset + padding, len(data)))
             offset += padding + len(data)
-    return map_parts(parts)
+        file.flush()
+        return map_parts(parts)
 
 
 def maps_of(path):
