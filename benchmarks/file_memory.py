@@ -175,8 +175,11 @@ def serve(path: Path, way: str, repeats: int) -> None:
     answer(json.dumps(times))
 
 
+ANSWER = "answer: "
+
+
 def answer(text: str) -> None:
-    print(text, flush=True)
+    print(ANSWER + text, flush=True)
     sys.stdin.readline()
 
 
@@ -196,7 +199,7 @@ class Servers:
         ]
 
     def answers(self) -> list[str]:
-        return [last_line(process) for process in self._processes]
+        return [next_answer(process) for process in self._processes]
 
     def pss(self) -> int:
         return sum(pss_bytes(process.pid) for process in self._processes)
@@ -213,12 +216,12 @@ class Servers:
             process.wait()
 
 
-def last_line(process: "subprocess.Popen[str]") -> str:
+def next_answer(process: "subprocess.Popen[str]") -> str:
     assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line:
-        raise SystemExit("a process has ended early: its own messages say why")
-    return line
+    for line in process.stdout:
+        if line.startswith(ANSWER):
+            return line.removeprefix(ANSWER)
+    raise SystemExit("a process has ended early: its own messages say why")
 
 
 def processes(arguments: Sequence[str], devices: Sequence[int]) -> dict[str, Any]:

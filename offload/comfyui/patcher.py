@@ -193,6 +193,15 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
                 callback(self, device, lowvram_model_memory, force_patch_weights, full_load)
             self.apply_hooks(self.forced_hooks, force_apply=True)
 
+    def pre_run(self) -> None:
+        """The beginning of a sampling.
+
+        Raises:
+            FileMapError: somebody has written to the file that the weights are in.
+        """
+        self._streaming.streamer.file.require_unchanged()
+        super().pre_run()
+
     def prepare_state(self, *args: Any, **kwargs: Any) -> None:
         """Each forward of a sampling begins here."""
         super().prepare_state(*args, **kwargs)
