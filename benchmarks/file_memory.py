@@ -1,21 +1,21 @@
 """What it is worth that a device copies from the file's own memory: beside the same model read into an arena.
 
-    COMFYUI_PATH=~/ComfyUI python benchmarks/file_memory.py --output results
+    COMFYUI_PATH=~/ComfyUI python benchmarks/file_memory.py
     COMFYUI_PATH=~/ComfyUI python benchmarks/file_memory.py --checkpoint flux1-dev-bnb-nf4-v2.safetensors
 
-Run it with ComfyUI's Python, on Linux. Without a checkpoint it makes one with random weights (7 GB, in a temporary
-folder). Prints tables and writes ``file_memory.json``. Every block is streamed.
+Run it with ComfyUI's Python, on Linux. Without a checkpoint it makes one with random weights (7 GB, kept in
+``--folder``). Prints tables and writes ``file_memory.json``. Every block is streamed.
 
 - Start: a fresh process for each way loads the file again and again, with the page cache warm, and once from the disk.
   Seconds until ComfyUI has the model ready for its first step, and what of the process's memory is its own.
 - Steps: both ways in one process, in turns; medians. Outputs must be bit-identical, or it fails.
-- Two processes, where there are two GPUs: one a GPU. By how much all memory of both grows when they load, against one
-  alone; and the time of a step while both run.
+- Processes, where there are two GPUs: one a GPU. By how much the memory of both together grows when they load, against
+  one alone (Pss), and the time of a step while both run.
 - Copies to each GPU from memory that was registered for the first one.
 """
 
 import argparse
-import functools
+import contextlib
 import gc
 import json
 import os
@@ -27,36 +27,30 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import needs_torch  # noqa: F401
 import torch
-from inside_comfyui import import_package, require_gpu
+from arguments import begin, parser_for
+from cases import Case
+from inside_comfyui import import_package
 from memory import resident_bytes
-from streaming import Forward, checkpoint_file
 from timing import copy_gbps, milliseconds
+from weights import Files
 
 WAYS = ("file", "arena")
 PIXELS = (1024, 512)
 GIB = 2**30
 
 
-def choose(way: str) -> None:
-    """Have models loaded from now on keep their weights in the file, or in an arena."""
-    import flux_nf4.checkpoints
-
-    loaded: Any = flux_nf4.checkpoints
-    real = loaded.__dict__.setdefault("real_why_not_pinned", loaded.why_not_pinned)
-    loaded.why_not_pinned = real if way == "file" else lambda *_: "the benchmark wants an arena"
-
-
 def load(path: Path, way: str) -> Any:
     """A patcher that streams every block of a model that nobody else has."""
     from streamed import load as load_shared
-    from streamed import with_residency
+    from streamed import read_into_an_arena, with_residency
 
     import flux_nf4.checkpoints
 
-    choose(way)
     flux_nf4.checkpoints._models.clear()
-    patcher = with_residency(load_shared(path), 0, 0)
+    with read_into_an_arena() if way == "arena" else contextlib.nullcontext():
+        patcher = with_residency(load_shared(path), 0, 0)
     require(way, patcher)
     return patcher
 
@@ -68,13 +62,16 @@ def require(way: str, patcher: Any) -> None:
         raise SystemExit(f"the weights are in the {found}, not in the {way}: the log says why")
 
 
-def put_on_device(patcher: Any) -> None:
-    import comfy.model_management
+def put_on_device(patcher: Any, pixels: int = 512) -> Any:
+    """The model ready for a step of this picture."""
+    from comfy_model import ComfyModel
 
-    comfy.model_management.load_models_gpu([patcher])
+    model = ComfyModel(patcher, Case("", pixels))
+    model.load()
     torch.cuda.synchronize()
     if not patcher.model.streaming.streamer.all_pinned:
         raise SystemExit("not all host memory is pinned: the log says why")
+    return model
 
 
 def forget_everything() -> None:
@@ -85,12 +82,8 @@ def forget_everything() -> None:
     comfy.model_management.soft_empty_cache()
 
 
-def forward_for(patcher: Any, pixels: int) -> Forward:
-    return Forward(pixels, patcher.load_device, patcher.model.get_dtype())
-
-
-def step(patcher: Any, pixels: int = 512) -> None:
-    forward_for(patcher, pixels)(patcher.model)
+def step(model: Any) -> None:
+    model.forward()
     torch.cuda.synchronize()
 
 
@@ -113,14 +106,14 @@ def start(path: Path, way: str, rounds: int) -> dict[str, float]:
         moments = [time.perf_counter()]
         patcher = load(path, way)
         moments.append(time.perf_counter())
-        put_on_device(patcher)
+        model = put_on_device(patcher)
         moments.append(time.perf_counter())
-        step(patcher)
+        step(model)
         moments.append(time.perf_counter())
         own.append(resident_bytes("RssAnon") - before)
         for name, begun, ended in zip(times, moments, moments[1:], strict=False):
             times[name].append(ended - begun)
-        del patcher
+        del patcher, model
     result = {name: statistics.median(values[1:-1]) for name, values in times.items()}
     result["first_load_s"] = times["load_s"][0] + times["ready_s"][0]
     result["cold_load_s"] = times["load_s"][-1] + times["ready_s"][-1]
@@ -130,6 +123,8 @@ def start(path: Path, way: str, rounds: int) -> dict[str, float]:
 
 def steps(path: Path, rounds: int, repeats: int) -> dict[str, Any]:
     """Both ways in this process."""
+    from streamed import host_bytes_of_first_block
+
     patchers = {way: load(path, way) for way in WAYS}
     result: dict[str, Any] = {}
     for pixels in PIXELS:
@@ -137,15 +132,14 @@ def steps(path: Path, rounds: int, repeats: int) -> dict[str, Any]:
         outputs = []
         for _ in range(rounds):
             for way, patcher in patchers.items():
-                put_on_device(patcher)
-                forward = forward_for(patcher, pixels)
-                outputs.append(forward(patcher.model).clone())
+                model = put_on_device(patcher, pixels)
+                outputs.append(model.forward().clone())
                 if not torch.equal(outputs[0], outputs[-1]):
                     raise SystemExit(f"{way} at {pixels}: the output differs")
-                times[way] += milliseconds(functools.partial(forward, patcher.model), repeats)[1:]
+                times[way] += milliseconds(model.forward, repeats, model.device)[1:]
         result |= {f"{way}_{pixels}_ms": statistics.median(values) for way, values in times.items()}
         result[f"ratio_{pixels}"] = result[f"file_{pixels}_ms"] / result[f"arena_{pixels}_ms"]
-    part = max(patchers["file"].model.streaming.streamer.file.tensors[0], key=lambda tensor: tensor.nbytes)
+    part = host_bytes_of_first_block(patchers["file"])
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     result["copy_gbps"] = [copy_gbps(part, device) for device in devices]
     return result
@@ -158,20 +152,16 @@ def pss_bytes(process: int) -> int:
 
 def serve(path: Path, way: str, repeats: int) -> None:
     """One of several processes: goes on to its next state, and says so, whenever it is told to."""
-    patcher = load(path, way)
-    put_on_device(patcher)
-    step(patcher)
-    del patcher
+    step(put_on_device(load(path, way)))
     forget_everything()
     answer("has loaded it once, and has forgotten it")
     patcher = load(path, way)
-    put_on_device(patcher)
-    step(patcher)
+    step(put_on_device(patcher))
     answer("has it")
     times = {}
     for pixels in PIXELS:
-        call = functools.partial(forward_for(patcher, pixels), patcher.model)
-        times[pixels] = statistics.median(milliseconds(call, 4 * repeats)[1:])
+        model = put_on_device(patcher, pixels)
+        times[pixels] = statistics.median(milliseconds(model.forward, 4 * repeats, model.device)[1:])
     answer(json.dumps(times))
 
 
@@ -248,7 +238,16 @@ def in_fresh_process(what: str, *arguments: str) -> dict[str, Any]:
 
 
 def measure(path: Path, given: argparse.Namespace) -> dict[str, Any]:
-    common = ["--checkpoint", str(path), "--rounds", str(given.rounds), "--repeats", str(given.repeats)]
+    common = [
+        "--checkpoint",
+        str(path),
+        "--output",
+        str(given.output),
+        "--rounds",
+        str(given.rounds),
+        "--repeats",
+        str(given.repeats),
+    ]
     results: dict[str, Any] = {
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(),
@@ -283,31 +282,24 @@ def report(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, help="an NF4 file; made if not given")
-    parser.add_argument("--output", type=Path, default=Path(), help="folder for the JSON")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=8)
+    parser = parser_for(__doc__, can_be_dry=False)
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each way")
+    parser.add_argument("--repeats", type=int, default=8, help="timed forwards of a turn")
     parser.add_argument("--way", choices=WAYS, default="file", help=argparse.SUPPRESS)
     parser.add_argument("--only", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    require_gpu()
-    if given.only:
-        import_package()
-        parts: dict[str, Callable[[], Any]] = {
-            "start": lambda: start(given.checkpoint, given.way, given.rounds),
-            "steps": lambda: steps(given.checkpoint, given.rounds, given.repeats),
-            "serve": lambda: serve(given.checkpoint, given.way, given.repeats),
-        }
-        with torch.inference_mode():
-            result = parts[given.only]()
-        if result is not None:
-            print(json.dumps(result))
-        return
+    begin(given)
     import_package()
-    with checkpoint_file(given.checkpoint) as path:
-        results = measure(path, given)
-    given.output.mkdir(parents=True, exist_ok=True)
+    parts: dict[str, Callable[[], Any]] = {
+        "start": lambda: start(given.checkpoint, given.way, given.rounds),
+        "steps": lambda: steps(given.checkpoint, given.rounds, given.repeats),
+        "serve": lambda: serve(given.checkpoint, given.way, given.repeats),
+    }
+    with torch.inference_mode():
+        if given.only:
+            print(json.dumps(parts[given.only]()))
+            return
+        results = measure(Files(given.folder, given.checkpoint).nf4(), given)
     (given.output / "file_memory.json").write_text(json.dumps(results, indent=1))
     print(report(results))
 
