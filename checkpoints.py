@@ -5,6 +5,7 @@ Who uses a file is who holds a MODEL, CLIP or VAE made from it, or what `load_al
 
 import gc
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Thread
 from weakref import WeakValueDictionary
@@ -18,18 +19,25 @@ import psutil
 import torch
 
 from .memory import GIB
-from .nf4_loader.checkpoint.catalogue import Catalogue
+from .nf4_loader.checkpoint.catalogue import Catalogue, Weight4bit
 from .nf4_loader.checkpoint.errors import CheckpointError
+from .nf4_loader.checkpoint.header import TensorEntry
 from .nf4_loader.linear.kernels import warm_up
-from .nf4_loader.models.fill import fill
-from .nf4_loader.models.mapped import Mapped, map_packed
+from .nf4_loader.models.fill import There, fill
+from .nf4_loader.models.mapped import InFile, tensors_in_file
 from .nf4_loader.models.transformers import block_groups, build_flux, load_clip_and_vae, materialise
+from .offload.arena import HostArena
 from .offload.comfyui.encoders import leave_unpinned, leave_without_copies
 from .offload.comfyui.patcher import StreamedModelPatcher
+from .offload.comfyui.pins import pin_limit
 from .offload.comfyui.requires import require_comfyui
 from .offload.comfyui.streaming import attach_streaming
+from .offload.file_arena import map_blocks, why_not_pinned
+from .offload.file_map import FileMapError
 from .offload.host_memory import give_back_host_memory
 from .offload.plan import Residency
+from .offload.ram import free_ram_bytes
+from .offload.streamer import Streamer
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +46,12 @@ _CPU = torch.device("cpu")
 Key = frozenset[tuple[str, int, int]]
 """Name, time of change in ns and size in bytes of each file that a checkpoint has."""
 
-_models: WeakValueDictionary[Key, StreamedModelPatcher] = WeakValueDictionary()
-_clips: WeakValueDictionary[Key, comfy.sd.CLIP] = WeakValueDictionary()
-_vaes: WeakValueDictionary[Key, comfy.sd.VAE] = WeakValueDictionary()
+Place = tuple[Key, torch.device]
+"""A checkpoint on the device that ComfyUI computes on: some packages change that from one loader to the next."""
+
+_models: WeakValueDictionary[Place, StreamedModelPatcher] = WeakValueDictionary()
+_clips: WeakValueDictionary[Place, comfy.sd.CLIP] = WeakValueDictionary()
+_vaes: WeakValueDictionary[Place, comfy.sd.VAE] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -60,21 +71,21 @@ def load_all_in_one(catalogue: Catalogue) -> AllInOne:
         UnknownComfyUIError: this ComfyUI lacks what streaming needs.
     """
     require_comfyui()
-    key = key_of(catalogue)
-    model, clip, vae = _models.get(key), _clips.get(key), _vaes.get(key)
+    place = _place_of(catalogue)
+    model, clip, vae = _models.get(place), _clips.get(place), _vaes.get(place)
     if clip is None or vae is None:
         gc.collect()  # an earlier model that only cycles keep alive must not count against this one
         new = build_flux(catalogue) if model is None else None
-        mapped = _mapped_where_ram_is_short(new, catalogue, with_others=True)
+        source = _source_for(new, catalogue, place, with_others=True)
         clip, vae = load_clip_and_vae(catalogue, folder_paths.get_folder_paths("embeddings"))
         leave_without_copies(clip.patcher)
         leave_without_copies(vae.patcher)
         leave_unpinned(clip.patcher)
-        model = _read(new, catalogue, mapped) if new is not None else model
+        model = _read(new, catalogue, source) if new is not None else model
     assert clip is not None
     assert vae is not None
     model = load_transformer(catalogue) if model is None else model
-    _models[key], _clips[key], _vaes[key] = model, clip, vae
+    _models[place], _clips[place], _vaes[place] = model, clip, vae
     return AllInOne(model, clip, vae)
 
 
@@ -86,13 +97,13 @@ def load_transformer(catalogue: Catalogue) -> StreamedModelPatcher:
         UnknownComfyUIError: this ComfyUI lacks what streaming needs.
     """
     require_comfyui()
-    key = key_of(catalogue)
-    model = _models.get(key)
+    place = _place_of(catalogue)
+    model = _models.get(place)
     if model is None:
         gc.collect()
         new = build_flux(catalogue)
-        mapped = _mapped_where_ram_is_short(new, catalogue, with_others=False)
-        model = _models[key] = _read(new, catalogue, mapped)
+        source = _source_for(new, catalogue, place, with_others=False)
+        model = _models[place] = _read(new, catalogue, source)
     return model
 
 
@@ -116,61 +127,136 @@ def key_of(catalogue: Catalogue) -> Key:
     return frozenset((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths)
 
 
-def _read(model: comfy.model_base.BaseModel, catalogue: Catalogue, mapped: Mapped) -> StreamedModelPatcher:
-    attach_streaming(model, block_groups(model), mapped)
-    materialise(model.diffusion_model)
-    left = _bytes_of(mapped)
-    progress = comfy.utils.ProgressBar(catalogue.transformer_bytes - left)
-    in_ram = (catalogue.transformer_ram - left) / GIB
-    logger.info("NF4: reading the transformer of %s, %.2f GiB", catalogue.path.name, in_ram)
+def _place_of(catalogue: Catalogue) -> Place:
+    return key_of(catalogue), comfy.model_management.get_torch_device()
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where the blocks of a model get their bytes: what stays in the file, and an arena that has the others already."""
+
+    in_file: InFile
+    arena: HostArena | None = None
+
+
+def _read(model: comfy.model_base.BaseModel, catalogue: Catalogue, source: _Source) -> StreamedModelPatcher:
+    groups = block_groups(model)
+    blocks = [block for group in groups.values() for block in group]
     device = comfy.model_management.get_torch_device()
     warming_up = Thread(target=warm_up, args=(device,))
     warming_up.start()
     try:
-        fill(model, catalogue, progress.update, mapped)
+        attach_streaming(model, groups, map_blocks(blocks, source.in_file), arena=source.arena)
+        materialise(model.diffusion_model)
+        file = model.streaming.streamer.file
+        is_room = file.bytes_to_bring_in <= _free_ram()
+        progress = comfy.utils.ProgressBar(
+            catalogue.transformer_bytes - _bytes_of(source.in_file) + (file.bytes_to_bring_in if is_room else 0)
+        )
+        if is_room:
+            file.bring_in(progress.update)
+        fill(model, catalogue, progress.update, source.in_file if source.arena is None else _all_tensors(blocks))
+    except FileMapError as error:
+        raise CheckpointError(error.path, error.problem) from error
     finally:
         warming_up.join()
     return StreamedModelPatcher(model, load_device=device, offload_device=comfy.model_management.unet_offload_device())
 
 
-def _mapped_where_ram_is_short(
-    model: comfy.model_base.BaseModel | None, catalogue: Catalogue, *, with_others: bool
-) -> Mapped:
-    """What of ``model`` (None: it is in RAM) stays in the file: nothing where the free RAM holds it and the others.
+def _all_tensors(blocks: Sequence[torch.nn.Module]) -> There:
+    modules = (module for block in blocks for module in block.modules())
+    return {module: {*module._parameters, *module._buffers} for module in modules}
+
+
+def _source_for(
+    model: comfy.model_base.BaseModel | None, catalogue: Catalogue, place: Place, *, with_others: bool
+) -> _Source:
+    """Where to get the blocks of ``model`` (None: it is in RAM). Log and errors say why, and what it takes.
 
     Raises:
-        CheckpointError: the RAM holds not even the rest.
+        CheckpointError: the RAM holds not even what cannot stay in the file.
     """
     others = [entry for part in (catalogue.text_encoders, catalogue.vae) for entry in part.values()]
-    needed = catalogue.transformer_ram if model is not None else 0
+    twin = _twin_of(model, place) if model is not None else None
+    why_read = _why_read(catalogue, place[1])
+    in_file: InFile = {}
+    if model is not None and (not why_read if twin is None else twin.file.nbytes):
+        in_file = tensors_in_file(model, catalogue)
+    needed = catalogue.transformer_ram - _bytes_of(in_file) if model is not None and twin is None else 0
     needed += sum(entry.nbytes for entry in others) if with_others else 0
-    free = comfy.model_management.get_free_memory(_CPU)
+    free = _free_ram()
     if needed > free:
         give_back_host_memory()
-        free = comfy.model_management.get_free_memory(_CPU)
-    if needed <= free:
-        return {}
-    mapped = map_packed(model, catalogue) if model is not None else {}
-    rest = needed - _bytes_of(mapped)
-    if rest > free + psutil.swap_memory().free:
+        free = _free_ram()
+    if needed > free and model is not None and twin is None and not in_file:
+        in_file = tensors_in_file(model, catalogue)
+        _say_that_ram_is_short(catalogue, needed, free, _bytes_of(in_file))
+        needed -= _bytes_of(in_file)
+    if needed > free + psutil.swap_memory().free:
         raise CheckpointError(
             catalogue.path,
-            f"loading it takes {rest / GIB:.2f} GiB of RAM; {free / GIB:.2f} GiB are free, and swap does not make up "
+            f"loading it takes {needed / GIB:.2f} GiB of RAM; {free / GIB:.2f} GiB are free, and swap does not make up "
             "for it. Close other programs, free ComfyUI's models (Manager: Unload Models), or enlarge the swap or page "
             "file.",
         )
-    if mapped:
-        logger.warning(
-            "NF4: %s takes %.2f GiB of RAM and %.2f GiB are free, so %.2f GiB of packed weights stay in the file and "
-            "are read from there in every step. That is as slow as the disk where the system has no RAM left to keep "
-            "them. Close other programs, or keep more blocks in VRAM.",
-            catalogue.path.name,
-            needed / GIB,
-            free / GIB,
-            _bytes_of(mapped) / GIB,
+    if model is not None:
+        _say_where(catalogue, place[1], in_file, why_read, is_shared=twin is not None)
+    return _Source(in_file, None if twin is None else twin.arena)
+
+
+def _twin_of(model: comfy.model_base.BaseModel, place: Place) -> Streamer | None:
+    """What streams the same checkpoint, in the same dtype, to another device: one arena is enough for both."""
+    same_files = (other for (key, _), other in list(_models.items()) if key == place[0])
+    twins = (other.model for other in same_files if other.model.get_dtype() == model.get_dtype())
+    return next((twin.streaming.streamer for twin in twins), None)
+
+
+def _why_read(catalogue: Catalogue, device: torch.device) -> str:
+    """Why the weights have to be read, as a clause; "" if ``device`` can copy them from the file's own memory."""
+    limit, shortfall = pin_limit(0)
+    if not limit:
+        return shortfall.reason
+    paths = dict.fromkeys(entry.path for part in catalogue.parts for entry in _entries(part))
+    return next(filter(None, (why_not_pinned(path, device) for path in paths)), "")
+
+
+def _entries(part: Weight4bit | TensorEntry) -> Sequence[TensorEntry]:
+    return part.entries if isinstance(part, Weight4bit) else (part,)
+
+
+def _say_where(catalogue: Catalogue, device: torch.device, in_file: InFile, why_read: str, *, is_shared: bool) -> None:
+    in_ram = (catalogue.transformer_ram - _bytes_of(in_file)) / GIB
+    name = catalogue.path.name
+    if is_shared:
+        logger.info("NF4: %s is in use on another device, which this one shares host memory with", name)
+    elif in_file and not why_read:
+        logger.info(
+            "NF4: %.2f GiB of the transformer of %s stay in the file, from whose memory %s copies them; reading %.2f "
+            "GiB",
+            _bytes_of(in_file) / GIB,
+            name,
+            device,
+            in_ram,
         )
-    return mapped
+    else:
+        logger.info("NF4: reading the transformer of %s, %.2f GiB, into RAM: %s", name, in_ram, why_read)
 
 
-def _bytes_of(mapped: Mapped) -> int:
-    return sum(tensor.nbytes for named in mapped.values() for tensor in named.values())
+def _say_that_ram_is_short(catalogue: Catalogue, needed: int, free: int, in_file: int) -> None:
+    logger.warning(
+        "NF4: %s takes %.2f GiB of RAM and %.2f GiB are free, so %.2f GiB of packed weights stay in the file and "
+        "are read from there in every step. That is as slow as the disk where the system has no RAM left to keep "
+        "them. Close other programs, or keep more blocks in VRAM.",
+        catalogue.path.name,
+        needed / GIB,
+        free / GIB,
+        in_file / GIB,
+    )
+
+
+def _free_ram() -> int:
+    return min(int(comfy.model_management.get_free_memory(_CPU)), free_ram_bytes())
+
+
+def _bytes_of(in_file: InFile) -> int:
+    return sum(entry.nbytes for named in in_file.values() for entry in named.values())

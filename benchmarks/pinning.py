@@ -86,7 +86,7 @@ def fill_gbps(record: torch.Tensor) -> float:
 
 def require_clean_refusal(arena: Any, device: torch.device) -> int:
     """Have the driver refuse a registration; returns its error code."""
-    from flux_nf4.offload.arena import CudaRegistrar
+    from flux_nf4.offload.pinning import CudaRegistrar
 
     error = CudaRegistrar(device).register(arena.records[0].data_ptr(), 4096)  # it is registered already
     if not error:
@@ -98,9 +98,10 @@ def require_clean_refusal(arena: Any, device: torch.device) -> int:
 
 def measure(path: Path, rounds: int, repeats: int) -> dict[str, Any]:
     from comfy_model import ComfyModel
-    from streamed import load, with_residency
+    from streamed import load, read_into_an_arena, with_residency
 
-    patcher = with_residency(load(path), 0, 0)
+    with read_into_an_arena():
+        patcher = with_residency(load(path), 0, 0)
     device = patcher.load_device
     ComfyModel(patcher, Case("")).load()
     streamer = patcher.model.streaming.streamer

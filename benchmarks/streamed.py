@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from cases import Case
 from comfy_model import ComfyModel, at_work
 from family import Unavailable
@@ -17,6 +18,25 @@ def load(path: Path) -> Any:
     from flux_nf4.offload.plan import Residency
 
     return streamed(load_transformer(read_catalogue(path)), Residency(), node_id=None)
+
+
+@contextmanager
+def read_into_an_arena() -> Iterator[None]:
+    """What is loaded meanwhile does not stay in its file."""
+    import flux_nf4.checkpoints
+
+    checkpoints: Any = flux_nf4.checkpoints
+    before, checkpoints.why_not_pinned = checkpoints.why_not_pinned, lambda *_: "the benchmark wants an arena"
+    try:
+        yield
+    finally:
+        checkpoints.why_not_pinned = before
+
+
+def host_bytes_of_first_block(patcher: Any) -> torch.Tensor:
+    """The largest piece of host memory that is copied for it."""
+    streamer = patcher.model.streaming.streamer
+    return max((streamer.arena.records[0], *streamer.file.tensors[0]), key=lambda tensor: tensor.nbytes)
 
 
 def with_residency(

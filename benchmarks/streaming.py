@@ -94,7 +94,7 @@ def measure(
     path: Path, settings: Mapping[str, Setting], sizes: Sequence[int], rounds: int, repeats: int
 ) -> dict[str, Any]:
     from comfy_model import ComfyModel
-    from streamed import load
+    from streamed import host_bytes_of_first_block, load
 
     started = time.monotonic()
     patcher = load(path)
@@ -110,8 +110,7 @@ def measure(
         "pin_and_start_s": time.monotonic() - loaded,
         "rows": [],
     }
-    streamer = patcher.model.streaming.streamer
-    results["copy_gbps"] = copy_gbps(streamer.arena.records[0], device)
+    results["copy_gbps"] = copy_gbps(host_bytes_of_first_block(patcher), device)
     for pixels in sizes:
         results["rows"] += measure_settings(patcher, Case("", pixels), settings, rounds, repeats)
     return results

@@ -89,14 +89,13 @@ class HostRecord:
 class MappedRecord:
     """Tensors of a block that are streamed from where they are in host memory: mapped bytes of a file.
 
-    ``pieces`` are those of each tile of ``layout``, each a field with a source of its own; ``tensors`` are these
-    sources (uint8, flat) by module and name.
+    ``is_pinned`` as of a `HostRecord`. ``pieces`` are those of each tile of ``layout``, each a field with a source of
+    its own; ``tensors`` are these sources (uint8, flat) by module and name.
     """
-
-    is_pinned = False
 
     def __init__(self, block: nn.Module, layout: RecordLayout, tensors: Mapping[tuple[str, str], torch.Tensor]) -> None:
         self.layout = layout
+        self.is_pinned = False
         self.buffer: torch.Tensor | None = None
         self._of_layers = tuple(
             tuple(

@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from ..memory import is_out_of_memory
-from .arena import THE_LIMIT, HostArena, Shortfall
+from .arena import HostArena
 from .block import Block, Extras, HostRecord, MappedRecord, arena_for, blocks_in, extras_in, layouts_of
 from .call_order import CallOrders
 from .conveyor import Conveyor, tensors_replaced
 from .copies import Copies, InlineCopies
 from .extras import Places, Travelling, remove_staying
+from .file_arena import FileArena
+from .pinning import THE_LIMIT, PinnableMemory, Shortfall
 from .plan import BlockSize, ResidencyPlan, plan_for, spread
 from .record import RecordLayout, extras_layouts
 from .staging import RingMemory, ring_memory
@@ -33,7 +35,7 @@ class Streamer:
     Args:
         groups: The blocks of each kind, all in execution order. From now on their tensors are views of the records of
             ``arena``. Tensors on the meta device take the values that are there; others keep their own.
-        mapped: Host tensors (uint8, flat) by module and name which are streamed from where they are.
+        mapped: Parts of files (`map_parts`: uint8, flat) by module and name, which are streamed from where they are.
         each: Called with the index of each block that has moved, so that its old memory can go before the next moves.
         arena: The host memory. Streamers over equal models, one for each device, may share the arena of the first;
             None makes a new one.
@@ -59,7 +61,9 @@ class Streamer:
         ]
         self.arena = arena_for(layouts, apart) if arena is None else arena
         self.blocks = blocks_in(self.arena, modules, kinds, layouts, apart, each)
+        self.file = FileArena([list(names.values()) for names in apart])
         self.arena.keep_pinned_for(self)
+        self.file.keep_pinned_for(self)
         self._travelling = Travelling()
         numbers = {layout: number for number, layout in enumerate(dict.fromkeys(layouts))}
         self._structures = [numbers[layout] for layout in layouts]
@@ -95,8 +99,13 @@ class Streamer:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of host memory that hold the blocks and their extras."""
+        """Bytes of host memory that hold the blocks and their extras, mapped ones of files among them."""
         return sum(arena.nbytes for arena in self._arenas)
+
+    @property
+    def ram_bytes(self) -> int:
+        """How many of `host_bytes` are this process's own, and no file's."""
+        return self.host_bytes - self.file.nbytes
 
     @property
     def pinned_bytes(self) -> int:
@@ -106,8 +115,7 @@ class Streamer:
     @property
     def all_pinned(self) -> bool:
         """Whether no copy to the device reads memory that is not pinned."""
-        mapped = any(block.mapped is not None for block in self.blocks)
-        return not mapped and all(arena.all_pinned for arena in self._arenas)
+        return all(arena.all_pinned for arena in self._arenas)
 
     def sizes(self, *, whole_blocks: bool = False) -> tuple[BlockSize, ...]:
         """The sizes that a plan is made for, in bytes."""
@@ -120,7 +128,7 @@ class Streamer:
         limited_by: Shortfall = THE_LIMIT,
         first: Sequence[int] = (),
     ) -> None:
-        """Pin host memory as far as allowed, before `start`; see `HostArena.pin`.
+        """Pin host memory as far as allowed, before `start`; see `PinnableMemory.pin`.
 
         ``first``: indices of the blocks that matter most: the streamed ones.
         """
@@ -128,6 +136,8 @@ class Streamer:
             arena.pin(limit_bytes, device, limited_by, first)
         for index, block in enumerate(self.blocks):
             block.own.is_pinned = self.arena.is_pinned(index)
+            if block.mapped is not None:
+                block.mapped.is_pinned = self.file.is_pinned(index)
             if block.travelling is not None and self.extras_arena is not None:
                 block.travelling.is_pinned = self.extras_arena.is_pinned(index)
 
@@ -200,8 +210,9 @@ class Streamer:
             self._copies = _NOWHERE
 
     @property
-    def _arenas(self) -> tuple[HostArena, ...]:
-        return tuple(arena for arena in (self.arena, self.extras_arena) if arena is not None)
+    def _arenas(self) -> tuple[PinnableMemory, ...]:
+        every = (self.arena, self.file if self.file.nbytes else None, self.extras_arena)
+        return tuple(arena for arena in every if arena is not None)
 
     def _replace_extras(self, by_block: Sequence[Extras]) -> None:
         layouts = [extras_layouts(block.own.layout, given) for block, given in zip(self.blocks, by_block, strict=True)]

@@ -30,7 +30,7 @@ TORCH_DTYPES = {
 
 @dataclass(frozen=True)
 class PackedMemory:
-    """A 4-bit weight, and the memory for its bytes (uint8; None if they are not wanted) and its absmax.
+    """A 4-bit weight, and the memory for its bytes (uint8) and its absmax; None for what is not wanted.
 
     absmax is wanted in fp32, whatever the file has; or, with ``tables``, nested as in the file: then it is uint8, and
     ``tables`` is memory for what comes with it.
@@ -38,7 +38,7 @@ class PackedMemory:
 
     weight: Weight4bit
     packed: torch.Tensor | None
-    absmax: torch.Tensor
+    absmax: torch.Tensor | None
     tables: NestedTables | None = None
 
 
@@ -134,6 +134,8 @@ def swap_halves(tensor: torch.Tensor) -> None:
 def _slices(item: PackedMemory, tables: Mapping[str, NestedTables]) -> Sequence[FileSlice]:
     weight, absmax = item.weight, item.absmax
     packed = () if item.packed is None else (FileSlice(weight.packed.path, weight.packed.offset, item.packed),)
+    if absmax is None:
+        return packed
     if not weight.state.nested or item.tables is not None:
         return *packed, FileSlice(weight.absmax.path, weight.absmax.offset, absmax)
     (nested,) = weight.state.nested

@@ -50,7 +50,7 @@ def dequantise(packed: torch.Tensor, absmax: torch.Tensor, state: QuantState, dt
     Returns:
         A fresh tensor of the logical shape and ``dtype`` on the device of ``packed``.
     """
-    run: Dequantise = _dequantise_by_bitsandbytes if _has_kernels(packed.device.type) else dequantise_by_table
+    run: Dequantise = _dequantise_by_bitsandbytes if _has_kernels(packed.device) else dequantise_by_table
     return run(packed, absmax, state, dtype)
 
 
@@ -82,7 +82,7 @@ def expand_absmax(nested: NestedAbsmax, codes: torch.Tensor, tables: NestedTable
     Returns:
         A fresh tensor, fp32, (nested.count,).
     """
-    if nested.blocksize == NESTED_BLOCKSIZE and _has_blockwise_kernel(codes.device.type):
+    if nested.blocksize == NESTED_BLOCKSIZE and _has_blockwise_kernel(codes.device):
         expanded = _map_blockwise(codes, tables)
     else:
         expanded = _map_blockwise_by_table(codes, tables, nested.blocksize)
@@ -91,7 +91,7 @@ def expand_absmax(nested: NestedAbsmax, codes: torch.Tensor, tables: NestedTable
 
 def has_gemm_4bit(device: torch.device) -> bool:
     """Whether `gemm_4bit` can be used. On the CPU its fused kernel rounds differently: it is not used there."""
-    return device.type != "cpu" and _has_gemm_4bit(device.type)
+    return device.type != "cpu" and _has_gemm_4bit(device)
 
 
 def gemm_4bit(
@@ -111,7 +111,7 @@ def warm_up(device: torch.device) -> None:
     """Import bitsandbytes and try its kernels, on any thread, so that the first forward need not wait (0.75 s)."""
     # The current device of a new thread is the first GPU.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), suppress(torch.OutOfMemoryError):
-        _has_blockwise_kernel(device.type)
+        _has_blockwise_kernel(device)
 
 
 @functools.cache
@@ -161,40 +161,40 @@ def _map_blockwise_by_table(codes: torch.Tensor, tables: NestedTables, blocksize
     return tables.map.view(-1)[codes.int()] * tables.absmax.repeat_interleave(blocksize)[: codes.numel()]
 
 
-@functools.cache
-def _dequantise_for(device_type: str) -> Dequantise:
-    problem = _bitsandbytes_problem(device_type)
+@functools.cache  # for each device: two GPUs of one machine need not be alike
+def _dequantise_for(device: torch.device) -> Dequantise:
+    problem = _bitsandbytes_problem(device)
     if problem is None:
         return _dequantise_by_bitsandbytes
     logger.warning(
         "NF4: no bitsandbytes kernel for %s (%s): dequantising in plain PyTorch, which is exact but slower. "
         "For full speed: pip install 'bitsandbytes>=0.50' into ComfyUI's Python.",
-        device_type,
+        device,
         problem,
     )
     return dequantise_by_table
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # else the trial would be traced
-def _has_kernels(device_type: str) -> bool:
-    return _dequantise_for(device_type) is _dequantise_by_bitsandbytes
+def _has_kernels(device: torch.device) -> bool:
+    return _dequantise_for(device) is _dequantise_by_bitsandbytes
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _has_gemm_4bit(device_type: str) -> bool:
-    return _has_kernels(device_type) and hasattr(torch.ops.bitsandbytes, "gemm_4bit")
+def _has_gemm_4bit(device: torch.device) -> bool:
+    return _has_kernels(device) and hasattr(torch.ops.bitsandbytes, "gemm_4bit")
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _has_blockwise_kernel(device_type: str) -> bool:
-    return _has_kernels(device_type) and device_type in _WITH_BLOCKWISE_KERNEL and _maps_blockwise(device_type)
+def _has_blockwise_kernel(device: torch.device) -> bool:
+    return _has_kernels(device) and device.type in _WITH_BLOCKWISE_KERNEL and _maps_blockwise(device)
 
 
 @functools.cache
-def _maps_blockwise(device_type: str) -> bool:
+def _maps_blockwise(device: torch.device) -> bool:
     """Whether bitsandbytes' kernel gives the right values. If not, nothing is logged: the table costs little more."""
-    codes = torch.arange(300, device=device_type).to(torch.uint8)
-    absmax, table = (torch.linspace(-1, 1, count, device=device_type) for count in (2, NESTED_MAP))
+    codes = torch.arange(300, device=device).to(torch.uint8)
+    absmax, table = (torch.linspace(-1, 1, count, device=device) for count in (2, NESTED_MAP))
     tables = NestedTables(absmax, table, absmax[:1])
     try:
         return torch.equal(_map_blockwise(codes, tables), _map_blockwise_by_table(codes, tables, NESTED_BLOCKSIZE))
@@ -204,7 +204,7 @@ def _maps_blockwise(device_type: str) -> bool:
         return False
 
 
-def _bitsandbytes_problem(device_type: str) -> str | None:
+def _bitsandbytes_problem(device: torch.device) -> str | None:
     """Why bitsandbytes cannot be used on a device, or None.
 
     Importing it can fail in any way that a native library can fail, or succeed without a kernel for this device: so
@@ -213,8 +213,8 @@ def _bitsandbytes_problem(device_type: str) -> str | None:
     try:
         import bitsandbytes  # noqa: F401
 
-        packed = torch.arange(256, dtype=torch.uint8, device=device_type)
-        absmax = torch.linspace(0.01, 1, 8, device=device_type)
+        packed = torch.arange(256, dtype=torch.uint8, device=device)
+        absmax = torch.linspace(0.01, 1, 8, device=device)
         for quant_type in CODES:
             weight = (packed, absmax, QuantState(quant_type, 64, (8, 64)), torch.float32)
             if not torch.equal(_dequantise_by_bitsandbytes(*weight), dequantise_by_table(*weight)):

@@ -1,5 +1,5 @@
 """ComfyUI's models from a catalogue: transformers, text encoders and VAE, their memory filled from the files.
 
-``transformers`` builds a model on meta tensors, ``fill`` reads its bytes once it has memory, ``mapped`` leaves packed
-bytes in the file where RAM is short, ``text_encoders`` does all of this for CLIP-L and T5.
+``transformers`` builds a model on meta tensors, ``fill`` reads its bytes once it has memory, ``mapped`` tells
+which need not be read, because the file has them as they are, ``text_encoders`` does all of this for CLIP-L and T5.
 """

@@ -1,6 +1,6 @@
 """Reads the transformer's bytes from its files into the host memory that a model is bound to."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import comfy.model_base
@@ -12,48 +12,59 @@ from ..checkpoint.read_parts import DenseMemory, PackedMemory, memory_of, read_p
 from ..linear.linear4bit import Linear4bit
 from .transformers import model_names
 
+There = Mapping[torch.nn.Module, Collection[str]]
+"""Names of tensors that have their values already, by module."""
+
 
 def fill(
     model: comfy.model_base.BaseModel,
     catalogue: Catalogue,
     progress: Callable[[int], None],
-    mapped: Collection[torch.nn.Module] = (),
+    there: There | None = None,
 ) -> None:
     """Read the transformer's tensors from the files into the host memory that ``model`` is bound to.
 
-    Of the ``mapped`` layers (`map_packed`) only absmax and its tables are read. ``progress`` receives byte counts. They
-    sum to ``catalogue.transformer_bytes`` minus mapped bytes and minus tensors that the model does not use. The model
-    remembers the catalogue as ``model.nf4_catalogue``.
+    What is ``there`` is not read. ``progress`` receives byte counts. They sum to ``catalogue.transformer_bytes`` minus
+    what is there and minus tensors that the model does not use. The model remembers the catalogue as
+    ``model.nf4_catalogue``.
 
     Raises:
         CheckpointError: a file ended early, could not be read, or has another code table than its type says.
     """
     with torch.inference_mode(False), torch.no_grad():
-        read_parts(list(_destinations(model, catalogue, mapped)), progress)
-        _swap_halves(model, catalogue)
+        read_parts(list(_destinations(model, catalogue, there or {})), progress)
+        _swap_halves(model, catalogue, there or {})
     model.nf4_catalogue = catalogue
 
 
 def _destinations(
-    model: comfy.model_base.BaseModel, catalogue: Catalogue, mapped: Collection[torch.nn.Module]
+    model: comfy.model_base.BaseModel, catalogue: Catalogue, there: There
 ) -> Iterator[PackedMemory | DenseMemory]:
     """Every part of every tensor that the model has, with the memory that it goes to."""
     parameters = dict(model.diffusion_model.named_parameters())
     modules = dict(model.diffusion_model.named_modules())
     for name, source in model_names(model, catalogue).items():
         tensor = catalogue.transformer[source]
-        linear = modules.get(name.removesuffix(".weight"))
-        if isinstance(linear, Linear4bit) and name.endswith(".weight"):
-            yield from _of_linear(linear, tensor, is_mapped=linear in mapped)
-        elif name in parameters:  # else not of this model: `build_flux` has logged it
+        path, _, kind = name.rpartition(".")
+        module = modules.get(path)
+        have = there.get(module, ()) if module is not None else ()
+        if isinstance(module, Linear4bit) and kind == "weight":
+            yield from _of_linear(module, tensor, have)
+        elif name in parameters and kind not in have:  # else not of this model: `build_flux` has logged it
             yield from _of_parameter(parameters[name], tensor)
 
 
 def _of_linear(
-    linear: Linear4bit, tensor: TransformerTensor, *, is_mapped: bool
+    linear: Linear4bit, tensor: TransformerTensor, have: Collection[str]
 ) -> Iterator[PackedMemory | DenseMemory]:
-    for part in memory_of(tensor, linear.tensors):
-        yield replace(part, packed=None) if is_mapped and isinstance(part, PackedMemory) else part
+    for i, part in enumerate(memory_of(tensor, linear.tensors)):
+        if isinstance(part, DenseMemory):
+            if f"dense_{i}" not in have:
+                yield part
+            continue
+        of_layer = 0 if tensor.fused is not None else i
+        packed, absmax = (f"{name}_{of_layer}" in have for name in ("packed", "absmax"))
+        yield replace(part, packed=None if packed else part.packed, absmax=None if absmax else part.absmax)
 
 
 def _of_parameter(parameter: torch.Tensor, tensor: TransformerTensor) -> Iterator[DenseMemory]:
@@ -63,12 +74,12 @@ def _of_parameter(parameter: torch.Tensor, tensor: TransformerTensor) -> Iterato
         yield DenseMemory(part, values)
 
 
-def _swap_halves(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> None:
+def _swap_halves(model: comfy.model_base.BaseModel, catalogue: Catalogue, there: There) -> None:
     """Swap the halves of the tensors whose halves the file has the other way round."""
     modules = dict(model.diffusion_model.named_modules())
     for name, source in model_names(model, catalogue).items():
-        if catalogue.transformer[source].halves_swapped:
-            path, _, kind = name.rpartition(".")
+        path, _, kind = name.rpartition(".")
+        if catalogue.transformer[source].halves_swapped and modules[path] not in there:
             for memory in _memory(modules[path], kind):
                 swap_halves(memory)
 

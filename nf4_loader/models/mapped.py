@@ -1,53 +1,55 @@
-"""Packed weights that stay in their file: the system reads them when they are used, and drops them if RAM is short."""
+"""Which tensors of a model's blocks the files have just as the model computes with them, and where."""
 
-import mmap
-import warnings
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
 import comfy.model_base
 import torch
 
-from ..checkpoint.catalogue import Catalogue
-from ..checkpoint.errors import CheckpointError
+from ..checkpoint.catalogue import Catalogue, TransformerTensor
+from ..checkpoint.header import TensorEntry
+from ..checkpoint.read_parts import torch_dtype
 from ..linear.linear4bit import Linear4bit
 from .transformers import block_groups, model_names
 
-Mapped = dict[torch.nn.Module, dict[str, torch.Tensor]]
-"""Tensors by their module, then by the name of the buffer."""
+InFile = Mapping[torch.nn.Module, Mapping[str, TensorEntry]]
+"""Where the bytes of a tensor are, by its module, then by its name there."""
 
 
-def map_packed(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> Mapped:
-    """The packed bytes of the blocks' layers as views (uint8, flat) of the files, which must not change meanwhile.
+def tensors_in_file(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> InFile:
+    """The weights of the layers in the blocks of ``model`` that need not be read, because the file is memory enough.
 
-    A layer that the file has in several pieces, as diffusers' q, k and v, is left out.
-
-    Raises:
-        CheckpointError: the system refuses to map a file.
+    What has to be made is not among them: q, k and v that the file has apart and the model as one, halves that change
+    places, absmax that is expanded, values of another dtype. Nor is a tensor that begins where no value of its dtype
+    may.
     """
-    files: dict[Path, torch.Tensor] = {}
-    mapped: Mapped = {}
     in_blocks = {module for group in block_groups(model).values() for block in group for module in block.modules()}
     modules = dict(model.diffusion_model.named_modules())
+    in_file: dict[torch.nn.Module, dict[str, TensorEntry]] = {}
     for name, source in model_names(model, catalogue).items():
-        linear, tensor = modules.get(name.removesuffix(".weight")), catalogue.transformer[source]
-        if not name.endswith(".weight") or linear not in in_blocks or not isinstance(linear, Linear4bit):
-            continue
-        if len(tensor.parts) > 1 or tensor.halves_swapped:
-            continue
-        packed = tensor.weights4bit[0].packed
-        if packed.path not in files:
-            files[packed.path] = _map(packed.path)
-        mapped[linear] = {"packed_0": files[packed.path][packed.offset : packed.offset + packed.nbytes]}
-    return mapped
+        path, _, kind = name.rpartition(".")
+        module = modules.get(path)
+        if kind == "weight" and module in in_blocks and isinstance(module, torch.nn.Linear):
+            found = _of_linear(module, catalogue.transformer[source])
+            in_file[module] = {name: entry for name, (entry, width) in found if entry.offset % width == 0}
+    return {module: named for module, named in in_file.items() if named}
 
 
-def _map(path: Path) -> torch.Tensor:
-    # Read-only: a private map may be written, so a system without that much memory refuses it.
-    try:
-        with path.open("rb") as file:
-            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(path, f"it cannot be mapped into memory ({error}). Close other programs.") from error
-    with torch.inference_mode(False), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given buffer is not writable")  # and nobody writes to it
-        return torch.frombuffer(memory, dtype=torch.uint8)
+def _of_linear(linear: torch.nn.Linear, tensor: TransformerTensor) -> Iterator[tuple[str, tuple[TensorEntry, int]]]:
+    """The names of tensors of ``linear`` that are just a part of ``tensor``, with that part and bytes of a value."""
+    if tensor.halves_swapped:
+        return
+    if not isinstance(linear, Linear4bit):
+        (*others, part) = tensor.parts
+        if not others and isinstance(part, TensorEntry) and torch_dtype(part) == linear.weight.dtype:
+            yield "weight", (part, linear.weight.element_size())
+    elif len(linear.parts) == len(tensor.parts):
+        for i, part in enumerate(tensor.parts):
+            if isinstance(part, TensorEntry):
+                if torch_dtype(part) == linear.dtype:
+                    yield f"dense_{i}", (part, linear.dtype.itemsize)
+                continue
+            yield f"packed_{i}", (part.packed, 1)
+            if not part.state.nested:
+                yield f"absmax_{i}", (part.absmax, 4)
+            elif tensor.nested:
+                yield f"absmax_{i}", (part.absmax, 1)

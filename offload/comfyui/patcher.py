@@ -115,12 +115,12 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     def model_size(self) -> int:
         """Bytes that the model wants on the load device. ComfyUI makes this much room, so it must not be the whole."""
         if self._computes_from_host:
-            return self._streaming.other_bytes + self._streaming.streamer.host_bytes
+            return self._streaming.other_bytes + self._streaming.streamer.ram_bytes
         return self._streaming.other_bytes + self._streaming.patching.device_bytes + self.plan.device_bytes
 
     def get_ram_usage(self) -> int:
         """Bytes of RAM that go with the model: some ComfyUIs choose by it what to give up when RAM is short."""
-        return self._streaming.other_bytes + self._streaming.streamer.host_bytes
+        return self._streaming.other_bytes + self._streaming.streamer.ram_bytes
 
     def partially_load(
         self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False, **kwargs: Any
@@ -192,6 +192,15 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
             for callback in self.get_all_callbacks(comfy.model_patcher.CallbacksMP.ON_LOAD):
                 callback(self, device, lowvram_model_memory, force_patch_weights, full_load)
             self.apply_hooks(self.forced_hooks, force_apply=True)
+
+    def pre_run(self) -> None:
+        """The beginning of a sampling.
+
+        Raises:
+            FileMapError: somebody has written to the file that the weights are in.
+        """
+        self._streaming.streamer.file.require_unchanged()
+        super().pre_run()
 
     def prepare_state(self, *args: Any, **kwargs: Any) -> None:
         """Each forward of a sampling begins here."""
@@ -367,7 +376,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     def _held_bytes(self) -> int:
         """Bytes on the load device now: fewer than `model_size` where it had no room for all residents."""
         streamer, patching = self._streaming.streamer, self._streaming.patching
-        in_blocks = streamer.host_bytes if self._computes_from_host else streamer.device_bytes
+        in_blocks = streamer.ram_bytes if self._computes_from_host else streamer.device_bytes
         return self._streaming.other_bytes + patching.device_bytes + in_blocks
 
     def _apply_patches(

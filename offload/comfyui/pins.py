@@ -1,12 +1,12 @@
 """How much host memory this package may pin, and ComfyUI's count of what is pinned, kept for both."""
 
 import comfy.model_management
-import psutil
 from comfy.cli_args import args as comfy_args
 
 from ...memory import GIB
-from .. import arena
-from ..arena import Shortfall, pinned_by_all
+from .. import pinning
+from ..pinning import Shortfall, pinned_by_all
+from ..ram import ram_bytes
 
 _counted_bytes = 0
 
@@ -35,7 +35,7 @@ def _pinned_by_comfyui() -> int:
     return total - _counted_bytes
 
 
-arena.pins_changed = _count_pins
+pinning.pins_changed = _count_pins
 
 
 def pin_limit(wanted_bytes: int) -> tuple[int, Shortfall]:
@@ -50,7 +50,7 @@ def pin_limit(wanted_bytes: int) -> tuple[int, Shortfall]:
     if wanted_bytes and hasattr(management, "ensure_pin_registerable"):
         management.ensure_pin_registerable(wanted_bytes, evict_active=False)
     share = 0.45 if management.WINDOWS else 0.9
-    limit = psutil.virtual_memory().total * share
+    limit = ram_bytes() * share
     comfy_limit = getattr(management, "MAX_PINNED_MEMORY", limit)
     if comfy_limit > 0:  # else it pins nothing of its own accord (0.3.68, or not for this device)
         limit = min(limit, comfy_limit)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..arena import HostArena
 from ..streamer import Streamer
 from ..telemetry import ForwardCost
 from .lora_reader import leave_out_half_pairs
@@ -76,14 +77,15 @@ def attach_streaming(
     groups: Mapping[str, Sequence[nn.Module]],
     mapped: Mapping[nn.Module, Mapping[str, torch.Tensor]] | None = None,
     each: Callable[[int], None] = lambda _: None,
+    arena: HostArena | None = None,
 ) -> None:
     """Move the blocks of ``model`` (by kind, in execution order) into a host arena, ready to be streamed.
 
-    Blocks on the meta device get uninitialised memory; others keep their values. See `Streamer` for ``mapped``, which
-    gets no memory, and ``each``.
+    Blocks on the meta device take what is in the arena, or get uninitialised memory; others keep their values. For
+    ``mapped``, ``each`` and ``arena`` see `Streamer`.
     """
     leave_out_half_pairs()
-    streamer = Streamer(groups, mapped, each)
+    streamer = Streamer(groups, mapped, each, arena)
     total = sum(tensor.nbytes for tensor in _tensors(model))
     in_blocks = sum(tensor.nbytes for group in groups.values() for block in group for tensor in _tensors(block))
     patching = Patching(model, [block for group in groups.values() for block in group])

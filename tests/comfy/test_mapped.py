@@ -1,8 +1,8 @@
-"""Where the RAM does not hold a model, its packed weights stay in the file."""
+"""Weights that stay in their file: where a device copies from its memory, and where the RAM does not hold a model."""
 
 import gc
 import logging
-import mmap
+import os
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -10,13 +10,18 @@ import comfy.model_management
 import psutil
 import pytest
 import torch
+from fake_registrar import FakeRegistrar
+from file_parts import maps_of, open_files
 from make_checkpoint import Recipe, make_checkpoint
 from there_and_back import Copied, move
 from tiny_flux import HIDDEN
 
+from flux_nf4 import checkpoints
 from flux_nf4.checkpoints import load_transformer, streamed
 from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
 from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
+from flux_nf4.offload import file_map, pinning
+from flux_nf4.offload.file_map import FileMapError
 from flux_nf4.offload.host_memory import keep_host_memory
 from flux_nf4.offload.plan import Residency
 
@@ -27,6 +32,14 @@ RECIPE = Recipe(double_blocks=8, single_blocks=10, hidden=HIDDEN, unet_only=True
 def file(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("mapped") / "tiny.safetensors"
     make_checkpoint(path, replace(RECIPE, nested=request.param))
+    return path
+
+
+@pytest.fixture
+def own_file(tmp_path):
+    """One that may be broken."""
+    path = tmp_path / "own.safetensors"
+    make_checkpoint(path, RECIPE)
     return path
 
 
@@ -45,14 +58,175 @@ def free_ram(monkeypatch):
     return set_to
 
 
+@pytest.fixture
+def registrar(monkeypatch):
+    """The driver of a "device" that copies from files' memory."""
+    fake = FakeRegistrar()
+    monkeypatch.setitem(pinning.REGISTRARS, "cpu", fake)
+    return fake
+
+
 def load(file, double=0, single=0):
     gc.collect()
     model = load_transformer(read_catalogue(file))
     return streamed(model, Residency((("double", double), ("single", single))), node_id=None)
 
 
+def in_arena(file, monkeypatch, sample, *counts):
+    """What a model gives whose weights were read."""
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "why_not_pinned", lambda *_: "this test wants it so")
+        patcher = load(file, *counts)
+        assert not patcher.model.streaming.streamer.file.nbytes
+        expected = sample(patcher)
+    comfy.model_management.unload_all_models()
+    return expected
+
+
 @pytest.mark.parametrize("counts", [(0, 0), (3, 4), (19, 38)])
-def test_the_picture_is_the_same(file, counts, tiny_config, copies, free_ram, sample, caplog):
+def test_a_device_copies_from_the_files_memory(
+    file, counts, tiny_config, copies, registrar, sample, monkeypatch, caplog
+):
+    expected = in_arena(file, monkeypatch, sample, *counts)
+    with caplog.at_level(logging.INFO):
+        patcher = load(file, *counts)
+    streamer = patcher.model.streaming.streamer
+    packed = sum(part.nbytes for part in read_catalogue(file).parts)
+    assert streamer.file.nbytes > 0.9 * packed
+    assert streamer.ram_bytes < 0.1 * packed
+    assert torch.equal(sample(patcher), expected)
+    assert streamer.all_pinned
+    assert sum(registrar.registered.values()) == streamer.pinned_bytes == streamer.host_bytes
+    (said,) = [record.message for record in caplog.records if "of tiny.safetensors stay in the file" in record.message]
+    assert "reading 0.0" in said
+    if counts == (0, 0):
+        assert streamer.telemetry.last.pinned_bytes == streamer.telemetry.last.copied_bytes
+
+
+def test_loading_again_and_again_leaves_nothing(tmp_path, tiny_config, copies, registrar, sample):
+    for index in range(5):
+        path = tmp_path / f"{index}.safetensors"
+        make_checkpoint(path, RECIPE)
+        patcher = load(path)
+        sample(patcher)
+        assert registrar.registered
+        assert maps_of(path)
+        del patcher
+        comfy.model_management.unload_all_models()
+        gc.collect()
+        assert registrar.registered == {}
+        assert maps_of(path) == open_files(path) == []
+    assert file_map._ranges == {}
+
+
+@pytest.mark.parametrize(
+    ("driver", "why"),
+    [
+        (FakeRegistrar(knows_read_only=False), "the driver refused a page of the file (error 801)"),
+        (FakeRegistrar(refuse_at=0), "the driver refused a page of the file (error 2)"),
+        (None, "cpu has no way to pin memory that is there already"),
+    ],
+)
+def test_where_registering_is_refused_it_is_read_as_before(
+    file, driver, why, tiny_config, copies, monkeypatch, sample, caplog
+):
+    expected = in_arena(file, monkeypatch, sample)
+    if driver is not None:
+        monkeypatch.setitem(pinning.REGISTRARS, "cpu", driver)
+    with caplog.at_level(logging.INFO):
+        patcher = load(file)
+    streamer = patcher.model.streaming.streamer
+    assert not streamer.file.nbytes
+    assert torch.equal(sample(patcher), expected)
+    assert [record.message.endswith(f"into RAM: {why}") for record in caplog.records if "NF4" in record.message] == [1]
+
+
+def test_a_driver_that_refuses_more_leaves_the_rest_unpinned(file, tiny_config, copies, monkeypatch, sample, caplog):
+    expected = in_arena(file, monkeypatch, sample)
+    driver = FakeRegistrar(refuse_at=6)  # the trial is one
+    monkeypatch.setitem(pinning.REGISTRARS, "cpu", driver)
+    monkeypatch.setattr("flux_nf4.offload.streamer.Streamer.pin", pin_the_file_first)
+    patcher = load(file)
+    assert torch.equal(sample(patcher), expected)
+    streamer = patcher.model.streaming.streamer
+    assert 0 < streamer.file.pinned_bytes < streamer.file.nbytes
+    assert "GiB of the file pinned; the driver refused more (error 2)" in caplog.text
+    cost = streamer.telemetry.last
+    assert 0 < cost.pinned_bytes < cost.copied_bytes
+
+
+def pin_the_file_first(streamer, limit_bytes, device, limited_by, first):
+    streamer.file.pin(limit_bytes, device, limited_by, first)
+    for index, block in enumerate(streamer.blocks):
+        block.mapped.is_pinned = streamer.file.is_pinned(index)
+
+
+def test_a_file_that_was_written_to_is_an_error_of_the_next_sampling(own_file, tiny_config, copies, registrar, sample):
+    patcher = load(own_file)
+    sample(patcher)
+    os.truncate(own_file, 1000)
+    with pytest.raises(FileMapError, match=r"^own\.safetensors: it was written to while it was in use"):
+        sample(patcher)
+
+
+def test_a_file_that_is_replaced_gives_the_same_picture_until_it_is_loaded_again(
+    own_file, tmp_path, tiny_config, copies, registrar, sample
+):
+    patcher = load(own_file)
+    expected = sample(patcher)
+    comfy.model_management.unload_all_models()
+    other = tmp_path / "other.safetensors"
+    make_checkpoint(other, replace(RECIPE, seed=7))
+    other.rename(own_file)
+    assert torch.equal(sample(patcher), expected)
+    assert not torch.equal(sample(load(own_file)), expected)
+
+
+def test_a_file_that_ends_while_it_is_read_is_named(own_file, tiny_config, copies, registrar, monkeypatch):
+    real = checkpoints.attach_streaming
+
+    def truncate(*arguments, **options):
+        real(*arguments, **options)
+        os.truncate(own_file, own_file.stat().st_size // 2)
+
+    monkeypatch.setattr(checkpoints, "attach_streaming", truncate)
+    with pytest.raises(CheckpointError, match=r"^own\.safetensors: it was written to while it was in use"):
+        load(own_file)
+
+
+def test_a_second_device_shares_files_memory_and_arena(file, tiny_config, copies, registrar, sample, monkeypatch):
+    first = load(file)
+    expected = sample(first)
+    monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device("cpu", 0))
+    second = load(file)
+    assert second.model is not first.model
+    assert (first.load_device, second.load_device) == (torch.device("cpu"), torch.device("cpu", 0))
+    streamers = [patcher.model.streaming.streamer for patcher in (first, second)]
+    assert streamers[0].arena is streamers[1].arena
+    assert [tensor.data_ptr() for of in streamers[0].file.tensors for tensor in of] == [
+        tensor.data_ptr() for of in streamers[1].file.tensors for tensor in of
+    ]
+    assert torch.equal(sample(second), expected)
+    assert sum(registrar.registered.values()) == streamers[0].pinned_bytes
+    assert load(file).model is second.model
+    del first, streamers
+    comfy.model_management.unload_all_models()
+    gc.collect()
+    assert torch.equal(sample(second), expected)
+
+
+def test_a_second_device_shares_an_arena_that_was_read(file, tiny_config, copies, sample, monkeypatch):
+    first = load(file)
+    expected = sample(first)
+    monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device("cpu", 0))
+    second = load(file)
+    assert second.model.streaming.streamer.arena is first.model.streaming.streamer.arena
+    assert torch.equal(sample(second), expected)
+    assert torch.equal(sample(first), expected)
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (3, 4), (19, 38)])
+def test_short_ram_gives_the_same_picture(file, counts, tiny_config, copies, free_ram, sample, caplog):
     expected = sample(load(file, *counts))
     comfy.model_management.unload_all_models()
     free_ram(read_catalogue(file).transformer_ram // 2)
@@ -61,7 +235,7 @@ def test_the_picture_is_the_same(file, counts, tiny_config, copies, free_ram, sa
     (said,) = [record.message for record in caplog.records if "packed weights stay in the file" in record.message]
     assert "tiny.safetensors takes" in said
     streamer = patcher.model.streaming.streamer
-    assert streamer.host_bytes < 0.5 * read_catalogue(file).transformer_ram
+    assert streamer.ram_bytes < 0.1 * read_catalogue(file).transformer_ram
     assert not streamer.all_pinned
     assert torch.equal(sample(patcher), expected)
 
@@ -71,11 +245,12 @@ def test_on_the_cpu_it_computes_from_the_file(file, tiny_config, free_ram, sampl
     comfy.model_management.unload_all_models()
     free_ram(read_catalogue(file).transformer_ram // 2)
     patcher = load(file)
-    assert patcher.model.streaming.streamer.host_bytes < 0.5 * read_catalogue(file).transformer_ram
+    assert patcher.model.streaming.streamer.ram_bytes < 0.3 * read_catalogue(file).transformer_ram
     assert torch.equal(sample(patcher), expected)
 
 
-def test_a_patch_is_that_of_a_model_in_ram(file, tiny_config, copies, free_ram, sample):
+@pytest.mark.parametrize("is_short", [False, True])
+def test_a_patch_is_that_of_a_model_in_ram(file, is_short, tiny_config, copies, free_ram, sample, monkeypatch):
     key = "diffusion_model.double_blocks.1.img_mlp.0.weight"
 
     def patched():
@@ -85,8 +260,13 @@ def test_a_patch_is_that_of_a_model_in_ram(file, tiny_config, copies, free_ram, 
 
     expected = sample(patched())
     comfy.model_management.unload_all_models()
-    free_ram(read_catalogue(file).transformer_ram // 2)
-    assert torch.equal(sample(patched()), expected)
+    if is_short:
+        free_ram(read_catalogue(file).transformer_ram // 2)
+    else:
+        monkeypatch.setitem(pinning.REGISTRARS, "cpu", FakeRegistrar())
+    patcher = patched()
+    assert torch.equal(sample(patcher), expected)
+    assert patcher.model.streaming.streamer.file.nbytes
 
 
 @pytest.mark.parametrize("is_short", [False, True])
@@ -101,16 +281,16 @@ def test_ram_kept_for_what_is_on_the_device_is_given_back_where_it_is_short(file
 
 
 def test_too_little_for_the_rest_is_an_error(file, tiny_config, free_ram):
-    free_ram(1 << 20)
+    free_ram(100)
     with pytest.raises(CheckpointError, match=r"GiB of RAM; 0\.00 GiB are free"):
         load(file)
 
 
 def test_a_system_that_refuses_the_map_is_told(file, tiny_config, free_ram, monkeypatch):
-    def refuse(*_, **__):
+    def refuse(*_):
         raise OSError(12, "Cannot allocate memory")
 
     free_ram(read_catalogue(file).transformer_ram // 2)
-    monkeypatch.setattr(mmap, "mmap", refuse)
+    monkeypatch.setattr(file_map, "_map", refuse)
     with pytest.raises(CheckpointError, match=r"cannot be mapped into memory \(.*Cannot allocate memory\)"):
         load(file)

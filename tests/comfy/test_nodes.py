@@ -103,7 +103,7 @@ def test_kernels_are_tried_while_the_file_is_read(tiny_file, tiny_config):
     kernels._dequantise_for.cache_clear()
     patcher = load_transformer(read_catalogue(tiny_file))
     assert kernels._dequantise_for.cache_info().currsize == 1
-    kernels._dequantise_for(patcher.load_device.type)
+    kernels._dequantise_for(patcher.load_device)
     assert kernels._dequantise_for.cache_info().hits == 1
 
 

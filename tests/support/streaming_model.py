@@ -8,6 +8,7 @@ import random
 
 import torch
 from counted import plan_by_counts
+from file_parts import mapped_copies
 from simulated_device import SimulatedDevice
 from torch import nn
 
@@ -79,7 +80,7 @@ def make_groups(seed):
 class StreamedModel:
     """A model streamed by ``streamer_class`` beside the same model computed at once; `check` compares.
 
-    With seed 2 some weights are streamed from where they are, as those of a mapped file."""
+    With seed 2 some weights are streamed from a mapped file."""
 
     def __init__(self, streamer_class, device, seed=0):
         self.device = device
@@ -87,8 +88,9 @@ class StreamedModel:
         self.blocks = [block for group in groups.values() for block in group]
         self.reference = [block for group in make_groups(seed).values() for block in group]
         in_place = [block.layers[0] for block in self.blocks[::2]] if seed == 2 else []
+        in_file = mapped_copies([layer.weight for layer in in_place]) if in_place else []
         self.streamer = streamer_class(
-            groups, {layer: {"weight": layer.weight.flatten().view(torch.uint8)} for layer in in_place}
+            groups, {layer: {"weight": part} for layer, part in zip(in_place, in_file, strict=True)}
         )
         self.layers = [layer for block in self.blocks for layer in block.layers]
         self.reference_layers = [layer for block in self.reference for layer in block.layers]

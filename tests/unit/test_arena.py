@@ -11,8 +11,9 @@ import torch
 from fake_registrar import FakeRegistrar
 from own_python import run_script
 
-from flux_nf4.offload import arena as arena_module
-from flux_nf4.offload.arena import PAGE, CudaRegistrar, HostArena, Shortfall, registrar_for
+from flux_nf4.offload import pinning
+from flux_nf4.offload.arena import PAGE, HostArena
+from flux_nf4.offload.pinning import CudaRegistrar, Shortfall, registrar_for
 
 DEVICE = torch.device("cuda", 0)
 SIZES = [3 * PAGE, PAGE + 1, 100, 2 * PAGE]
@@ -22,7 +23,7 @@ ALL = sum(PAGES)
 
 @pytest.fixture(autouse=True)
 def _only_this_test_pins(monkeypatch):
-    monkeypatch.setattr(arena_module, "_all_pins", weakref.WeakSet())
+    monkeypatch.setattr(pinning, "_all_pins", weakref.WeakSet())
 
 
 @pytest.fixture

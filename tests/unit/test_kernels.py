@@ -41,6 +41,8 @@ ODD_SHAPES = {
 }
 SHAPES = FLUX_LAYERS | ODD_SHAPES
 
+CPU = torch.device("cpu")
+
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
@@ -157,8 +159,8 @@ def wrong_for_fp4(packed, absmax, state, dtype):
 
 @pytest.mark.usefixtures("untried")
 def test_bitsandbytes_is_used_where_it_works(monkeypatch, caplog, dequantise_equals_bitsandbytes):
-    assert kernels._bitsandbytes_problem("cpu") is None
-    monkeypatch.setattr(kernels, "_bitsandbytes_problem", lambda device_type: None)
+    assert kernels._bitsandbytes_problem(CPU) is None
+    monkeypatch.setattr(kernels, "_bitsandbytes_problem", lambda device: None)
     monkeypatch.setattr(kernels, "dequantise_by_table", no_kernel)
     dequantise_equals_bitsandbytes()
     assert caplog.records == []
@@ -188,7 +190,7 @@ def test_a_kernel_that_does_not_work_is_replaced_with_one_warning(
 def test_a_blockwise_kernel_that_does_not_work_is_not_used(
     monkeypatch, caplog, dequantise_equals_bitsandbytes, broken_kernel
 ):
-    assert kernels._has_blockwise_kernel("cpu")
+    assert kernels._has_blockwise_kernel(CPU)
     kernels._maps_blockwise.cache_clear()
     monkeypatch.setattr(kernels, "_map_blockwise", broken_kernel)
     tables = NestedTables(torch.ones(1), torch.arange(256.0), torch.tensor([0.5]))
@@ -203,7 +205,14 @@ def test_a_blockwise_kernel_that_does_not_work_is_not_used(
 def test_a_device_without_a_blockwise_kernel_is_not_tried(monkeypatch):
     monkeypatch.setattr(kernels, "_has_kernels", lambda _: True)
     monkeypatch.setattr(kernels, "_map_blockwise", no_kernel)
-    assert not kernels._has_blockwise_kernel("mps")
+    assert not kernels._has_blockwise_kernel(torch.device("mps"))
+
+
+@pytest.mark.usefixtures("untried")
+def test_a_device_on_which_they_do_not_work_is_no_verdict_on_another(monkeypatch):
+    monkeypatch.setattr(kernels, "_bitsandbytes_problem", lambda device: None if device == CPU else "too old")
+    assert kernels._has_kernels(CPU)
+    assert not kernels._has_kernels(torch.device("cpu", 0))
 
 
 @pytest.mark.usefixtures("untried")
@@ -216,8 +225,8 @@ def test_a_full_device_is_no_lack_of_kernels(monkeypatch, caplog, dequantise_equ
         full.setattr(kernels, kernel, out_of_memory)
         kernels.warm_up(torch.device("cpu"))
         with pytest.raises(torch.OutOfMemoryError):
-            kernels._has_blockwise_kernel("cpu")
-    assert kernels._has_blockwise_kernel("cpu")
+            kernels._has_blockwise_kernel(CPU)
+    assert kernels._has_blockwise_kernel(CPU)
     dequantise_equals_bitsandbytes()
     assert caplog.records == []
 
@@ -228,7 +237,7 @@ def test_bitsandbytes_that_is_not_installed_is_replaced_with_one_warning(
 ):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     dequantise_equals_bitsandbytes()
-    assert not kernels._has_gemm_4bit("cpu")
+    assert not kernels._has_gemm_4bit(CPU)
     (record,) = caplog.records
     assert "pip install 'bitsandbytes>=0.50'" in record.getMessage()
 

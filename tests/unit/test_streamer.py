@@ -8,8 +8,11 @@ import weakref
 import pytest
 import torch
 from counted import plan_by_counts
+from fake_registrar import FakeRegistrar
+from file_parts import mapped_copies
 from torch import nn
 
+from flux_nf4.offload import pinning
 from flux_nf4.offload import record as record_module
 from flux_nf4.offload.copies import InlineCopies
 from flux_nf4.offload.plan import plan_for
@@ -324,11 +327,11 @@ def test_every_copy_and_bind_has_a_name_in_a_profile():
 
 
 def in_place(blocks):
-    """Weights and (small) biases of the first layers as flat bytes, as a mapped file has them; the layers lose them."""
+    """Weights and (small) biases of the first layers in a mapped file; the layers lose them."""
     mapped = {}
     for block in blocks:
         tensors = dict(block.first.named_parameters())
-        mapped[block.first] = {name: tensor.detach().flatten().view(torch.uint8) for name, tensor in tensors.items()}
+        mapped[block.first] = dict(zip(tensors, mapped_copies(tensors.values()), strict=True))
         for name, tensor in tensors.items():
             setattr(block.first, name, nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False))
     return mapped
@@ -355,3 +358,27 @@ def test_what_is_mapped_is_streamed_from_where_it_is(resident, whole_blocks):
     streamer.stop()
     assert {block.first.weight.data_ptr() for block in blocks} == addresses
     assert torch.equal(functools.reduce(lambda value, block: block(value), blocks, x), expected)
+
+
+def test_what_is_mapped_and_pinned_is_copied_as_pinned_and_given_back_with_the_streamer(monkeypatch):
+    registrar = FakeRegistrar()
+    monkeypatch.setitem(pinning.REGISTRARS, "cpu", registrar)
+    blocks = [Block(64) for _ in range(5)]
+    mapped = in_place(blocks)
+    streamer = Streamer({"double": blocks}, mapped)
+    first = streamer.file.pieces[3][0]
+    streamer.pin(streamer.arena.nbytes + first.nbytes, CPU, first=(3,))
+    assert [block.mapped.is_pinned for block in streamer.blocks] == [False, False, False, True, False]
+    assert not streamer.all_pinned
+    streamer.pin(1 << 40, CPU)
+    assert streamer.all_pinned
+    assert streamer.pinned_bytes == streamer.host_bytes == sum(registrar.registered.values())
+    assert streamer.ram_bytes == streamer.arena.nbytes
+    streamer.start(plan_for(streamer.sizes(), (), 3 * STAGING), CountingCopies())
+    x = torch.randn(3, 8)
+    for _ in range(3):
+        functools.reduce(lambda value, block: block(value), blocks, x)
+    cost = streamer.telemetry.last
+    assert cost.pinned_bytes == cost.copied_bytes > 0
+    del streamer
+    assert registrar.registered == {}, "the blocks, which are still there, need no pins"

@@ -1,0 +1,308 @@
+"""What it is worth that a device copies from the file's own memory: beside the same model read into an arena.
+
+    COMFYUI_PATH=~/ComfyUI python benchmarks/file_memory.py
+    COMFYUI_PATH=~/ComfyUI python benchmarks/file_memory.py --checkpoint flux1-dev-bnb-nf4-v2.safetensors
+
+Run it with ComfyUI's Python, on Linux. Without a checkpoint it makes one with random weights (7 GB, kept in
+``--folder``). Prints tables and writes ``file_memory.json``. Every block is streamed.
+
+- Start: a fresh process for each way loads the file again and again, with the page cache warm, and once from the disk.
+  Seconds until ComfyUI has the model ready for its first step, and what of the process's memory is its own.
+- Steps: both ways in one process, in turns; medians. Outputs must be bit-identical, or it fails.
+- Processes, where there are two GPUs: one a GPU. By how much the memory of both together grows when they load, against
+  one alone (Pss), and the time of a step while both run.
+- Copies to each GPU from memory that was registered for the first one.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import needs_torch  # noqa: F401
+import torch
+from arguments import begin, parser_for
+from cases import Case
+from inside_comfyui import import_package
+from memory import resident_bytes
+from timing import copy_gbps, milliseconds
+from weights import Files
+
+WAYS = ("file", "arena")
+PIXELS = (1024, 512)
+GIB = 2**30
+
+
+def load(path: Path, way: str) -> Any:
+    """A patcher that streams every block of a model that nobody else has."""
+    from streamed import load as load_shared
+    from streamed import read_into_an_arena, with_residency
+
+    import flux_nf4.checkpoints
+
+    flux_nf4.checkpoints._models.clear()
+    with read_into_an_arena() if way == "arena" else contextlib.nullcontext():
+        patcher = with_residency(load_shared(path), 0, 0)
+    require(way, patcher)
+    return patcher
+
+
+def require(way: str, patcher: Any) -> None:
+    streamer = patcher.model.streaming.streamer
+    found = "file" if streamer.file.nbytes > streamer.arena.nbytes else "arena"
+    if found != way:
+        raise SystemExit(f"the weights are in the {found}, not in the {way}: the log says why")
+
+
+def put_on_device(patcher: Any, pixels: int = 512) -> Any:
+    """The model ready for a step of this picture."""
+    from comfy_model import ComfyModel
+
+    model = ComfyModel(patcher, Case("", pixels))
+    model.load()
+    torch.cuda.synchronize()
+    if not patcher.model.streaming.streamer.all_pinned:
+        raise SystemExit("not all host memory is pinned: the log says why")
+    return model
+
+
+def forget_everything() -> None:
+    import comfy.model_management
+
+    comfy.model_management.unload_all_models()
+    gc.collect()
+    comfy.model_management.soft_empty_cache()
+
+
+def step(model: Any) -> None:
+    model.forward()
+    torch.cuda.synchronize()
+
+
+def drop_from_cache(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def start(path: Path, way: str, rounds: int) -> dict[str, float]:
+    """Loads of this process, which must be fresh. The first one, which also makes CUDA ready, is not counted."""
+    times: dict[str, list[float]] = {"load_s": [], "ready_s": [], "first_step_s": []}
+    own: list[int] = []
+    for index in range(rounds + 2):
+        is_cold = index == rounds + 1
+        forget_everything()
+        if is_cold:
+            drop_from_cache(path)
+        before = resident_bytes("RssAnon")
+        moments = [time.perf_counter()]
+        patcher = load(path, way)
+        moments.append(time.perf_counter())
+        model = put_on_device(patcher)
+        moments.append(time.perf_counter())
+        step(model)
+        moments.append(time.perf_counter())
+        own.append(resident_bytes("RssAnon") - before)
+        for name, begun, ended in zip(times, moments, moments[1:], strict=False):
+            times[name].append(ended - begun)
+        del patcher, model
+    result = {name: statistics.median(values[1:-1]) for name, values in times.items()}
+    result["first_load_s"] = times["load_s"][0] + times["ready_s"][0]
+    result["cold_load_s"] = times["load_s"][-1] + times["ready_s"][-1]
+    result["own_gib"] = statistics.median(own[1:-1]) / GIB
+    return result
+
+
+def steps(path: Path, rounds: int, repeats: int) -> dict[str, Any]:
+    """Both ways in this process."""
+    from streamed import host_bytes_of_first_block
+
+    patchers = {way: load(path, way) for way in WAYS}
+    result: dict[str, Any] = {}
+    for pixels in PIXELS:
+        times: dict[str, list[float]] = {way: [] for way in WAYS}
+        outputs = []
+        for _ in range(rounds):
+            for way, patcher in patchers.items():
+                model = put_on_device(patcher, pixels)
+                outputs.append(model.forward().clone())
+                if not torch.equal(outputs[0], outputs[-1]):
+                    raise SystemExit(f"{way} at {pixels}: the output differs")
+                times[way] += milliseconds(model.forward, repeats, model.device)[1:]
+        result |= {f"{way}_{pixels}_ms": statistics.median(values) for way, values in times.items()}
+        result[f"ratio_{pixels}"] = result[f"file_{pixels}_ms"] / result[f"arena_{pixels}_ms"]
+    part = host_bytes_of_first_block(patchers["file"])
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    result["copy_gbps"] = [copy_gbps(part, device) for device in devices]
+    return result
+
+
+def pss_bytes(process: int) -> int:
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+
+
+def serve(path: Path, way: str, repeats: int) -> None:
+    """One of several processes: goes on to its next state, and says so, whenever it is told to."""
+    step(put_on_device(load(path, way)))
+    forget_everything()
+    answer("has loaded it once, and has forgotten it")
+    patcher = load(path, way)
+    step(put_on_device(patcher))
+    answer("has it")
+    times = {}
+    for pixels in PIXELS:
+        model = put_on_device(patcher, pixels)
+        times[pixels] = statistics.median(milliseconds(model.forward, 4 * repeats, model.device)[1:])
+    answer(json.dumps(times))
+
+
+ANSWER = "answer: "
+
+
+def answer(text: str) -> None:
+    print(ANSWER + text, flush=True)
+    sys.stdin.readline()
+
+
+class Servers:
+    """Processes that `serve`, one on each of ``devices``."""
+
+    def __init__(self, arguments: Sequence[str], devices: Sequence[int]) -> None:
+        self._processes = [
+            subprocess.Popen(
+                own_command("serve", *arguments),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"CUDA_VISIBLE_DEVICES": str(device)},
+            )
+            for device in devices
+        ]
+
+    def answers(self) -> list[str]:
+        return [next_answer(process) for process in self._processes]
+
+    def pss(self) -> int:
+        return sum(pss_bytes(process.pid) for process in self._processes)
+
+    def go_on(self) -> None:
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+
+    def end(self) -> None:
+        self.go_on()
+        for process in self._processes:
+            process.wait()
+
+
+def next_answer(process: "subprocess.Popen[str]") -> str:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(ANSWER):
+            return line.removeprefix(ANSWER)
+    raise SystemExit("a process has ended early: its own messages say why")
+
+
+def processes(arguments: Sequence[str], devices: Sequence[int]) -> dict[str, Any]:
+    servers = Servers(arguments, devices)
+    servers.answers()
+    before = servers.pss()
+    servers.go_on()
+    servers.answers()
+    after = servers.pss()
+    servers.go_on()
+    times = [json.loads(line) for line in servers.answers()]
+    servers.end()
+    return {"devices": list(devices), "grown_gib": (after - before) / GIB, "pss_gib": after / GIB, "ms": times}
+
+
+def own_command(what: str, *arguments: str) -> list[str]:
+    return [sys.executable, __file__, "--only", what, *arguments]
+
+
+def in_fresh_process(what: str, *arguments: str) -> dict[str, Any]:
+    output = subprocess.run(own_command(what, *arguments), check=True, stdout=subprocess.PIPE, text=True).stdout
+    result: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return result
+
+
+def measure(path: Path, given: argparse.Namespace) -> dict[str, Any]:
+    common = [
+        "--checkpoint",
+        str(path),
+        "--output",
+        str(given.output),
+        "--rounds",
+        str(given.rounds),
+        "--repeats",
+        str(given.repeats),
+    ]
+    results: dict[str, Any] = {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(),
+        "file_gb": path.stat().st_size / 1e9,
+        "start": {way: in_fresh_process("start", *common, "--way", way) for way in WAYS},
+        "steps": in_fresh_process("steps", *common),
+        "processes": [],
+    }
+    if torch.cuda.device_count() > 1:
+        groups = [(way, devices) for way in WAYS for devices in ([0], [0, 1])]
+        results["processes"] = [{"way": way} | processes([*common, "--way", way], on) for way, on in groups]
+    return results
+
+
+def report(results: dict[str, Any]) -> str:
+    size = results["file_gb"]
+    lines = [
+        "| weights in | load s | ready s | load to first step, s a GB | first step s | first load s | from the disk s "
+        "| own memory GiB | share of the file |",
+        "|---" * 9 + "|",
+    ]
+    for way, row in results["start"].items():
+        until = row["load_s"] + row["ready_s"]
+        times = f"{row['load_s']:.3f} | {row['ready_s']:.3f} | {until / size:.3f} | {row['first_step_s']:.3f}"
+        loads = f"{row['first_load_s']:.2f} | {row['cold_load_s']:.2f}"
+        share = row["own_gib"] * GIB / size / 1e9
+        lines.append(f"| {way} | {times} | {loads} | {row['own_gib']:.2f} | {share:.3f} |")
+    lines.append("")
+    lines += [f"{name}: {value}" for name, value in results["steps"].items()]
+    lines += [json.dumps(row) for row in results["processes"]]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = parser_for(__doc__, can_be_dry=False)
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each way")
+    parser.add_argument("--repeats", type=int, default=8, help="timed forwards of a turn")
+    parser.add_argument("--way", choices=WAYS, default="file", help=argparse.SUPPRESS)
+    parser.add_argument("--only", default="", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    begin(given)
+    import_package()
+    parts: dict[str, Callable[[], Any]] = {
+        "start": lambda: start(given.checkpoint, given.way, given.rounds),
+        "steps": lambda: steps(given.checkpoint, given.rounds, given.repeats),
+        "serve": lambda: serve(given.checkpoint, given.way, given.repeats),
+    }
+    with torch.inference_mode():
+        if given.only:
+            print(json.dumps(parts[given.only]()))
+            return
+        results = measure(Files(given.folder, given.checkpoint).nf4(), given)
+    (given.output / "file_memory.json").write_text(json.dumps(results, indent=1))
+    print(report(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Files as the host arena: what is mapped of them, pinned where it is, as far as the RAM has room for."""
+
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .arena import PAGE, whole_pages
+from .file_map import FileMapError, FilePart, bring_in, map_parts, range_of
+from .pinning import THE_LIMIT, Piece, PinnableMemory, Registrar, Shortfall, pinned_by_all, registrar_for
+from .ram import free_ram_bytes, ram_bytes
+
+_NO_ROOM = Shortfall(
+    "the RAM has no room for more",
+    "What is not pinned is read from the file again where the system needs the memory. Close other programs, or keep "
+    "more blocks in VRAM.",
+)
+
+
+def map_blocks(
+    blocks: Iterable[nn.Module], parts: Mapping[nn.Module, Mapping[str, FilePart]]
+) -> dict[nn.Module, dict[str, torch.Tensor]]:
+    """The ``parts`` of files, which are tensors of modules by name, as memory; those of a block are mapped together.
+
+    Raises:
+        FileMapError: a file cannot be opened or mapped, or is shorter than a part says.
+    """
+    mapped: dict[nn.Module, dict[str, torch.Tensor]] = {}
+    for block in blocks:
+        of_block = [(module, name) for module in block.modules() for name in parts.get(module, ())]
+        tensors = map_parts([parts[module][name] for module, name in of_block])
+        for (module, name), tensor in zip(of_block, tensors, strict=True):
+            mapped.setdefault(module, {})[name] = tensor
+    return mapped
+
+
+class FileArena(PinnableMemory):
+    """The mapped tensors (`map_parts`) of each block of a model. Two models of one file, on two devices, share pins."""
+
+    def __init__(
+        self,
+        tensors: Sequence[Collection[torch.Tensor]],
+        registrar_for: Callable[[torch.device], Registrar | None] = registrar_for,
+    ) -> None:
+        self.tensors = tuple(map(tuple, tensors))
+        ranges = [dict.fromkeys(map(range_of, of_block)) for of_block in self.tensors]
+        self._ranges = tuple(dict.fromkeys(item for of_block in ranges for item in of_block))
+        pieces = [[Piece(item.pins, item.address, whole_pages(item.nbytes)) for item in block] for block in ranges]
+        super().__init__(pieces, registrar_for, "the file")
+
+    def bring_in(self, progress: Callable[[int], None]) -> None:
+        """`file_map.bring_in`; ``progress`` gets byte counts that add up to `bytes_to_bring_in`."""
+        bring_in(self._ranges, progress)
+
+    @property
+    def bytes_to_bring_in(self) -> int:
+        return sum(item.nbytes for item in self._ranges)
+
+    def require_unchanged(self) -> None:
+        """Raises `FileMapError` where somebody has written to a file."""
+        for file in dict.fromkeys(item.file for item in self._ranges):
+            file.require_unchanged()
+
+    def pin(
+        self,
+        limit_bytes: int,
+        device: torch.device,
+        limited_by: Shortfall = THE_LIMIT,
+        first: Iterable[int] = (),
+    ) -> None:
+        """As of all memory; but what is pinned of a file takes RAM that the system could have used otherwise."""
+        for item in self._ranges:
+            item.users.add(self)
+        room = pinned_by_all() + _room_for_pins()
+        limit_bytes, limited_by = min((limit_bytes, limited_by), (room, _NO_ROOM), key=lambda limit: limit[0])
+        super().pin(limit_bytes, device, limited_by, first)
+
+    def unpin(self) -> None:
+        """Give back what nobody else has pinned, once no copy from it is under way. Idempotent."""
+        for item in self._ranges:
+            item.users.discard(self)
+            if not item.users:
+                item.pins.release()
+
+
+def _room_for_pins() -> int:
+    """Bytes. A sixteenth of the RAM is left for others; what is pinned of files already, the system counts as free."""
+    return max(0, free_ram_bytes() - pinned_by_all(read_only=True) - ram_bytes() // 16)
+
+
+@dataclass(frozen=True)
+class _FirstPage:
+    path: Path
+    offset = 0
+    nbytes = 1
+
+
+def why_not_pinned(
+    path: Path,
+    device: torch.device,
+    registrar_for: Callable[[torch.device], Registrar | None] = registrar_for,
+) -> str:
+    """Why a device cannot copy from the file's own memory, as a clause; "" if it can. A page of it is tried."""
+    if sys.platform != "linux":
+        return "only Linux pins the memory of a file"
+    registrar = registrar_for(device)
+    if registrar is None:
+        return f"{device.type} has no way to pin memory that is there already"
+    try:
+        (page,) = map_parts([_FirstPage(path)])
+    except FileMapError as error:
+        return str(error)
+    pins = range_of(page).pins  # given back with the page
+    pins.registrars[device] = registrar
+    refused = pins.register(registrar, page.data_ptr(), PAGE)
+    return f"the driver refused a page of the file (error {refused})" if refused else ""
