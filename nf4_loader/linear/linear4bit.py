@@ -11,7 +11,7 @@ from ...low_rank.branch import LowRank
 from ...low_rank.factors import factors_of
 from ..checkpoint.quant_state import DensePart, NestedTables, QuantState
 from . import kernels, matmul
-from .dense_view import DenseView
+from .dense_view import READ_ONLY, DenseView
 
 
 class Linear4bit(nn.Linear):
@@ -56,8 +56,6 @@ class Linear4bit(nn.Linear):
         """Where the forward runs, which for a streamed layer is not where its weight is now."""
         self.patched_shape: tuple[int, ...] = self.shape
         """The shape of the weight after all that ``weight_function`` does to it."""
-        self.shows_weight = True
-        """Whether the state dict has the weight, from which ComfyUI takes it that it can patch the weight."""
         self.is_one_weight = len(self.parts) == 1 and isinstance(self.parts[0], QuantState)
         """Whether all rows are one 4-bit weight, that a kernel can multiply with."""
         self._names: tuple[tuple[str, ...], ...] = tuple(
@@ -74,11 +72,20 @@ class Linear4bit(nn.Linear):
         """Where the weight is now."""
         return self._buffers[self._names[0][0]].device  # type: ignore[union-attr]
 
-    @property
-    def weight(self) -> DenseView:  # type: ignore[override]
+    @property  # type: ignore[override]
+    def weight(self) -> DenseView:
         # ComfyUI reads the shape of img_in.weight to see whether a LoRA has widened it (BFL's Canny and Depth), and the
         # device of any weight to bring a LoRA there that it computes itself (bypass).
         return DenseView(self, self.patched_shape, self.computes_on)
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        raise RuntimeError(READ_ONLY)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight":  # a parameter that is set as an attribute comes by here
+            raise RuntimeError(READ_ONLY)
+        super().register_parameter(name, param)
 
     @property
     def tensors(self) -> list[dict[str, torch.Tensor]]:
@@ -162,9 +169,19 @@ class Linear4bit(nn.Linear):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         # ComfyUI takes a LoRA's keys from the state dict: the weight has to be in it under its usual name.
-        if self.shows_weight:
-            destination[prefix + "weight"] = DenseView(self, self.shape)
+        destination[prefix + "weight"] = DenseView(self, self.shape)
         super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        weight = state_dict.get(prefix + "weight")
+        if weight is not None and getattr(weight, "linear", None) is not self:
+            errors = lists[-1]
+            errors.append(f"{prefix}weight: {READ_ONLY}")
+            return
+        others = {key: value for key, value in state_dict.items() if key != prefix + "weight"}
+        super()._load_from_state_dict(others, prefix, local_metadata, strict, *lists)
 
     def extra_repr(self) -> str:
         kinds = [_described(part) for part in self.parts]

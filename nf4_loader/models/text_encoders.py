@@ -20,6 +20,7 @@ from ..checkpoint.identify import of_another_kind
 from ..checkpoint.read_parts import DenseMemory, PackedMemory, memory_of, read_entries, read_parts
 from ..checkpoint.shards import read_checkpoint_header
 from ..linear.linear4bit import Linear4bit
+from .patched_encoders import patch_4bit_layers
 
 _MARKS = {
     "t5xxl": re.compile(r"encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.q\.weight$"),
@@ -237,11 +238,9 @@ def adopt_4bit(clip: comfy.sd.CLIP, weights: Mapping[str, Weight4bit]) -> None:
             tensor = TransformerTensor((weight,))
             linear = Linear4bit(tensor.held, bias=False, dtype=replaced.weight.dtype)
             linear.bias = replaced.bias
-            linear.shows_weight = False  # ComfyUI's patcher would write to it
             parent, _, child = path.rpartition(".")
             setattr(modules[parent], child, linear)
             memory += memory_of(tensor, linear.tensors)
         read_parts(memory, lambda _: None)
-    model = clip.cond_stage_model
-    # ComfyUI has measured it without them, and they are not in the state dict that it measures.
-    clip.patcher.size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    if weights:
+        patch_4bit_layers(clip)

@@ -63,6 +63,8 @@ def sources_of_encoders(clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> list[Source]:
             continue
         _require_values(clip.cond_stage_model, key, original[0])
         name = f"text_encoders.{key}"
+        for packed in [other for other in encoders if other.startswith(f"{name}.")]:
+            del encoders[packed]  # absmax and the like, if it was in 4 bits: merged, it is dense
         is_scaled = f"{key.removesuffix('weight')}scale_weight" in found
         as_it_is = _is_fp8(original[0]) and not is_scaled and not patches
         encoders[name] = _stored(name, original[0]) if as_it_is else _source(name, key, original, patches)

@@ -30,9 +30,12 @@ def leave_without_copies(patcher: comfy.model_patcher.ModelPatcher) -> None:
 def leave_unpinned(patcher: comfy.model_patcher.ModelPatcher) -> None:
     """Have ``patcher`` and the clones to come pin nothing. Not for a VAE, which in tiles reads its weights often."""
     if _moves(patcher):
-        patcher.__class__ = UnpinnedModelPatcher
+        patcher.__class__ = type("UnpinnedModelPatcher", (UnpinnedModelPatcher, type(patcher)), {})
 
 
 def _moves(patcher: comfy.model_patcher.ModelPatcher) -> bool:
-    """Whether it is ComfyUI's own, and no subclass: with dynamic VRAM, weights never leave host memory."""
-    return type(patcher) is UnpinnedModelPatcher.__base__
+    """Whether ComfyUI's ModelPatcher moves it, and no subclass: with dynamic VRAM, weights never leave host memory.
+
+    A subclass that moves it as another class does says so in ``moves_as``.
+    """
+    return getattr(type(patcher), "moves_as", type(patcher)) is UnpinnedModelPatcher.__base__

@@ -145,7 +145,7 @@ class Patching:
         scratch = getattr(module, name).numel() * dense.math_dtype(dtype).itemsize * _COPIES_TO_PATCH
         self.scratch_bytes = max(self.scratch_bytes, scratch)
         _add_functions(module, name, [lambda weight: dense.apply(weight, buffers)], first=True)
-        if hasattr(module, "patched_shape"):
+        if name == "weight" and hasattr(module, "patched_shape"):
             module.patched_shape = dense.shape_of(module.patched_shape)
         return dense.tensors
 

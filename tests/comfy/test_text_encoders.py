@@ -4,6 +4,7 @@ import functools
 import json
 
 import checkpoint_layout as layout
+import comfy.hooks
 import comfy.model_management
 import comfy.sd
 import comfy.utils
@@ -12,6 +13,8 @@ import torch
 from bitsandbytes import functional as bnb
 from bitsandbytes.nn import Linear4bit as BnbLinear4bit
 from comfy.model_patcher import ModelPatcher
+from comfy_extras.nodes_hooks import SetClipHooks
+from comfy_extras.nodes_model_merging import CLIPAdd, CLIPMergeSimple, CLIPSave, CLIPSubtract
 from packed_tensors import packed_tensors
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -377,24 +380,26 @@ class Vae:
 
 
 def test_it_is_saved_as_it_was_and_what_is_patched_is_merged(t5, clip_l):
-    """A LoRA reaches the dense CLIP-L; the T5 in 4 bits takes none, and is still encoded with and saved."""
-    _, path = t5()
+    """Packed weights are copied; a patched one is saved as a dense one, without what was packed."""
+    model, path = t5()
     clip = load_dual_clip([clip_l, path], [])
     query = "encoder.block.0.layer.0.SelfAttention.q.weight"
     dense = "clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight"
     patches = {
         key: ("diff", (torch.ones(128, 64 if key == dense else 128),)) for key in (dense, f"t5xxl.transformer.{query}")
     }
-    assert clip.patcher.add_patches(patches) == [dense]
+    assert set(clip.patcher.add_patches(patches)) == set(patches)
     sources = {source.name: source for source in sources_of_encoders(clip, Vae())}
     prefix = "text_encoders.t5xxl.transformer."
     with safe_open(path, "pt") as file:
         for name in list(file.keys()):
-            assert sources[prefix + name].stored.parts[0].name == name
+            if not name.startswith(query):
+                assert sources[prefix + name].stored.parts[0].name == name
+    assert [name for name in sources if name.startswith(prefix + query)] == [prefix + query]
     merged = sources[f"text_encoders.{dense}"].read(torch.device("cpu"))
     assert torch.equal(merged, (load_file(clip_l)[dense.partition("transformer.")[2]].float() + 1).half())
-    tokens = {"l": [[(1, 1.0)] * 77], "t5xxl": [[(3, 1.0), (14, 1.0), (1, 1.0)]]}
-    assert clip.encode_from_tokens(tokens).isfinite().all()
+    merged = sources[prefix + query].read(torch.device("cpu")).float()
+    torch.testing.assert_close(merged, dense_reference(model).state_dict()[query] + 1, rtol=0, atol=1e-2)
 
 
 @pytest.fixture
@@ -473,3 +478,105 @@ def test_a_file_that_is_no_text_encoder_is_refused(clip_l, tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match=r"^other\.safetensors: it is neither CLIP-L .* nor T5"):
         load_dual_clip([clip_l, tmp_path / "other.safetensors"], [])
+
+
+# ComfyUI's nodes on a CLIP whose T5 is in 4 bits, against its dense twin
+
+
+@pytest.fixture
+def clips(t5, clip_l, tmp_path):
+    """One with a T5 in 4 bits, its dense twin, and a dense one with other weights."""
+    model, path = t5()
+    twin = {n: t.clone() for n, t in dense_reference(model).state_dict().items() if "embed_tokens" not in n}
+    generator = torch.Generator().manual_seed(3)
+    other = {name: torch.randn(value.shape, generator=generator) / 10 for name, value in twin.items()}
+    for name, state in (("twin", twin), ("other", other)):
+        save_file(state, tmp_path / f"{name}.safetensors")
+    paths = (path, tmp_path / "twin.safetensors", tmp_path / "other.safetensors")
+    return [load_dual_clip([clip_l, path], []) for path in paths]
+
+
+def t5_lora():
+    generator = torch.Generator().manual_seed(2)
+    shapes = {
+        "block_0_layer_0_SelfAttention_q": (128, 128),
+        "block_1_layer_1_DenseReluDense_wi_0": (256, 128),
+        "block_1_layer_1_DenseReluDense_wo": (128, 256),
+    }
+    lora = {}
+    for name, (rows, columns) in shapes.items():
+        lora[f"lora_te2_encoder_{name}.lora_up.weight"] = torch.randn(rows, 4, generator=generator) / 5
+        lora[f"lora_te2_encoder_{name}.lora_down.weight"] = torch.randn(4, columns, generator=generator) / 5
+    return lora
+
+
+def with_t5_lora(clip):
+    return comfy.sd.load_lora_for_models(None, clip, t5_lora(), 0, 0.7)[1]
+
+
+def with_hooks(clip, hooks):
+    (hooked,) = SetClipHooks().apply_hooks(clip, schedule_clip=False, apply_to_conds=False, hooks=hooks)
+    return hooked
+
+
+ON_A_CLIP = {
+    "LoRA": lambda clip, other: with_t5_lora(clip),
+    "LoRA as a hook": lambda clip, other: with_hooks(clip, comfy.hooks.create_hook_lora(t5_lora(), 0, 0.7)),
+    "LoRA and a hook": lambda clip, other: with_hooks(
+        with_t5_lora(clip), comfy.hooks.create_hook_lora(t5_lora(), 0, -0.4)
+    ),
+    "model as LoRA": lambda clip, other: with_hooks(
+        clip, comfy.hooks.create_hook_model_as_lora(None, weights_of(other), 0, 0.4)
+    ),
+    "its weights as another's LoRA": lambda clip, other: with_hooks(
+        other, comfy.hooks.create_hook_model_as_lora(None, weights_of(clip), 0, 0.4)
+    ),
+    "merge": lambda clip, other: CLIPMergeSimple().merge(clip, other, 0.3)[0],
+    "merge into another": lambda clip, other: CLIPMergeSimple().merge(other, clip, 0.3)[0],
+    "merge of a patched one": lambda clip, other: CLIPMergeSimple().merge(other, with_t5_lora(clip), 0.3)[0],
+    "sum": lambda clip, other: CLIPAdd().merge(clip, other)[0],
+    "difference": lambda clip, other: CLIPSubtract().merge(clip, other, 0.5)[0],
+}
+
+
+def weights_of(clip):
+    return comfy.hooks.get_patch_weights_from_model(clip.patcher)
+
+
+def encoded(clip):
+    return clip.encode_from_tokens(PROMPT).float()
+
+
+@pytest.mark.parametrize("act", ON_A_CLIP.values(), ids=ON_A_CLIP)
+def test_what_nodes_do_to_a_t5_in_4_bits_is_what_they_do_to_its_dense_twin(act, clips):
+    ours, twin, other = clips
+    plain, expected = encoded(twin), encoded(act(twin, other))
+    assert (expected - plain).norm() / plain.norm() > 0.05, "it changes too little to prove anything"
+    found = encoded(act(ours, other))
+    assert (found - expected).norm() / expected.norm() < 5e-3
+    again = encoded(ours)
+    assert (again - plain).norm() / plain.norm() < 5e-3, "clones share their layers, and not their patches"
+
+
+def test_a_t5_in_4_bits_is_saved_as_a_dense_one(clips, clip_l, tmp_path, monkeypatch):
+    monkeypatch.setattr("folder_paths.get_output_directory", lambda: str(tmp_path / "output"))
+    ours, twin, _ = clips
+    for clip, name in ((ours, "plain"), (with_t5_lora(ours), "patched")):
+        CLIPSave().save(clip, name)
+    files = {name: min((tmp_path / "output").glob(f"{name}_t5xxl*")) for name in ("plain", "patched")}
+    for name, expected in (("plain", twin), ("patched", with_t5_lora(twin))):
+        assert not any(key.endswith(("packed_0", "absmax_0")) for key in load_file(files[name]))
+        found, wanted = encoded(load_dual_clip([files[name], clip_l], [])), encoded(expected)
+        assert (found - wanted).norm() / wanted.norm() < 5e-3
+
+
+def test_a_lora_is_taken_from_the_difference_of_two_in_4_bits(clips):
+    """As LoraSave does: it reads the weights of what CLIPSubtract gives."""
+    ours, _, _ = clips
+    (difference,) = CLIPSubtract().merge(with_t5_lora(ours), ours, 1.0)
+    comfy.model_management.load_models_gpu([difference.load_model()], force_patch_weights=True)
+    state, lora = difference.patcher.model_state_dict(), t5_lora()
+    start = "lora_te2_encoder_block_0_layer_0_SelfAttention_q.lora"
+    wanted = 0.7 * lora[f"{start}_up.weight"] @ lora[f"{start}_down.weight"]
+    found = state["t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.weight"]
+    torch.testing.assert_close(found.float(), wanted, rtol=0, atol=5e-3)

@@ -1,8 +1,12 @@
 """The 4-bit Linear: computes like a dense one, reads like a dense one, and stays packed."""
 
+import copy
+import io
 import operator
+import pickle
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -229,6 +233,13 @@ def test_a_weight_on_the_meta_device_says_so():
     assert linear.absmax_0.shape == (96,)
 
 
+def saved(tensor):
+    file = io.BytesIO()
+    torch.save(tensor, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
 USES = {
     "detach": lambda weight: weight.detach(),
     "clone": lambda weight: weight.clone(),
@@ -244,6 +255,11 @@ USES = {
     "slice": lambda weight: weight[:, 5:9],
     "transpose": lambda weight: weight.t(),
     "flatten": lambda weight: weight.flatten(),
+    "data": lambda weight: weight.data.float(),
+    "pseudo-inverse": lambda weight: torch.linalg.pinv(weight.data.float()),
+    "numpy": lambda weight: torch.from_numpy(weight.data.half().numpy()),
+    "deepcopy": lambda weight: copy.deepcopy(weight),
+    "saved": lambda weight: saved(weight),
     "norm": lambda weight: torch.linalg.vector_norm(weight, dim=1),
     "concatenation": lambda weight: torch.cat([weight, weight]),
     "as a source": lambda weight: torch.zeros(SHAPE).copy_(weight),
@@ -279,6 +295,8 @@ WRITES = {
     "out=": lambda weight: torch.add(torch.ones(SHAPE), 1, out=weight),
     "foreach": lambda weight: torch._foreach_add_([torch.ones(2), weight], 1),
     "init": lambda weight: nn.init.zeros_(weight),
+    "data.zero_": lambda weight: weight.data.zero_(),
+    "data =": lambda weight: setattr(weight, "data", torch.zeros(SHAPE)),
 }
 
 
@@ -292,7 +310,7 @@ def test_writing_to_the_weight_is_refused(linear, write):
 
 @pytest.mark.parametrize("value", [torch.zeros(SHAPE), nn.Parameter(torch.zeros(SHAPE))], ids=["tensor", "parameter"])
 def test_putting_another_weight_in_its_place_is_refused(linear, value):
-    with pytest.raises((AttributeError, KeyError)):
+    with pytest.raises(RuntimeError, match="a 4-bit weight cannot be written to"):
         linear.weight = value
     assert linear.weight.linear is linear
 
@@ -327,6 +345,31 @@ def test_a_nested_one_is_a_twelfth_smaller(make_linear):
     assert linear.state_dict().keys() == {"weight", "bias"}
     assert linear.nested_map_0.shape == (1, 256)
     assert nbytes(linear) / nbytes(make_linear()) == pytest.approx(11 / 12, rel=0.01)
+
+
+def test_a_dense_layer_takes_its_state_and_it_takes_none_but_its_own(linear):
+    dense = nn.Linear(SHAPE[1], SHAPE[0], dtype=torch.bfloat16)
+    dense.load_state_dict(linear.state_dict())
+    assert torch.equal(dense.weight, linear.dequantise(torch.bfloat16))
+    assert torch.equal(dense.bias, linear.bias)
+    linear.load_state_dict(linear.state_dict())
+    before = linear.bias.clone()
+    with pytest.raises(RuntimeError, match="weight: a 4-bit weight cannot be written to"):
+        linear.load_state_dict({"weight": torch.zeros(SHAPE), "bias": torch.zeros(SHAPE[0])}, strict=False)
+    assert torch.equal(linear.bias, before)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copy_of_it_computes_on_its_own(linear, input, copied):
+    expected, other = linear(input), copied(nn.Sequential(linear))[0]
+    linear.packed_0.zero_()
+    assert torch.equal(other(input), expected)
+    assert torch.equal(other.weight + 0, other.dequantise(torch.bfloat16))
+
+
+def test_saving_it_without_dense_values_is_refused(linear):
+    with pytest.raises(RuntimeError, match=r"no memory of dense values; take a dense copy first, with \.clone\(\)"):
+        safetensors.torch.save(linear.state_dict())
 
 
 def test_nothing_of_it_is_trained(linear):

@@ -1,13 +1,22 @@
 """LoRA by hooks: other strengths for each conditioning and each step, as stock ComfyUI computes them."""
 
+import dataclasses
 import itertools
 
 import comfy.hooks
+import comfy.model_patcher
 import loras
 import pytest
 import torch
+from make_checkpoint import Recipe, make_checkpoint
 
+from flux_nf4.checkpoints import load_transformer, streamed
+from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
 from flux_nf4.offload.comfyui.patching import Patching
+from flux_nf4.offload.plan import Residency
+
+CPU = torch.device("cpu")
+RECIPE = Recipe(double_blocks=2, single_blocks=3, hidden=256, unet_only=True)
 
 BOUND = 1e-5
 """Relative; found: below 1e-6."""
@@ -87,6 +96,26 @@ def test_the_weights_of_another_model_by_a_hook_are_as_in_stock_comfyui(conditio
     }
     hook = comfy.hooks.create_hook_model_as_lora(weights, None, 0.7, 0.0)
     assert difference(positive=hooked(conditioning(1), hook), negative=conditioning(2)) < BOUND
+
+
+def test_the_weights_of_another_4bit_model_by_a_hook_are_those_of_its_dense_twin(
+    conditioning, load, twin, sample, stock_model, config, tmp_path, copies
+):
+    recipe = dataclasses.replace(RECIPE, seed=7)
+    make_checkpoint(tmp_path / "other.safetensors", recipe)
+    other = streamed(load_transformer(read_catalogue(tmp_path / "other.safetensors")), Residency(), node_id=None)
+    dense = comfy.model_patcher.ModelPatcher(stock_model(config, tmp_path / "twin.safetensors", recipe), CPU, CPU)
+
+    of_other, of_dense = map(comfy.hooks.get_patch_weights_from_model, (other, dense))
+    assert of_other.keys() == of_dense.keys()
+
+    def latents(patcher, weights):
+        hook = comfy.hooks.create_hook_model_as_lora(weights, None, 0.5, 0.0)
+        return sample(patcher, 1, positive=hooked(conditioning(1), hook), negative=conditioning(2))
+
+    expected, found = latents(twin, of_dense), latents(load(0, 1), of_other)
+    assert (expected - sample(twin, 1)).norm() > 0.1 * expected.norm()
+    assert (found - expected).norm() < BOUND * expected.norm()
 
 
 def test_several_hooks_in_several_groups(files, conditioning, difference, copies):
