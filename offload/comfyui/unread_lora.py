@@ -14,8 +14,8 @@ _FRAMES = 12
 """How far up from here ComfyUI's functions are, at most."""
 
 _FOR_ANOTHER_MODEL = (
-    "LoRA: none of its keys is of this model, so the model stays as it is. Is the LoRA for a model of another family, or "
-    "only for text encoders?"
+    "LoRA: none of its keys is of this model, so the model stays as it is. Is the LoRA for a model of another family, "
+    "or only for text encoders?"
 )
 
 
