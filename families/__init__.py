@@ -22,6 +22,7 @@ __all__ = [
     "Layout",
     "Place",
     "Shapes",
+    "block_lists",
     "detect",
     "family_of_model",
     "kind_of",
@@ -82,6 +83,15 @@ def family_of_model(image_model: object) -> Family | None:
 def kind_of(blocks: str) -> str:
     """What the blocks in the list ``blocks`` of a model are called: the list's own name if no family has it."""
     return next((family.lists[blocks] for family in FAMILIES if blocks in family.lists), blocks)
+
+
+def block_lists() -> frozenset[str]:
+    """Names of all lists of blocks, ComfyUI's and those of other layouts."""
+    return frozenset(
+        blocks
+        for family in FAMILIES
+        for blocks in (*family.lists, *(theirs for layout in family.layouts for theirs in layout.lists))
+    )
 
 
 def names() -> str:

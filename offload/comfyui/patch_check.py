@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .unread_lora import why_nothing_was_recognised
+
 logger = logging.getLogger(__name__)
 
 Patch = Sequence[Any]
@@ -73,10 +75,7 @@ def _report(taken: int, skipped: Sequence[str], strength: float) -> None:
             "LoRA: %d patches applied at strength %g, all that ComfyUI recognised for this model", taken, strength
         )
     else:
-        logger.warning(
-            "LoRA: none of its keys is of this model, so the model stays as it is. Is the LoRA for a model of another "
-            "family, or only for text encoders?"
-        )
+        logger.warning("%s", why_nothing_was_recognised())
 
 
 def refusal(patches: Sequence[Patch], weight: torch.Tensor, key: str) -> str | None:

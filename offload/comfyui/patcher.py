@@ -241,8 +241,9 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         """
         if any(isinstance(value, list) for value in patches.values()):
             raise ValueError(
-                "a streamed model cannot be merged with another: its weights stay as they are in the file. Merge the "
-                f"dense models first; then save the result in 4 bits (node: {QUANTISE}) or stream it (node: {STREAM})."
+                "a streamed model cannot be merged with another: its weights stay as they are in the file. It may be "
+                "the second input of the merge, with a dense model as the first one. Save the result in 4 bits (node: "
+                f"{QUANTISE}) or stream it (node: {STREAM})."
             )
         fitting = accepted(patches, self.patches, self._weights(), strength_patch, strength_model)
         return super().add_patches(fitting, strength_patch, strength_model)
