@@ -42,6 +42,10 @@ class Prompt:
     single: int
     unloads_first: bool
 
+    def __str__(self) -> str:
+        unloaded = ", all unloaded before" if self.unloads_first else ""
+        return f"{self.pixels}x{self.pixels}, {self.loras} LoRAs, {self.double}/{self.single} blocks stay{unloaded}"
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -59,6 +63,10 @@ class Done:
     digest: str
     seconds: float
     memory: Memory
+
+    def __str__(self) -> str:
+        memory = ", ".join(f"{kind} {nbytes / MIB:.0f}" for kind, nbytes in dataclasses.asdict(self.memory).items())
+        return f"{self.prompt}: {self.seconds:.2f} s; MiB in use: {memory}"
 
 
 def prompts(count: int, *, is_tiny: bool) -> list[Prompt]:
@@ -132,7 +140,7 @@ def main() -> None:
         for prompt in prompts(given.prompts, is_tiny=given.dry_run):
             if time.monotonic() < until:
                 done.append(run(patcher, prompt, given.steps, text_tokens=8 if given.dry_run else 512))
-                print(f"{len(done)}: {prompt}, {done[-1].seconds:.2f} s, {done[-1].memory}", flush=True)
+                print(f"{len(done)}: {done[-1]}", flush=True)
     grown, others = growth(done), other_pictures(done)
     too_much = [kind for kind, nbytes in grown.items() if nbytes > SLACK_BYTES[kind]]
     report = {"torch": torch.__version__, "grown": grown, "other_pictures": others, "done": done}
