@@ -214,6 +214,33 @@ def test_a_toast_says_when_less_stays_than_was_asked_for(page):
     assert toasts.count() == before, "once, not at every forward"
 
 
+@pytest.mark.parametrize(("width", "columns"), [(200, 1), (400, 2), (900, 2)])
+def test_no_figure_is_broken_whatever_the_width_of_the_node(width, columns, page):
+    lines, found = page.page.evaluate(
+        """async ([file, width]) => {
+          const { PlanBar } = await import("/extensions/ComfyUI-Flux-NF4/plan_bar.js");
+          const query = new URLSearchParams({ folder: "checkpoints", file, double: 7, single: 7 });
+          const answer = await (await app.api.fetchApi(`/flux_nf4/plan?${query}`)).json();
+          const bar = new PlanBar("en");
+          bar.element.style.cssText = `position: fixed; width: ${width}px`;
+          document.body.append(bar.element);
+          bar.show({ ...answer, run: null }, false, String(query));
+          const boxes = [...bar.element.querySelectorAll("dl > div")].map((row) => row.getBoundingClientRect().x);
+          const lines = [...bar.element.querySelectorAll("dd")].map((value) => {
+            const range = document.createRange();
+            range.selectNodeContents(value);
+            return range.getClientRects().length;
+          });
+          bar.element.remove();
+          return [lines, new Set(boxes).size];
+        }""",
+        [FULL_SIZE, width],
+    )
+    assert lines == [1] * len(lines)
+    assert len(lines) == 4
+    assert found == columns
+
+
 def test_the_bar_speaks_chinese(page):
     said, after_a_run, pinned, slow = page.page.evaluate(
         """async (file) => {
