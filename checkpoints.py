@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Thread
+from typing import Any
 from weakref import WeakValueDictionary
 
 import comfy.model_base
@@ -160,7 +161,16 @@ def _read(model: comfy.model_base.BaseModel, catalogue: Catalogue, source: _Sour
         raise CheckpointError(error.path, error.problem) from error
     finally:
         warming_up.join()
-    return StreamedModelPatcher(model, load_device=device, offload_device=comfy.model_management.unet_offload_device())
+    offload_device = comfy.model_management.unet_offload_device()
+    patcher = StreamedModelPatcher(model, load_device=device, offload_device=offload_device)
+    patcher.cached_patcher_init = _read_again, (catalogue,)
+    return patcher
+
+
+def _read_again(catalogue: Catalogue, **_: Any) -> StreamedModelPatcher:
+    """The same model in memory of its own: ComfyUI calls this for each further GPU that it shares a sampling with."""
+    model = build_flux(catalogue)
+    return _read(model, catalogue, _mapped_where_ram_is_short(model, catalogue, with_others=False))
 
 
 def _all_tensors(blocks: Sequence[torch.nn.Module]) -> There:

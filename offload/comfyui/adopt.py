@@ -70,9 +70,24 @@ def _adopt(patcher: comfy.model_patcher.ModelPatcher) -> StreamedModelPatcher:
     # What another class's clone took over is right for this one, but for what it shares with patchers of that class.
     clone.__class__ = StreamedModelPatcher
     clone.backup, clone.object_patches_backup, clone.hook_backup = {}, {}, {}
-    clone.backup_buffers, clone.pinned, clone.cached_patcher_init = {}, set(), None
+    clone.backup_buffers, clone.pinned = {}, set()
+    clone.cached_patcher_init = _init_of_streamed(patcher)
     clone.retry_with_less_resident()
     return clone
+
+
+def _init_of_streamed(patcher: Any) -> tuple[Any, tuple[Any, ...]] | None:
+    """How ComfyUI loads the streamed model once more, for another GPU; None where it cannot load ``patcher`` so."""
+    init = getattr(patcher, "cached_patcher_init", None)
+    return (_stream_anew, (init,)) if init is not None else None
+
+
+def _stream_anew(init: Sequence[Any], **_: Any) -> StreamedModelPatcher:
+    """A streamed model of its own, of the file that ``init`` (factory, arguments and perhaps an index) loads."""
+    factory, arguments, *index = init
+    # Only ComfyUIs whose factories know this word set them; the model has to be of the kind that can be adopted.
+    loaded = factory(*arguments, disable_dynamic=True)
+    return _adopt(loaded[index[0]] if index else loaded)
 
 
 def _without_dynamic(patcher: Any, root: StreamedModelPatcher | None) -> Any:
@@ -84,7 +99,7 @@ def _without_dynamic(patcher: Any, root: StreamedModelPatcher | None) -> Any:
     if patcher.cached_patcher_init is None:
         raise ValueError(
             "the loader of this MODEL does not tell ComfyUI how to load it without dynamic VRAM, so its blocks cannot "
-            "be streamed. Load it with ComfyUI's own loader, or start ComfyUI with --disable-dynamic-vram."
+            "be streamed. Load the file with a loader of ComfyUI's own (Load Diffusion Model, Load Checkpoint)."
         )
     return patcher.clone(disable_dynamic=True)
 

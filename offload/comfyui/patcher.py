@@ -29,6 +29,7 @@ from ..plan import (
     spread,
 )
 from ..telemetry import summarise
+from .lasting import lasting_allocations
 from .node_names import QUANTISE, STREAM
 from .patch_check import accepted
 from .patching import Patch
@@ -53,6 +54,8 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     staging_bytes: int = STAGING_BYTES
     whole_blocks: bool = False
     node_id: str | None = None
+    cached_patcher_init: Any = None
+    """ComfyUI's (0.18 and later): how it loads the model once more, for a further GPU."""
     current_hooks: Any
 
     def __init__(
@@ -78,6 +81,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         other.staging_bytes = self.staging_bytes
         other.whole_blocks = self.whole_blocks
         other.node_id = self.node_id
+        other.cached_patcher_init = self.cached_patcher_init
         return other
 
     @property
@@ -159,7 +163,8 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
             fewer = plan_for(sizes, spread(plan.resident, count), staging)
             if plan.device_bytes - fewer.device_bytes >= memory_to_free:
                 try:
-                    streamer.change(fewer)
+                    with lasting_allocations():
+                        streamer.change(fewer)
                 finally:
                     self.residency_changed()
                 logger.info("Streaming: gave up %d resident blocks", len(plan.resident) - count)
@@ -339,7 +344,8 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         if not streamer.all_pinned:
             copies = through_bounce_buffers(copies)
         before = streamer.plan
-        streamer.start(plan, copies, whole_blocks=self._needs_whole_blocks)
+        with lasting_allocations():
+            streamer.start(plan, copies, whole_blocks=self._needs_whole_blocks)
         if streamer.plan is not None and streamer.plan != before:
             self._say(streamer.plan)
 
@@ -386,4 +392,5 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         """Have the model compute on ``device`` with ``patches``, then with ComfyUI's ``wrappers``."""
         dtype = self.model.manual_cast_dtype or self.model.get_dtype()
         patching, casts = self._streaming.patching, self.force_cast_weights
-        self._streaming.give(patching.apply(patches, wrappers, device, dtype, casts=casts))
+        with lasting_allocations():
+            self._streaming.give(patching.apply(patches, wrappers, device, dtype, casts=casts))

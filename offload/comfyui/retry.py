@@ -4,6 +4,7 @@ from typing import Any
 
 from ...memory import is_out_of_memory
 from ..plan import plan_for
+from .lasting import lasting_allocations
 from .streaming import Streaming
 
 
@@ -20,7 +21,9 @@ def retry_with_less(executor: Any, *args: Any, **kwargs: Any) -> Any:
     # Outside of the handler, so that the traceback keeps none of the forward's tensors.
     given_up = len(streamer.plan.resident)
     try:
-        streamer.change(plan_for(streamer.sizes(whole_blocks=streamer.whole_blocks), (), streamer.plan.staging_bytes))
+        none_stay = plan_for(streamer.sizes(whole_blocks=streamer.whole_blocks), (), streamer.plan.staging_bytes)
+        with lasting_allocations():
+            streamer.change(none_stay)
     finally:
         if model.current_patcher is not None:
             model.current_patcher.residency_changed()

@@ -1,6 +1,9 @@
 """Models that other nodes have loaded, streamed: the same latents, and the MODEL they came from stays as it was."""
 
+import contextlib
 import copy
+import sys
+import types
 import weakref
 
 import comfy.lora
@@ -208,7 +211,7 @@ def test_with_dynamic_vram_other_settings_read_nothing_again(dense, sample, copi
     monkeypatch.setattr(comfy.model_patcher.ModelPatcher, override, lambda self: (self.model, None), raising=False)
     dynamic = Dynamic(dense.model, CPU, CPU)
     dynamic.cached_patcher_init = None
-    with pytest.raises(ValueError, match="--disable-dynamic-vram"):
+    with pytest.raises(ValueError, match=r"with a loader of ComfyUI's own \(Load Diffusion Model, Load Checkpoint\)"):
         stream_model(dynamic, Residency(), None)
     reads = []
 
@@ -223,6 +226,81 @@ def test_with_dynamic_vram_other_settings_read_nothing_again(dense, sample, copi
         streamed = stream_model(dynamic, Residency((("double", count), ("single", count))), None)
         assert torch.equal(sample(streamed), expected)
     assert len(reads) == 1
+
+
+def for_another_gpu(patcher):
+    """What ComfyUI samples on a further GPU beside ``patcher``: a clone of it over a model that it has loaded anew."""
+    if hasattr(patcher, "deepclone_multigpu"):
+        return patcher.deepclone_multigpu(new_load_device=CPU)
+    function, arguments = patcher.cached_patcher_init
+    twin = function(*arguments).clone()
+    twin.patches, twin.residency = patcher.patches, patcher.residency
+    return twin
+
+
+def test_comfyui_shares_a_sampling_among_gpus(dense, sample, copies):
+    config = dense.model.model_config
+    anew = copy.deepcopy(dense.model, {id(config): config})
+
+    def load(disable_dynamic=False):
+        return [comfy.model_patcher.ModelPatcher(anew, CPU, CPU)]
+
+    dense.cached_patcher_init = load, (), 0
+    streamed = stream_model(dense, Residency((("double", 1), ("single", 2))), None)
+    key = "diffusion_model.single_blocks.1.linear1.weight"
+    streamed.add_patches({key: ("diff", (torch.randn(dense.model.get_parameter(key).shape),))}, 0.5)
+    expected = sample(streamed)
+    twin = for_another_gpu(streamed)
+    assert isinstance(twin, StreamedModelPatcher)
+    assert not host_memory(twin) & host_memory(streamed)
+    assert (twin.residency, twin.model is streamed.model) == (streamed.residency, False)
+    for patcher in (twin, streamed, twin):
+        assert torch.equal(sample(patcher), expected)
+
+
+def test_so_it_does_a_4_bit_model(load, sample, copies):
+    first = load(2, 2)
+    expected = sample(first)
+    twin = for_another_gpu(first)
+    assert not host_memory(twin) & host_memory(first)
+    assert torch.equal(sample(twin), expected)
+
+
+def test_a_model_that_its_loader_cannot_load_again_has_no_twin(dense):
+    assert stream_model(dense, Residency(), None).cached_patcher_init is None
+
+
+def test_what_lasts_is_allocated_outside_of_what_comfyui_records(with_more_residents, monkeypatch):
+    """Its compiler gives away again what it has recorded in a forward."""
+    is_paused, allocated = [], []
+
+    @contextlib.contextmanager
+    def pause(sync=False):
+        is_paused.append(sync)
+        yield
+        is_paused.pop()
+
+    prefetch = types.ModuleType("comfy.model_prefetch")
+    prefetch.pause_malloc_graph = pause
+    monkeypatch.setitem(sys.modules, "comfy.model_prefetch", prefetch)
+    with_more_residents(lambda nbytes: allocated.append((nbytes, list(is_paused))))
+    assert allocated
+    assert all(paused == [True] for _, paused in allocated)
+
+
+@pytest.fixture
+def with_more_residents(load, copies, sample, monkeypatch):
+    """A function: loads a model, gives residents up and takes them again, and tells each allocation on the device."""
+
+    def run(tell):
+        empty = copies.empty
+        monkeypatch.setattr(copies, "empty", lambda nbytes: tell(nbytes) or empty(nbytes))
+        patcher = load(8, 10)
+        sample(patcher, steps=1)
+        patcher.partially_unload(CPU, patcher.loaded_size() // 2)
+        sample(patcher, steps=1)
+
+    return run
 
 
 def test_it_holds_where_comfyui_runs_nodes(dense, sample):

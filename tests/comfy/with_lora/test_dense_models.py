@@ -7,6 +7,7 @@ import loras
 import pytest
 import torch
 from scaled_fp8 import in_scaled_fp8, load_scaled_fp8
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from flux_nf4.offload.comfyui.adopt import stream_model
 from flux_nf4.offload.comfyui.patcher import StreamedModelPatcher
@@ -52,6 +53,14 @@ def scaled(twin_model, config, monkeypatch):
     comfy.model_management.unload_all_models()
 
 
+def assert_as_stock(found, expected, patcher, bound):
+    """To the bit; where weights are of a class of ComfyUI's own, a LoRA is added beside them: then to a rounding."""
+    if any(is_traceable_wrapper_subclass(parameter) for parameter in patcher.model.parameters()):
+        assert (found - expected).norm() < bound * expected.norm()
+    else:
+        assert torch.equal(found, expected)
+
+
 @torch.inference_mode()  # as ComfyUI runs nodes: quantised tensors may not change between the modes
 @pytest.mark.parametrize("resident", [0, 1])
 def test_scaled_fp8_is_as_in_stock_comfyui(resident, scaled, sample, with_lora, shapes, copies):
@@ -64,7 +73,7 @@ def test_scaled_fp8_is_as_in_stock_comfyui(resident, scaled, sample, with_lora, 
     assert torch.equal(sample(stream_model(scaled, residency, None)), plain)
     assert copies.nbytes > 0
     assert not torch.equal(expected, plain)
-    assert torch.equal(sample(stream_model(patched, residency, None)), expected)
+    assert_as_stock(sample(stream_model(patched, residency, None)), expected, scaled, 1e-5)
 
 
 @torch.inference_mode()
@@ -78,7 +87,8 @@ def test_scaled_fp8_outside_of_blocks_is_patched_as_stock_comfyui_patches_what_i
     assert not torch.equal(expected, plain)
     comfy.model_management.unload_all_models()
     streamed = stream_model(patched, Residency((("double", 0), ("single", 1))), None)
-    assert torch.equal(sample(streamed), expected)
+    # There stock ComfyUI quantises the patched weight once more.
+    assert_as_stock(sample(streamed), expected, scaled, 0.05)
     assert copies.nbytes > 0
 
 
