@@ -1,11 +1,12 @@
-"""A 4-bit weight to rotated int8 rows, what comfy-kitchen's int8 matmul takes, by two Triton kernels.
+"""A 4-bit weight as rotated int8 rows, which comfy-kitchen's int8 matmul takes, by two Triton kernels.
 
-The way there through a dense weight and comfy-kitchen's own quantiser takes three times as long (measured on an H100)
-and is the reference in the tests. In full each row is rotated (ConvRot: groups of 256 columns times a Hadamard matrix,
-which spreads outliers), divided by its scale, a 127th of its largest magnitude, and rounded. Scales depend on the weight
-alone and cost as much as the rest: who has the weight keeps them.
+Each row is rotated (ConvRot: groups of 256 columns times a Hadamard matrix, which spreads outliers), divided by its
+scale and rounded. The scale is a 127th of the row's largest magnitude. It depends on the weight alone and takes as long
+to compute as all the rest, so it is computed once and kept.
 
-Where Triton does not work (it is not on every platform, and needs a compiler) `works_on` says so once.
+The other way goes through a dense weight and comfy-kitchen's own quantiser, and takes three times as long (measured on
+an H100). It is left where Triton does not work: Triton is not on every platform, and needs a compiler. Then `works_on`
+says so once.
 """
 
 import functools
@@ -16,43 +17,38 @@ from typing import Any
 
 import torch
 
+from ...low_rank.branch import Patch
 from ...memory import is_out_of_memory
-from ..checkpoint.quant_state import CODES, QuantType
+from ..checkpoint.quant_state import CODES, QuantState
 from .kernels import code_table, dequantise_by_table
-from .patched_weight import MAX_RANK, Patch
+from .kitchen import GROUP
+from .patched_weight import MAX_RANK
 
 try:
     from .int8_weight_kernel import rows_kernel, scales_kernel
-except ImportError:  # of Triton; where importing it fails in other ways, PyTorch's compiler does not load either
+except ImportError:  # if importing Triton fails in other ways, PyTorch's compiler does not load either
     rows_kernel = scales_kernel = None
 
 logger = logging.getLogger(__name__)
 
-GROUP = 256
-"""Columns that are rotated together."""
-
-ROWS = 16
-"""What one program rotates, with `WARPS`. Measured best on an H100."""
-
-WARPS = 2
+ROWS, WARPS = 16, 2
+"""What one program rotates, and with how many warps. The best of those tried on an H100."""
 
 
 def takes(shape: tuple[int, int]) -> bool:
-    """Whether a weight of ``shape`` (out, in), or one of its parts, can be brought to int8 rows."""
+    """Whether a weight of ``shape`` (out, in) can be brought to int8 rows."""
     return shape[1] % GROUP == 0 and shape[0] % ROWS == 0 and shape[0] * shape[1] < 2**31
 
 
-def takes_patches(rows: Sequence[int], ranks: Sequence[int]) -> bool:
-    """Whether patches of so many rows and ranks can be added on the way."""
-    return all(count % ROWS == 0 for count in rows) and max(ranks) <= MAX_RANK
+def takes_patches(pieces: Sequence[tuple[int, int]]) -> bool:
+    """Whether patches of these rows and ranks can be added to the weight on the way."""
+    return all(rows % ROWS == 0 and rank <= MAX_RANK for rows, rank in pieces)
 
 
 def write_int8_rows(
     packed: torch.Tensor,
     absmax: torch.Tensor,
-    shape: tuple[int, int],
-    blocksize: int,
-    quant_type: QuantType,
+    state: QuantState,
     dtype: torch.dtype,
     patches: Sequence[Patch],
     row_scale: torch.Tensor,
@@ -61,21 +57,38 @@ def write_int8_rows(
     """Write a 4-bit weight (arguments as in `kernels.dequantise`) with ``patches`` in it as int8 ``rows`` (out, in).
 
     Args:
-        dtype: To rotate in, with fp32 sums: bf16 or fp16; that of the patches.
+        dtype: To rotate in, with fp32 sums: bf16 or fp16. Patches have it, too.
         patches: Low-rank ones that cover every row once, or none.
-        row_scale: fp32, (out,). Zeros are replaced by the scales of these rows; what is there already is taken for
-            them, so who changes the patches writes zeros. ``rows * row_scale[:, None]`` is the rotated weight.
+        row_scale: fp32, (out,). Zeros in it are replaced by the scales; what is not zero is taken for the scale, so
+            whoever changes the patches writes zeros. ``rows * row_scale[:, None]`` is the rotated weight.
     """
-    assert rows_kernel is not None
-    groups = shape[1] // GROUP
-    code, hadamard = code_table(quant_type, packed.device), _hadamard(dtype, packed.device)
-    nothing = Patch(0, rows, rows, row_scale)
-    with _current(packed.device):
-        for start, up, down, scale in patches or (nothing,):
-            tiles = (up.shape[0] if patches else shape[0]) // ROWS
+    code, hadamard = code_table(state.quant_type, packed.device), _hadamard(dtype, packed.device)
+    if torch.compiler.is_compiling():
+        ups, downs, scales = ([patch[i] for patch in patches] for i in (1, 2, 3))
+        starts = [patch.start for patch in patches]
+        weight = (packed, absmax, code, hadamard, row_scale, rows)
+        torch.ops.flux_nf4.write_int8_rows(*weight, ups, downs, scales, starts, state.blocksize)
+    else:
+        _launch(packed, absmax, code, hadamard, row_scale, rows, patches, state.blocksize)
+
+
+def _launch(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    code: torch.Tensor,
+    hadamard: torch.Tensor,
+    row_scale: torch.Tensor,
+    rows: torch.Tensor,
+    patches: Sequence[Patch],
+    blocksize: int,
+) -> None:
+    groups = rows.shape[1] // GROUP
+    with current(packed.device):
+        for start, up, down, scale in patches or (Patch(0, rows, rows, row_scale),):
+            tiles = up.shape[0] // ROWS
             sizes = {
-                "GROUPS": groups,
                 "RANKS": up.shape[1] if patches else 0,
+                "GROUPS": groups,
                 "BLOCK_BYTES": blocksize // 2,
                 "ROWS": ROWS,
                 "MOST": MAX_RANK,
@@ -86,32 +99,50 @@ def write_int8_rows(
             rows_kernel[groups, tiles](*weight, rows, start, **sizes)
 
 
+@torch.library.custom_op("flux_nf4::write_int8_rows", mutates_args=("row_scale", "rows"))
+def _write_int8_rows(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    code: torch.Tensor,
+    hadamard: torch.Tensor,
+    row_scale: torch.Tensor,
+    rows: torch.Tensor,
+    ups: Sequence[torch.Tensor],
+    downs: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+    starts: Sequence[int],
+    blocksize: int,
+) -> None:
+    """For compiled code, which cannot look into Triton's launches without being made anew for each layer."""
+    patches = [Patch(*patch) for patch in zip(starts, ups, downs, scales, strict=True)]
+    _launch(packed, absmax, code, hadamard, row_scale, rows, patches, blocksize)
+
+
 @functools.cache
 def _hadamard(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """H16 = H4 (x) H4 / 4, (16, 16): twice in a row it turns 256 columns, comfy-kitchen's H256 = H16 (x) H16."""
+    """H16 = H4 (x) H4 / 4, as (16, 16). comfy-kitchen's matrix of 256 is H16 (x) H16."""
     with torch.inference_mode(False):
         h4 = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=torch.float32)
         return (torch.kron(h4, h4) / 4).to(device, dtype)
 
 
 def rotated(weight: torch.Tensor) -> torch.Tensor:
-    """What the kernels rotate to, in plain torch: ``weight`` (out, in) in fp32."""
+    """What the kernels rotate a weight to, in plain torch: fp32, (out, in)."""
     h16 = _hadamard(torch.float32, weight.device)
-    groups = weight.view(weight.shape[0], -1, 16, 16)
-    return (h16 @ groups @ h16).view(weight.shape)
+    return (h16 @ weight.view(weight.shape[0], -1, 16, 16) @ h16).view(weight.shape)
 
 
-def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, wherever the tensors are."""
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes ``device`` the current one: kernels are launched there, wherever the tensors are."""
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device.type).device(device)
 
 
 @functools.cache
 def works_on(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `write_int8_rows` can be used: tried with small weights, which compiles the kernels.
+    """Whether `write_int8_rows` can be used. Small weights are tried, which compiles the kernels.
 
     Raises:
-        RuntimeError: there is too little memory for that; another time there may be enough.
+        RuntimeError: there is too little memory to try; another time there may be enough.
     """
     problem = _problem(device, dtype)
     if problem is not None:
@@ -126,30 +157,33 @@ def _problem(device: torch.device, dtype: torch.dtype) -> str | None:
         return "it is for GPUs"
     try:
         return _trial(device, dtype)
-    except Exception as error:  # whatever a missing compiler, an old driver or a new GPU leads to
+    except Exception as error:  # a missing compiler, an old driver, a new GPU: they raise anything
         if is_out_of_memory(error):
             raise
         return f"{type(error).__name__}: {error}"
 
 
 def _trial(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Each code, without a patch and with one."""
+    """The problem with the kernels' values, or None: for each code, without a patch and with one."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.rand(shape, generator=generator, device="cpu").to(device)
 
-    shape = count, columns = 2 * ROWS, 2 * GROUP
+    count, columns = shape = 2 * ROWS, 2 * GROUP
     packed, absmax = (256 * random(count * columns // 2)).to(torch.uint8), random(count * columns // 64)
-    patch = Patch(0, random(count, MAX_RANK - 4).to(dtype), random(MAX_RANK - 4, columns).to(dtype), random(MAX_RANK - 4))
+    rank = MAX_RANK - 4
+    patch = Patch(0, random(count, rank).to(dtype), random(rank, columns).to(dtype), random(rank))
     for quant_type in CODES:
-        dense = dequantise_by_table(packed, absmax, shape, 64, quant_type, torch.float32)
-        for patches in ((), (patch,)):
-            expected = rotated(sum(((p.up.float() * p.scale) @ p.down.float() for p in patches), start=dense))
+        weight = (packed, absmax, QuantState(quant_type, 64, shape))
+        for patches in ([], [patch]):
+            expected = dequantise_by_table(*weight, torch.float32)
+            for _, up, down, scale in patches:
+                expected += (up.float() * scale) @ down.float()
             row_scale = torch.zeros(count, device=device)
             rows = torch.empty(shape, dtype=torch.int8, device=device)
-            write_int8_rows(packed, absmax, shape, 64, quant_type, dtype, patches, row_scale, rows)
-            off = (rows * row_scale[:, None] - expected).abs().amax(1)
-            if not (off <= row_scale * 2).all():
+            write_int8_rows(*weight, dtype, patches, row_scale, rows)
+            steps_off = (rows - rotated(expected) / row_scale[:, None]).abs().max()
+            if not steps_off <= 2:
                 return "its kernels give other values"
     return None

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _rotated(  # type: ignore[no-untyped-def]  # Triton would look for the names of types
     packed, absmax, code, hadamard, up, down, scale, start, tile, group, RANKS, GROUPS, BLOCK_BYTES, ROWS, MOST
 ):
@@ -58,7 +58,7 @@ def scales_kernel(  # type: ignore[no-untyped-def]
 ) -> None:
     """A 127th of the largest magnitude of each of ROWS rotated rows into ``row_scale``, where that is 0.
 
-    The arguments are those of `rows_kernel`."""
+    The arguments are as in `rows_kernel`."""
     tile = tl.program_id(0)
     if tl.load(row_scale + start + tile * ROWS) > 0:
         return  # as one program has written them all

@@ -1,7 +1,7 @@
-"""comfy-kitchen's int8 matmul, which ComfyUI requires since 0.27: on int8 tensor cores, of Turing and later.
+"""comfy-kitchen's int8 matmul, on the int8 tensor cores that GPUs have since Turing. ComfyUI requires it since 0.27.
 
-Its functions choose among its backends anew in each call, which takes the host longer than the launch. Here that is done
-once for a kind of device.
+Each call of its functions chooses a backend anew, which takes the host longer than the launch. Here one is chosen once
+for each type of device.
 """
 
 import functools
@@ -29,13 +29,11 @@ class _Functions(NamedTuple):
     quantize_int8_convrot_weight: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
-def linear(
-    input: torch.Tensor, rows: torch.Tensor, row_scale: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+def linear(input: torch.Tensor, rows: torch.Tensor, row_scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """``input @ weight.T + bias``, where ``rows * row_scale[:, None]`` is the rotated weight.
 
-    The input (..., in) is rotated and rounded to int8 with a scale for each of its rows; the sums are exact integers, so
-    that equal arguments give equal bits. ``rows`` are int8 (out, in), ``row_scale`` is fp32 (out,), ``bias`` (out,) in
+    The input (..., in) is rotated and rounded to int8, with a scale for each of its rows. The sums are exact integers,
+    so equal arguments give equal bits. ``rows`` are int8 (out, in), ``row_scale`` is fp32 (out,), ``bias`` (out,) in
     input's dtype or None. Returns a fresh tensor (..., out) in input's dtype.
     """
     if torch.compiler.is_compiling():

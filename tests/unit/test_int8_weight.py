@@ -8,8 +8,10 @@ import pytest
 import torch
 from interpreted_kernel import interpreted
 
+from flux_nf4.low_rank.branch import Patch
+from flux_nf4.nf4_loader.checkpoint.quant_state import QuantState
 from flux_nf4.nf4_loader.linear import int8_weight, kernels
-from flux_nf4.nf4_loader.linear.patched_weight import Patch
+from flux_nf4.nf4_loader.linear.kitchen import GROUP
 
 SHAPE = (48, 512)
 GPU = (torch.device("meta"), torch.bfloat16)
@@ -27,7 +29,7 @@ def weight(quant_type="nf4", blocksize=64):
     generator = torch.Generator().manual_seed(0)
     numel = SHAPE[0] * SHAPE[1]
     packed = torch.randint(256, (numel // 2,), generator=generator, dtype=torch.uint8)
-    return packed, torch.rand(numel // blocksize, generator=generator), SHAPE, blocksize, quant_type
+    return packed, torch.rand(numel // blocksize, generator=generator), QuantState(quant_type, blocksize, SHAPE)
 
 
 def patches(*ranks):
@@ -55,7 +57,7 @@ def dense(args, added=()):
 
 def by_kitchen(weight):
     quantise = comfy_kitchen.registry.get_implementation("quantize_int8_convrot_weight", backend="eager")
-    rows, scale = quantise(weight, int8_weight.GROUP)
+    rows, scale = quantise(weight, GROUP)
     return rows, scale[:, 0]
 
 
@@ -74,9 +76,9 @@ def test_rows_are_those_of_comfy_kitchen(interpreted, quant_type, blocksize, ran
 
 
 def test_a_row_of_zeros_stays_one(interpreted):
-    packed, absmax, *how = weight()
+    packed, absmax, state = weight()
     absmax[: SHAPE[1] // 64] = 0
-    rows, scale = rows_of(interpreted, (packed, absmax, *how))
+    rows, scale = rows_of(interpreted, (packed, absmax, state))
     assert not rows[0].any()
     assert scale[0] > 0
 
@@ -125,10 +127,10 @@ def test_what_it_takes(shape, takes):
 
 
 @pytest.mark.parametrize(
-    ("rows", "ranks", "takes"), [((48, 16), (16, 4), True), ((48,), (17,), False), ((24, 24), (4, 4), False)]
+    ("pieces", "takes"), [([(48, 16), (16, 4)], True), ([(48, 17)], False), ([(24, 4), (24, 4)], False)]
 )
-def test_which_patches_it_takes(rows, ranks, takes):
-    assert int8_weight.takes_patches(rows, ranks) == takes
+def test_which_patches_it_takes(pieces, takes):
+    assert int8_weight.takes_patches(pieces) == takes
 
 
 @pytest.fixture(autouse=True)
@@ -184,7 +186,7 @@ def test_the_trial_passes_with_the_kernels_and_fails_with_others(broken, interpr
 
 def _rotated_by_kitchen(weight):
     implementation = comfy_kitchen.registry.get_implementation("rotate_int8_convrot_weight", backend="eager")
-    return implementation(weight, int8_weight.GROUP)
+    return implementation(weight, GROUP)
 
 
 def test_the_rotation_is_that_of_comfy_kitchen():
