@@ -51,8 +51,8 @@ def median_ms(call: Callable[[], Any], repeats: int) -> float:
     return statistics.median(milliseconds(call, repeats))
 
 
-def host_us(call: Callable[[], Any], repeats: int = 200) -> float:
-    """Of the thread, while the device is far behind."""
+def host_us(call: Callable[[], Any], repeats: int = 60) -> float:
+    """Of the thread, while the device is far behind; so few calls that none waits for room in the queue."""
     call()
     torch.cuda.synchronize()
     torch.cuda._sleep(2_000_000_000)
