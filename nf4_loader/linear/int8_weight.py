@@ -13,13 +13,13 @@ import functools
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from ...low_rank.branch import Patch
 from ...memory import is_out_of_memory
-from ..checkpoint.quant_state import CODES, QuantState
+from ..checkpoint.quant_state import CODES, QuantState, QuantType
 from .kernels import code_table, dequantise_by_table
 from .kitchen import GROUP
 from .patched_weight import MAX_RANK
@@ -62,27 +62,26 @@ def write_int8_rows(
         row_scale: fp32, (out,). Zeros in it are replaced by the scales; what is not zero is taken for the scale, so
             whoever changes the patches writes zeros. ``rows * row_scale[:, None]`` is the rotated weight.
     """
-    code, hadamard = code_table(state.quant_type, packed.device), _hadamard(dtype, packed.device)
+    weight = (packed, absmax, row_scale, rows, state.quant_type, state.blocksize, dtype)
     if torch.compiler.is_compiling():
-        ups, downs, scales = ([patch[i] for patch in patches] for i in (1, 2, 3))
-        starts = [patch.start for patch in patches]
-        weight = (packed, absmax, code, hadamard, row_scale, rows)
-        torch.ops.flux_nf4.write_int8_rows(*weight, ups, downs, scales, starts, state.blocksize)
+        columns = ([patch[i] for patch in patches] for i in range(4))
+        torch.ops.flux_nf4.write_int8_rows(*weight, *columns)
     else:
-        _launch(packed, absmax, code, hadamard, row_scale, rows, patches, state.blocksize)
+        _launch(*weight, patches)
 
 
 def _launch(
     packed: torch.Tensor,
     absmax: torch.Tensor,
-    code: torch.Tensor,
-    hadamard: torch.Tensor,
     row_scale: torch.Tensor,
     rows: torch.Tensor,
-    patches: Sequence[Patch],
+    quant_type: QuantType,
     blocksize: int,
+    dtype: torch.dtype,
+    patches: Sequence[Patch],
 ) -> None:
     groups = rows.shape[1] // GROUP
+    code, hadamard = code_table(quant_type, packed.device), _hadamard(dtype, packed.device)
     with current(packed.device):
         for start, up, down, scale in patches or (Patch(0, rows, rows, row_scale),):
             tiles = up.shape[0] // ROWS
@@ -103,19 +102,19 @@ def _launch(
 def _write_int8_rows(
     packed: torch.Tensor,
     absmax: torch.Tensor,
-    code: torch.Tensor,
-    hadamard: torch.Tensor,
     row_scale: torch.Tensor,
     rows: torch.Tensor,
+    quant_type: str,
+    blocksize: int,
+    dtype: torch.dtype,
+    starts: Sequence[int],
     ups: Sequence[torch.Tensor],
     downs: Sequence[torch.Tensor],
     scales: Sequence[torch.Tensor],
-    starts: Sequence[int],
-    blocksize: int,
 ) -> None:
-    """For compiled code, which cannot look into Triton's launches without being made anew for each layer."""
+    """`_launch` for compiled code: one operator, in which the compiler sees neither launches nor tables."""
     patches = [Patch(*patch) for patch in zip(starts, ups, downs, scales, strict=True)]
-    _launch(packed, absmax, code, hadamard, row_scale, rows, patches, blocksize)
+    _launch(packed, absmax, row_scale, rows, cast(QuantType, quant_type), blocksize, dtype, patches)
 
 
 @functools.cache

@@ -50,7 +50,8 @@ _CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A dense weight (out, in) as `linear` takes it: rows and row_scale."""
-    rows, scale = _functions(weight.device.type).quantize_int8_convrot_weight(weight, GROUP)
+    compiled = torch.ops.comfy_kitchen if torch.compiler.is_compiling() else _functions(weight.device.type)
+    rows, scale = compiled.quantize_int8_convrot_weight(weight, GROUP)
     return rows, scale.view(-1)
 
 

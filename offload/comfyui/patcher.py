@@ -46,12 +46,14 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     The model must have gone through `attach_streaming`. Settings belong to the patcher: set them on a fresh one or a
     clone. They take effect when ComfyUI next loads the model, and move only the difference: ``residency`` says what
     stays, ``staging_bytes`` is the size of the ring, ``whole_blocks`` streams blocks in place of layers (compiled ones
-    are streamed so in any case), ``node_id`` goes into reports.
+    are streamed so in any case), ``compute`` is how layers compute that have more than one way (None: the exact one),
+    ``node_id`` goes into reports.
     """
 
     residency = Residency()
     staging_bytes: int = STAGING_BYTES
     whole_blocks: bool = False
+    compute: str | None = None
     node_id: str | None = None
     current_hooks: Any
 
@@ -77,6 +79,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         other.residency = self.residency
         other.staging_bytes = self.staging_bytes
         other.whole_blocks = self.whole_blocks
+        other.compute = self.compute
         other.node_id = self.node_id
         return other
 
@@ -385,4 +388,5 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         """Have the model compute on ``device`` with ``patches``, then with ComfyUI's ``wrappers``."""
         dtype = self.model.manual_cast_dtype or self.model.get_dtype()
         patching, casts = self._streaming.patching, self.force_cast_weights
-        self._streaming.give(patching.apply(patches, wrappers, device, dtype, casts=casts))
+        compute = self.compute if device == self.load_device else None
+        self._streaming.give(patching.apply(patches, wrappers, device, dtype, casts=casts, compute=compute))
