@@ -15,10 +15,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import needs_torch  # noqa: F401
 import torch
 from about import about
-from arguments import parse, parser_for
-from inside_comfyui import import_package, require_gpu, use_allocator_of_comfyui
+from arguments import begin, parser_for
+from inside_comfyui import import_package, use_allocator_of_comfyui
 from timing import milliseconds
 
 SHAPES = {
@@ -193,11 +194,11 @@ def problems(found: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    parser = parser_for(__doc__)
-    parser.add_argument("--pixels", type=int, nargs="+", default=[512, 1024, 1536])
-    parser.add_argument("--repeats", type=int, default=30)
-    given = parse(parser)
-    require_gpu()
+    parser = parser_for(__doc__, can_be_dry=False)
+    parser.add_argument("--pixels", type=int, nargs="+", default=[512, 1024, 1536], help="sides of the pictures")
+    parser.add_argument("--repeats", type=int, default=30, help="timed calls of a turn")
+    given = parser.parse_args()
+    begin(given)
     use_allocator_of_comfyui()
     import_package()
     from flux_nf4.nf4_loader.linear import int8_weight, kitchen
