@@ -8,10 +8,9 @@ import comfy.patcher_extension
 import torch
 
 from .memory import is_out_of_memory
-from .nf4_loader.linear import int8_weight, kitchen
+from .nf4_loader.linear import int8_weight, kitchen, measured
 from .nf4_loader.linear.int8 import Compute
 from .nf4_loader.linear.linear4bit import Linear4bit
-from .nf4_loader.linear.measured import int8_is_faster, timings
 from .offload.comfyui.patcher import StreamedModelPatcher
 
 logger = logging.getLogger(__name__)
@@ -58,7 +57,7 @@ def choose(patcher: StreamedModelPatcher, compute: str | None) -> StreamedModelP
 
 def figures(patcher: StreamedModelPatcher) -> Int8Figures | None:
     """For the device of ``patcher``; None if nothing was measured there or int8 gains nothing."""
-    own = [timing for case, timing in timings.items() if case.device == patcher.load_device]
+    own = [timing for case, timing in measured.timings.items() if case.device == patcher.load_device]
     faster = [timing for timing in own if timing.int8_is_faster]
     if not own or (not faster and patcher.compute in (None, EXACT)):
         return None
@@ -116,7 +115,7 @@ def _measure_largest(patcher: StreamedModelPatcher) -> None:
     shape = max(fitting, key=lambda shape: shape[0] * shape[1])
     try:
         by_kernel = int8_weight.takes(shape) and int8_weight.works_on(device, dtype)
-        int8_is_faster(shape, _ROWS_AT_1024, dtype, device, by_kernel)
+        measured.int8_is_faster(shape, _ROWS_AT_1024, dtype, device, by_kernel)
     except Exception as error:
         if not is_out_of_memory(error):
             raise

@@ -182,7 +182,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
             self.unpatch_hooks()
             device = self.load_device if device_to is None else device_to
             self.model.to(device)  # everything but the blocks, which keep their place
-            self._apply_patches(self._patches_under(None), self.weight_wrapper_patches, device)
+            self._apply_patches(self._patches_under(None), self.weight_wrapper_patches, device, self.compute)
             if self._computes_from_host:
                 self._streaming.streamer.stop()  # another clone may have had it on a device
             else:
@@ -226,7 +226,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
         """ComfyUI's; with the weights, everything leaves the device."""
         if unpatch_weights:
-            self._apply_patches({}, {}, self.offload_device)
+            self._apply_patches({}, {}, self.offload_device, compute=None)
             self._streaming.streamer.stop()
         super().unpatch_model(device_to, unpatch_weights)
 
@@ -271,7 +271,8 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         before = self._streaming.streamer.plan
         try:
             with self.use_ejected():
-                self._apply_patches(self._patches_under(hooks), self.weight_wrapper_patches, self.load_device)
+                patches = self._patches_under(hooks)
+                self._apply_patches(patches, self.weight_wrapper_patches, self.load_device, self.compute)
                 self.current_hooks = hooks
             if before is not None:
                 self._stream(self.load_device, plan_for(self._sizes, before.resident, before.staging_bytes))
@@ -383,10 +384,13 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         return self._streaming.other_bytes + patching.device_bytes + in_blocks
 
     def _apply_patches(
-        self, patches: Mapping[str, Sequence[Patch]], wrappers: Mapping[str, Any], device: torch.device
+        self,
+        patches: Mapping[str, Sequence[Patch]],
+        wrappers: Mapping[str, Any],
+        device: torch.device,
+        compute: str | None,
     ) -> None:
-        """Have the model compute on ``device`` with ``patches``, then with ComfyUI's ``wrappers``."""
+        """Have the model compute on ``device`` as ``compute`` says, with ``patches``, then with ComfyUI's ``wrappers``."""
         dtype = self.model.manual_cast_dtype or self.model.get_dtype()
         patching, casts = self._streaming.patching, self.force_cast_weights
-        compute = self.compute if device == self.load_device else None
         self._streaming.give(patching.apply(patches, wrappers, device, dtype, casts=casts, compute=compute))
