@@ -390,7 +390,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         device: torch.device,
         compute: str | None,
     ) -> None:
-        """Have the model compute on ``device`` as ``compute`` says, with ``patches``, then with ComfyUI's ``wrappers``."""
+        """Have the model compute on ``device`` as ``compute`` says, with ``patches`` and then ComfyUI's ``wrappers``."""
         dtype = self.model.manual_cast_dtype or self.model.get_dtype()
         patching, casts = self._streaming.patching, self.force_cast_weights
         self._streaming.give(patching.apply(patches, wrappers, device, dtype, casts=casts, compute=compute))
