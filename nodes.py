@@ -9,6 +9,7 @@ from .checkpoints import key_of, load_transformer, streamed
 from .nf4_loader.checkpoint.catalogue import read_catalogue
 from .nf4_loader.checkpoint.require import require_transformer
 from .nf4_loader.models.text_encoders import load_dual_clip
+from .nodes_compute import COMPUTE, EXACT, choose
 from .nodes_old import OldCheckpointLoader, OldPartialLoad, OldUNETLoader
 from .nodes_saving import FluxNF4QuantiseSave
 from .nodes_shared import (
@@ -30,6 +31,8 @@ from .nodes_shared import (
     stream,
 )
 from .offload.comfyui.encoders import leave_unpinned, leave_without_copies
+
+_SETTINGS = RESIDENCY | COMPUTE
 
 
 def _checkpoint_input() -> tuple[list[str], dict[str, str]]:
@@ -70,7 +73,7 @@ class FluxNF4CheckpointLoaderStreamed(Loader):
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"ckpt_name": _checkpoint_input()}, "optional": RESIDENCY, "hidden": HIDDEN}
+        return {"required": {"ckpt_name": _checkpoint_input()}, "optional": _SETTINGS, "hidden": HIDDEN}
 
     PLAN: ClassVar = PlannedNode("checkpoints", "ckpt_name", **BY_BUDGET)
     RETURN_TYPES = ALL_IN_ONE
@@ -87,10 +90,11 @@ class FluxNF4CheckpointLoaderStreamed(Loader):
         self,
         ckpt_name: str,
         vram_budget_gb: float = 0.0,
+        compute: str = EXACT,
         unique_id: str | None = None,
         **counts: int,
     ) -> tuple[Any, Any, Any]:
-        return self.all_in_one(ckpt_name, residency_of(vram_budget_gb, **counts), unique_id)
+        return self.all_in_one(ckpt_name, residency_of(vram_budget_gb, **counts), unique_id, compute)
 
 
 class FluxNF4UNETLoaderStreamed(Loader):
@@ -100,7 +104,7 @@ class FluxNF4UNETLoaderStreamed(Loader):
     def INPUT_TYPES(cls) -> dict[str, Any]:
         tooltip = "A Flux transformer in NF4 or FP4, in the folder models/diffusion_models (or models/unet)."
         names = folder_paths.get_filename_list("diffusion_models")
-        return {"required": {"unet_name": (names, {"tooltip": tooltip})}, "optional": RESIDENCY, "hidden": HIDDEN}
+        return {"required": {"unet_name": (names, {"tooltip": tooltip})}, "optional": _SETTINGS, "hidden": HIDDEN}
 
     PLAN: ClassVar = PlannedNode("diffusion_models", "unet_name", **BY_BUDGET)
     RETURN_TYPES = ("MODEL",)
@@ -118,6 +122,7 @@ class FluxNF4UNETLoaderStreamed(Loader):
         self,
         unet_name: str,
         vram_budget_gb: float = 0.0,
+        compute: str = EXACT,
         unique_id: str | None = None,
         **counts: int,
     ) -> tuple[Any]:
@@ -126,7 +131,7 @@ class FluxNF4UNETLoaderStreamed(Loader):
         model = self.once(key_of(catalogue), lambda: load_transformer(catalogue))
         residency = residency_of(vram_budget_gb, **counts)
         say_what_is_too_many(model, residency)
-        return (streamed(model, residency, unique_id),)
+        return (choose(streamed(model, residency, unique_id), compute),)
 
 
 class StreamModelBlocks:
@@ -138,7 +143,7 @@ class StreamModelBlocks:
             "A model built of blocks (Flux, Chroma and others), in bf16, fp16 or fp8. LoRAs may come before or after "
             "this node; bypass LoRAs and torch.compile come after it."
         )
-        return {"required": {"model": ("MODEL", {"tooltip": tooltip})}, "optional": RESIDENCY, "hidden": HIDDEN}
+        return {"required": {"model": ("MODEL", {"tooltip": tooltip})}, "optional": _SETTINGS, "hidden": HIDDEN}
 
     PLAN: ClassVar = PlannedNode(**BY_BUDGET)
     RETURN_TYPES = ("MODEL",)
@@ -155,10 +160,11 @@ class StreamModelBlocks:
         self,
         model: Any,
         vram_budget_gb: float = 0.0,
+        compute: str = EXACT,
         unique_id: str | None = None,
         **counts: int,
     ) -> tuple[Any]:
-        return (stream(model, residency_of(vram_budget_gb, **counts), unique_id),)
+        return (stream(model, residency_of(vram_budget_gb, **counts), unique_id, compute),)
 
 
 class FluxNF4DualCLIPLoader:

@@ -15,6 +15,7 @@ from .families import FLUX1
 from .memory import GIB
 from .nf4_loader.checkpoint.catalogue import read_catalogue
 from .nf4_loader.checkpoint.require import require_all_in_one
+from .nodes_compute import choose
 from .offload.comfyui.adopt import stream_model
 from .offload.comfyui.patcher import StreamedModelPatcher
 from .offload.plan import Residency
@@ -135,11 +136,12 @@ def say_what_is_too_many(patcher: StreamedModelPatcher, residency: Residency) ->
             logger.info("NF4: %d %s blocks requested, the model has %d: keeping all %d", count, kind, depth, depth)
 
 
-def stream(model: Any, residency: Residency, node_id: str | None) -> Any:
+def stream(model: Any, residency: Residency, node_id: str | None, compute: str | None = None) -> Any:
     """A clone of the MODEL that is streamed as ``residency`` says."""
     streaming = stream_model(model, residency, node_id)
     if isinstance(streaming, StreamedModelPatcher):
         say_what_is_too_many(streaming, residency)
+        choose(streaming, compute)
     return streaming
 
 
@@ -160,13 +162,15 @@ class Loader:
         self._kept = None if _gives_outputs_up() else (key, loaded)
         return loaded
 
-    def all_in_one(self, name: str, residency: Residency, node_id: str | None) -> tuple[Any, Any, Any]:
+    def all_in_one(
+        self, name: str, residency: Residency, node_id: str | None, compute: str | None = None
+    ) -> tuple[Any, Any, Any]:
         """MODEL, CLIP and VAE of a 4-bit file in the folder ``checkpoints``."""
         catalogue = read_catalogue(path_of("checkpoints", name))
         require_all_in_one(catalogue)
         loaded = self.once(key_of(catalogue), lambda: load_all_in_one(catalogue))
         say_what_is_too_many(loaded.model, residency)
-        return streamed(loaded.model, residency, node_id), loaded.clip, loaded.vae
+        return choose(streamed(loaded.model, residency, node_id), compute), loaded.clip, loaded.vae
 
 
 def _gives_outputs_up() -> bool:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..nodes_compute import Int8Figures
 from ..offload.comfyui.streaming import StreamingReport
 from ..offload.telemetry import limit_of
 from .file_plan import Advice, Measured
@@ -17,13 +18,14 @@ _Run = tuple[str, Path, str | None]
 class Reports:
     """What has been reported since the server started. The sampling thread adds, the server's thread reads."""
 
-    _by_node: dict[str, StreamingReport] = field(default_factory=dict)
+    _by_node: dict[str, tuple[StreamingReport, Int8Figures | None]] = field(default_factory=dict)
     _measured: dict[_Run, Measured] = field(default_factory=dict)
 
-    def add(self, report: StreamingReport, device: str, file: Path | None) -> None:
-        """Keep a report of a model from ``file`` (None: no file of this package) that runs on ``device``."""
+    def add(self, report: StreamingReport, int8: Int8Figures | None, device: str, file: Path | None) -> None:
+        """Keep a report of a model from ``file`` (None: no file of this package) that runs on ``device``, and what int8
+        was measured to bring there."""
         if report.node_id is not None:
-            self._by_node[report.node_id] = report
+            self._by_node[report.node_id] = report, int8
         cost = report.cost
         if file is None or cost is None or not cost.total_ms or cost.stall_ms is None or not report.link_gbps:
             return
@@ -38,13 +40,17 @@ class Reports:
 
     def as_json(self) -> dict[str, dict[str, Any]]:
         """The last report of each node, by its id."""
-        return {name: report_as_json(report) for name, report in self._by_node.copy().items()}
+        return {name: report_as_json(*report) for name, report in self._by_node.copy().items()}
 
 
-def report_as_json(report: StreamingReport) -> dict[str, Any]:
+def report_as_json(report: StreamingReport, int8: Int8Figures | None) -> dict[str, Any]:
     """The report for the page, with what to do next where no plan of a file says it."""
     advice = advise_next(report)
-    more = {"is_lowered": report.is_lowered, "advice": advice and dataclasses.asdict(advice)}
+    more = {
+        "is_lowered": report.is_lowered,
+        "advice": advice and dataclasses.asdict(advice),
+        "int8": int8 and dataclasses.asdict(int8),
+    }
     return dataclasses.asdict(report) | more
 
 

@@ -18,6 +18,7 @@ from aiohttp import web
 
 from ..memory import GIB
 from ..nodes import NODE_CLASS_MAPPINGS
+from ..nodes_compute import figures as int8_figures
 from ..nodes_shared import PlannedNode
 from ..offload.comfyui.patcher import StreamedModelPatcher
 from ..offload.comfyui.streaming import observers
@@ -62,11 +63,11 @@ def register(server: Any) -> None:
         return web.json_response(reports.as_json())
 
     def push(patcher: StreamedModelPatcher) -> None:
-        report = patcher.report()
+        report, int8 = patcher.report(), int8_figures(patcher)
         catalogue = getattr(patcher.model, "nf4_catalogue", None)
-        reports.add(report, str(patcher.load_device), catalogue and catalogue.path)
+        reports.add(report, int8, str(patcher.load_device), catalogue and catalogue.path)
         if report.node_id is not None:
-            server.send_sync(EVENT, report_as_json(report), server.client_id)
+            server.send_sync(EVENT, report_as_json(report, int8), server.client_id)
 
     for path, handler in (("nodes", get_nodes), ("plan", get_plan), ("reports", get_reports)):
         server.routes.get(f"/flux_nf4/{path}")(handler)

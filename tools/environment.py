@@ -47,6 +47,9 @@ _TOOLS = (
     "playwright==1.65.2",  # with axe: the page, in Debian's Chromium
     "axe-playwright-python==0.1.8",
 )
+_KITCHEN = "comfy-kitchen==0.2.31"
+"""Newer ComfyUIs require a version of it; with the others it is for the tests of int8."""
+
 _NOT_NEEDED = ("comfyui-workflow-templates", "comfyui-embedded-docs", "torch", "torchvision", "torchaudio")
 _ENTERED = "FLUX_NF4_ENTERED"
 
@@ -144,6 +147,8 @@ def _any_pip() -> Path:
 
 def _cached_python(tree: Path) -> Path:
     requirements = [*_TORCH, *_TOOLS, *_requirements_of(tree)]
+    if not any(requirement.startswith("comfy-kitchen") for requirement in requirements):
+        requirements.append(_KITCHEN)
     key = hashlib.sha256("\n".join([sys.version, *requirements]).encode()).hexdigest()[:12]
     venv = CACHE / f"venv-{key}"
     if not _is_whole(venv, ("bin/python", _READY)):

@@ -25,6 +25,7 @@ function figuresIn(say) {
     if (run?.link_gbps) rows.push([say.bus, `${fixed(run.link_gbps, 1)} GB/s`]);
     if (run?.cost?.total_ms) rows.push([say.measured, say.step(ms(run.cost.total_ms), ms(run.cost.stall_ms))]);
     else if (compute_ms != null) rows.push([say.predicted, say.step(ms(compute_ms + stall_ms), ms(stall_ms))]);
+    if (run?.int8) rows.push(["int8", say.int8(run.int8, fixed(run.int8.times, 2))]);
     return rows;
   };
 }
@@ -48,6 +49,8 @@ const en = {
     from: (least, most) => `${least} to ${most}`,
     pinned: (size, share) => `${size}, ${share >= 1 ? "pinned" : `${fixed(100 * share, 0)} % pinned`}`,
     step: (total, stall) => `${total}, of which ${stall} waiting`,
+    int8: ({ is_used, faster, measured }, times) =>
+      is_used ? `${faster} of ${measured} kinds of layers, ${times} times as fast` : `would be ${times} times as fast (compute)`,
   }),
   advice: (code, f, kept = {}) =>
     ({
@@ -97,6 +100,8 @@ const zh = {
     from: (least, most) => `${least} 至 ${most}`,
     pinned: (size, share) => `${size}，${share >= 1 ? "已锁页" : `${fixed(100 * share, 0)} % 已锁页`}`,
     step: (total, stall) => `${total}，其中等待 ${stall}`,
+    int8: ({ is_used, faster, measured }, times) =>
+      is_used ? `${measured} 种层中的 ${faster} 种，速度为 ${times} 倍` : `速度可达 ${times} 倍（见“计算方式”）`,
   }),
   advice: (code, f, kept = {}) =>
     ({

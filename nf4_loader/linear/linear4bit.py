@@ -10,7 +10,7 @@ from torch import nn
 from ...low_rank.branch import LowRank
 from ...low_rank.factors import factors_of
 from ..checkpoint.quant_state import DensePart, NestedTables, QuantState
-from . import kernels, matmul
+from . import int8, kernels, matmul
 from .dense_view import READ_ONLY, DenseView
 
 
@@ -52,6 +52,8 @@ class Linear4bit(nn.Linear):
         self.weight_function = []
         self.bias_function = []
         self.low_rank: LowRank | None = None
+        self.int8: int8.Int8 | None = None
+        """What it has to multiply in int8; None if it is to be exact."""
         self.computes_on: torch.device | None = None
         """Where the forward runs, which for a streamed layer is not where its weight is now."""
         self.patched_shape: tuple[int, ...] = self.shape
@@ -129,10 +131,26 @@ class Linear4bit(nn.Linear):
             computes with none of them.
         """
         factors = factors_of(patches, self.shape)
+        before = self._low_rank_scale
         self.low_rank = None if factors is None else LowRank.of(factors, dtype, self.low_rank)
+        if self._low_rank_scale is not before:
+            int8.forget_scales(self)
         if factors is None:
             return None
         return self.low_rank.tensors if self.low_rank is not None else {}
+
+    @property
+    def _low_rank_scale(self) -> torch.Tensor | None:
+        """Another object after any change of the patches."""
+        return None if self.low_rank is None else self.low_rank.tensors["lora_scale"]
+
+    def compute_by(self, compute: str | None, device: torch.device, dtype: torch.dtype) -> int:
+        """Multiply from now on as ``compute`` says (`int8.Compute`; None is exact), in ``dtype`` on ``device``.
+
+        Returns the bytes that it keeps on the device for that, whether it is streamed or not.
+        """
+        self.int8 = int8.use(self, compute, device, dtype)
+        return 0 if self.int8 is None else self.int8.nbytes
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``input`` (..., in) in any float dtype; returns (..., out) in the same dtype."""

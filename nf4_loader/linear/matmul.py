@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.nn import functional
 
-from . import kernels, patched_weight
+from . import int8, kernels, patched_weight
 
 if TYPE_CHECKING:
     from .linear4bit import Linear4bit
@@ -89,6 +89,7 @@ def _expanded(layer: "Linear4bit", input: torch.Tensor, bias: torch.Tensor | Non
 WAYS = (
     Way(_is_elsewhere, _bring_the_layer),
     Way(_has_functions, _patch_a_dense_copy),
+    Way(int8.takes, int8.multiply),
     Way(_has_a_kernel, _fused),
     Way(_always, _expanded),
 )
@@ -145,6 +146,8 @@ def _beside(layer: "Linear4bit", input: torch.Tensor, bias: torch.Tensor | None)
 
 WAYS_WITH_LOW_RANK = (
     Way(_is_elsewhere, _bring_the_layer),
+    Way(int8.takes_with_low_rank, int8.multiply_with_low_rank),
+    Way(int8.takes, _beside),
     Way(_is_worth_expanding, _patched_while_expanding),
     Way(_patches_every_row, _onto_the_product),
     Way(_always, _beside),

@@ -47,12 +47,14 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     The model must have gone through `attach_streaming`. Settings belong to the patcher: set them on a fresh one or a
     clone. They take effect when ComfyUI next loads the model, and move only the difference: ``residency`` says what
     stays, ``staging_bytes`` is the size of the ring, ``whole_blocks`` streams blocks in place of layers (compiled ones
-    are streamed so in any case), ``node_id`` goes into reports.
+    are streamed so in any case), ``compute`` is how layers compute that have more than one way (None: the exact one),
+    ``node_id`` goes into reports.
     """
 
     residency = Residency()
     staging_bytes: int = STAGING_BYTES
     whole_blocks: bool = False
+    compute: str | None = None
     node_id: str | None = None
     cached_patcher_init: Any = None
     """ComfyUI's (0.18 and later): how it loads the model once more, for a further GPU."""
@@ -80,6 +82,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         other.residency = self.residency
         other.staging_bytes = self.staging_bytes
         other.whole_blocks = self.whole_blocks
+        other.compute = self.compute
         other.node_id = self.node_id
         other.cached_patcher_init = self.cached_patcher_init
         return other
@@ -184,7 +187,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
             self.unpatch_hooks()
             device = self.load_device if device_to is None else device_to
             self.model.to(device)  # everything but the blocks, which keep their place
-            self._apply_patches(self._patches_under(None), self.weight_wrapper_patches, device)
+            self._apply_patches(self._patches_under(None), self.weight_wrapper_patches, device, self.compute)
             if self._computes_from_host:
                 self._streaming.streamer.stop()  # another clone may have had it on a device
             else:
@@ -228,7 +231,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
         """ComfyUI's; with the weights, everything leaves the device."""
         if unpatch_weights:
-            self._apply_patches({}, {}, self.offload_device)
+            self._apply_patches({}, {}, self.offload_device, compute=None)
             self._streaming.streamer.stop()
         super().unpatch_model(device_to, unpatch_weights)
 
@@ -274,7 +277,8 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         before = self._streaming.streamer.plan
         try:
             with self.use_ejected():
-                self._apply_patches(self._patches_under(hooks), self.weight_wrapper_patches, self.load_device)
+                patches = self._patches_under(hooks)
+                self._apply_patches(patches, self.weight_wrapper_patches, self.load_device, self.compute)
                 self.current_hooks = hooks
             if before is not None:
                 self._stream(self.load_device, plan_for(self._sizes, before.resident, before.staging_bytes))
@@ -387,10 +391,14 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         return self._streaming.other_bytes + patching.device_bytes + in_blocks
 
     def _apply_patches(
-        self, patches: Mapping[str, Sequence[Patch]], wrappers: Mapping[str, Any], device: torch.device
+        self,
+        patches: Mapping[str, Sequence[Patch]],
+        wrappers: Mapping[str, Any],
+        device: torch.device,
+        compute: str | None,
     ) -> None:
-        """Have the model compute on ``device`` with ``patches``, then with ComfyUI's ``wrappers``."""
+        """Have the model compute on ``device`` as ``compute`` says, with ``patches`` and then ComfyUI's ``wrappers``."""
         dtype = self.model.manual_cast_dtype or self.model.get_dtype()
         patching, casts = self._streaming.patching, self.force_cast_weights
         with lasting_allocations():
-            self._streaming.give(patching.apply(patches, wrappers, device, dtype, casts=casts))
+            self._streaming.give(patching.apply(patches, wrappers, device, dtype, casts=casts, compute=compute))

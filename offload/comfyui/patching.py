@@ -47,6 +47,15 @@ class TakesPatches(Protocol):
         ...
 
 
+class ChoosesCompute(Protocol):
+    """A layer that can compute in more than one way."""
+
+    def compute_by(self, compute: str | None, device: torch.device, dtype: torch.dtype) -> int:
+        """Compute from now on as ``compute`` says (None: exactly), in ``dtype`` on ``device``. Returns the bytes that
+        it keeps on the device for that, wherever its weight is."""
+        ...
+
+
 class Patching:
     """The patches that are in effect on a model, of which all its clones see the same."""
 
@@ -55,8 +64,11 @@ class Patching:
         self._in_blocks = {module for block in blocks for module in block.modules()}
         self._beside = {module: LowRankBeside(module) for module in model.modules() if is_quantised_linear(module)}
         self._takers: set[TakesPatches] = set()
+        in_blocks: list[Any] = list(self._in_blocks)
+        self._choosing: list[ChoosesCompute] = [layer for layer in in_blocks if hasattr(type(layer), "compute_by")]
         self._shadows: list[tuple[nn.Module, str]] = []
         self._outside: list[tuple[nn.Module, str]] = []
+        self._compute_bytes = 0
         self.scratch_bytes = 0
         """What a forward takes for a while to patch its largest dense weight."""
 
@@ -68,18 +80,20 @@ class Patching:
         dtype: torch.dtype,
         *,
         casts: bool = False,
+        compute: str | None = None,
     ) -> Extras:
         """Put ``patches`` into effect, in place of earlier ones, for a forward in ``dtype`` on ``device``.
 
         ``wrappers`` are functions that come after the patches. Both are by the tensor's name in the model. ``casts``
-        has every layer of ComfyUI's compute in its input's dtype. Returns what the modules inside blocks need as
-        buffers.
+        has every layer of ComfyUI's compute in its input's dtype. ``compute`` is for layers of the blocks that can
+        compute in more than one way. Returns what the modules inside blocks need as buffers.
         """
         self._remove()
         self.scratch_bytes = 0
         model = self._model
         modules = dict(model.named_modules(remove_duplicate=False))
         _prepare(modules.values(), device, casts)
+        self._compute_bytes = sum(layer.compute_by(compute, device, dtype) for layer in self._choosing)
         for key, functions in wrappers.items():
             module, name = _find(model, modules, key)
             _add_functions(module, name, functions)
@@ -105,10 +119,11 @@ class Patching:
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of what patches have put on the device themselves, beside what they gave the blocks' layers."""
+        """Bytes of what patches have put on the device themselves, beside what they gave the blocks' layers, and what
+        layers keep there to compute in the way that was asked for."""
         shadows = [module.__dict__[name] for module, name in self._shadows]
         outside = [module.get_buffer(name) for module, name in self._outside]
-        return sum(tensor.nbytes for tensor in (*shadows, *outside))
+        return self._compute_bytes + sum(tensor.nbytes for tensor in (*shadows, *outside))
 
     @property
     def _model(self) -> nn.Module:

@@ -11,7 +11,18 @@ import pytest
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 TEXTS = {path.stem: path.read_text("utf-8") for path in FOLDER.glob("*.py")}
 SCRIPTS = sorted(name for name, text in TEXTS.items() if "__main__" in text)
-NEED_GPU = ("compare", "lora", "modulation", "pinning", "soak", "streaming", "trace_of_calls", "workflow")
+NEED_GPU = (
+    "compare",
+    "fidelity",
+    "int8",
+    "lora",
+    "modulation",
+    "pinning",
+    "soak",
+    "streaming",
+    "trace_of_calls",
+    "workflow",
+)
 
 
 def run(name, *arguments, **variables):

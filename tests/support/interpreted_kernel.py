@@ -7,13 +7,20 @@ import pytest
 
 
 @contextmanager
-def interpreted():
-    """`patched_weight`, with its kernel interpreted."""
-    pytest.importorskip("triton")
-    from flux_nf4.nf4_loader.linear import patched_weight, patched_weight_kernel
+def interpreted(name="patched_weight"):
+    """The module ``name`` of `nf4_loader.linear`, with its kernels interpreted.
 
+    In bf16 the interpreter multiplies wrongly: fp16 is for the tests.
+    """
+    tl = pytest.importorskip("triton").language
+    module = importlib.import_module(f"flux_nf4.nf4_loader.linear.{name}")
+    compiled = importlib.import_module(f"flux_nf4.nf4_loader.linear.{name}_kernel")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        patch.setattr(patched_weight, "kernel", importlib.reload(patched_weight_kernel).kernel)
-        yield patched_weight
-    importlib.reload(patched_weight_kernel)
+        # Triton's own functions are interpreted only where that was asked for before it was imported.
+        patch.setattr(tl, "max", lambda input, axis: tl.reduce(input, axis, tl.standard._elementwise_max))
+        for kernel, function in vars(importlib.reload(compiled)).items():
+            if kernel.endswith("kernel"):
+                patch.setattr(module, kernel, function)
+        yield module
+    importlib.reload(compiled)

@@ -1,0 +1,111 @@
+"""comfy-kitchen's int8 matmul, on the int8 tensor cores that GPUs have since Turing. ComfyUI requires it since 0.27.
+
+Each call of its functions chooses a backend anew, which takes the host longer than the launch. Here one is chosen once
+for each type of device.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from ...memory import is_out_of_memory
+
+logger = logging.getLogger(__name__)
+
+GROUP = 256
+"""Columns that ConvRot (arXiv 2512.03673) rotates together."""
+
+_LEAST_CUDA, _LEAST_CAPABILITY = (13, 0), (7, 5)
+"""comfy-kitchen's kernels are built for this CUDA, and need int8 tensor cores."""
+
+
+class _Functions(NamedTuple):
+    """Of the backend for a device."""
+
+    int8_linear: Callable[..., torch.Tensor]
+    quantize_int8_convrot_weight: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+def linear(input: torch.Tensor, rows: torch.Tensor, row_scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``input @ weight.T + bias``, where ``rows * row_scale[:, None]`` is the rotated weight.
+
+    The input (..., in) is rotated and rounded to int8, with a scale for each of its rows. The sums are exact integers,
+    so equal arguments give equal bits. ``rows`` are int8 (out, in), ``row_scale`` is fp32 (out,), ``bias`` (out,) in
+    input's dtype or None. Returns a fresh tensor (..., out) in input's dtype.
+    """
+    if torch.compiler.is_compiling():
+        code = _CODES[input.dtype]
+        return torch.ops.comfy_kitchen.int8_linear(input, rows, row_scale, bias, code, True, GROUP)
+    return _functions(input.device.type).int8_linear(
+        input, rows, row_scale, bias, out_dtype=input.dtype, convrot=True, convrot_groupsize=GROUP
+    )
+
+
+_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""comfy-kitchen's, of dtypes."""
+
+
+def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A dense weight (out, in) as `linear` takes it: rows and row_scale."""
+    compiled = torch.ops.comfy_kitchen if torch.compiler.is_compiling() else _functions(weight.device.type)
+    rows, scale = compiled.quantize_int8_convrot_weight(weight, GROUP)
+    return rows, scale.view(-1)
+
+
+@functools.cache
+def _functions(device_type: str) -> _Functions:
+    from comfy_kitchen import registry
+
+    backend = "cuda" if device_type == "cuda" else "eager"
+    return _Functions(*(registry.get_implementation(name, backend=backend) for name in _Functions._fields))
+
+
+@functools.cache
+def works_on(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `linear` can be used, and is more than a slow stand-in: tried once; where it cannot, the log says why.
+
+    Raises:
+        RuntimeError: there is too little memory for that; another time there may be enough.
+    """
+    problem = problem_on(device, dtype)
+    if problem is not None:
+        logger.warning("int8: %s, so everything is computed exactly", problem)
+    return problem is None
+
+
+def problem_on(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `linear` is of no use on a device, or None."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"it needs an NVIDIA GPU, and the model computes on {'AMD' if torch.version.hip else device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it needs bf16 or fp16, and the model computes in {dtype}"
+    if torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
+        return f"{torch.cuda.get_device_name(device)} has no int8 tensor cores (GeForce 20 series and later have)"
+    if tuple(map(int, str(torch.version.cuda).split(".")[:2])) < _LEAST_CUDA:
+        return f"this PyTorch is built for CUDA {torch.version.cuda}, and comfy-kitchen needs 13 (torch cu130 or later)"
+    try:
+        return trial(device, dtype)
+    except ImportError as error:
+        return f"comfy-kitchen cannot be imported ({error}); ComfyUI 0.27 and later bring it"
+    except Exception as error:  # whatever an older comfy-kitchen, an old driver or a new GPU leads to
+        if is_out_of_memory(error):
+            raise
+        return f"comfy-kitchen's int8 fails here ({type(error).__name__}: {error})"
+
+
+def trial(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Whether `quantise` and `linear` give what they should, on a small weight: why not, or None."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Any:
+        return torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
+
+    weight, input, bias = random(64, 2 * GROUP), random(32, 2 * GROUP), random(64)
+    expected = torch.nn.functional.linear(input.float(), weight.float(), bias.float())
+    found = linear(input, *quantise(weight), bias).float()
+    if found.shape != expected.shape or not (found - expected).norm() < 0.04 * expected.norm():
+        return "comfy-kitchen's int8 gives other values than it should here"
+    return None
