@@ -168,9 +168,9 @@ def _read(model: comfy.model_base.BaseModel, catalogue: Catalogue, source: _Sour
 
 
 def _read_again(catalogue: Catalogue, **_: Any) -> StreamedModelPatcher:
-    """The same model in memory of its own: ComfyUI calls this for each further GPU that it shares a sampling with."""
+    """The same model once more: ComfyUI calls this for each further GPU that it shares a sampling with."""
     model = build_flux(catalogue)
-    return _read(model, catalogue, _mapped_where_ram_is_short(model, catalogue, with_others=False))
+    return _read(model, catalogue, _source_for(model, catalogue, _place_of(catalogue), with_others=False))
 
 
 def _all_tensors(blocks: Sequence[torch.nn.Module]) -> There:
