@@ -20,9 +20,10 @@ import psutil
 import torch
 
 from .memory import GIB
-from .nf4_loader.checkpoint.catalogue import Catalogue, Weight4bit
+from .nf4_loader.checkpoint.catalogue import Catalogue
 from .nf4_loader.checkpoint.errors import CheckpointError
 from .nf4_loader.checkpoint.header import TensorEntry
+from .nf4_loader.checkpoint.tensors import Weight4bit
 from .nf4_loader.linear.kernels import warm_up
 from .nf4_loader.models.fill import There, fill
 from .nf4_loader.models.mapped import InFile, tensors_in_file
@@ -168,9 +169,9 @@ def _read(model: comfy.model_base.BaseModel, catalogue: Catalogue, source: _Sour
 
 
 def _read_again(catalogue: Catalogue, **_: Any) -> StreamedModelPatcher:
-    """The same model in memory of its own: ComfyUI calls this for each further GPU that it shares a sampling with."""
+    """The model once more: ComfyUI calls this for each further GPU that it shares a sampling with."""
     model = build_flux(catalogue)
-    return _read(model, catalogue, _mapped_where_ram_is_short(model, catalogue, with_others=False))
+    return _read(model, catalogue, _source_for(model, catalogue, _place_of(catalogue), with_others=False))
 
 
 def _all_tensors(blocks: Sequence[torch.nn.Module]) -> There:
