@@ -20,9 +20,10 @@ import psutil
 import torch
 
 from .memory import GIB
-from .nf4_loader.checkpoint.catalogue import Catalogue, Weight4bit
+from .nf4_loader.checkpoint.catalogue import Catalogue
 from .nf4_loader.checkpoint.errors import CheckpointError
 from .nf4_loader.checkpoint.header import TensorEntry
+from .nf4_loader.checkpoint.tensors import Weight4bit
 from .nf4_loader.linear.kernels import warm_up
 from .nf4_loader.models.fill import There, fill
 from .nf4_loader.models.mapped import InFile, tensors_in_file

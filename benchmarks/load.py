@@ -42,7 +42,8 @@ MIB = 2**20
 
 def ranges_read(path: Path) -> list[Range]:
     """(offset, bytes) of all that the loader reads of the transformer, in file order, neighbours joined."""
-    from flux_nf4.nf4_loader.checkpoint.catalogue import Weight4bit, read_catalogue
+    from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
+    from flux_nf4.nf4_loader.checkpoint.tensors import Weight4bit
 
     catalogue = read_catalogue(path)
     weights = [part for part in catalogue.parts if isinstance(part, Weight4bit)]

@@ -19,17 +19,11 @@ import torch
 
 from flux_nf4.families import Found
 from flux_nf4.memory import GIB, MIB
-from flux_nf4.nf4_loader.checkpoint.catalogue import (
-    CLIP_L_PREFIX,
-    T5_PREFIX,
-    VAE_PREFIX,
-    Catalogue,
-    Weight4bit,
-    read_catalogue,
-)
+from flux_nf4.nf4_loader.checkpoint.catalogue import CLIP_L_PREFIX, T5_PREFIX, VAE_PREFIX, Catalogue, read_catalogue
 from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError, printable
 from flux_nf4.nf4_loader.checkpoint.quant_state import QUANT_STATE
 from flux_nf4.nf4_loader.checkpoint.require import require_transformer
+from flux_nf4.nf4_loader.checkpoint.tensors import Weight4bit
 from flux_nf4.offload.plan import Residency
 from flux_nf4.page.file_plan import block_sizes, make_plan, other_bytes
 

@@ -14,6 +14,9 @@ from ..nf4_loader.models.transformers import model_dtype
 from ..offload.plan import BlockSize, BudgetTooSmallError, Residency, least_device_bytes
 from .file_plan import Advice, Measured, advise, block_sizes, make_plan, other_bytes, predict_ms
 
+Version = tuple[int, int]
+"""Time of change in ns and size in bytes of a file."""
+
 
 @dataclass(frozen=True)
 class BarBlock:
@@ -50,10 +53,19 @@ class Problem:
     problem: str
 
 
-async def answer_for(path: Path, is_all_in_one: bool, wanted: Residency, measured: Measured | None) -> str:
-    """JSON of the `Answer` for the file at ``path``, which has to hold CLIP, T5 and VAE too if ``is_all_in_one``; of a
-    `Problem` where the node cannot load it."""
-    file = await _file_at(path, is_all_in_one)
+async def answer_for(
+    path: Path, is_all_in_one: bool, wanted: Residency, measured: Measured | None, version: Version | None = None
+) -> str:
+    """JSON of the `Answer` for a file, or of a `Problem` where the node cannot load it.
+
+    Args:
+        path: The file. It has to hold CLIP, T5 and VAE, too, if ``is_all_in_one``.
+        is_all_in_one: As its node wants it.
+        wanted: What its widgets say.
+        measured: What runs of the file have shown.
+        version: Its `version_of` now; None reads it again.
+    """
+    file = await _file_at(path, is_all_in_one, version)
     # Not in a thread: that costs more than the answer, and a prompt that runs has to share Python's lock with it.
     return json.dumps(file, default=vars) if isinstance(file, Problem) else _answer(file, wanted, measured)
 
@@ -69,31 +81,40 @@ class _File:
 
 _Key = tuple[Path, bool]
 
-_files: dict[_Key, tuple[tuple[int, int], _File]] = {}
-"""Each file that was asked about and can be loaded, as it was when it had this time of change in ns and this size."""
+_files: dict[_Key, tuple[Version, _File]] = {}
+"""Each file that was asked about and can be loaded, as it was in this version."""
 
 _under_way: dict[_Key, "asyncio.Future[_File | Problem]"] = {}
 """Files that are being looked at: who asks meanwhile waits for the same look."""
 
 
-async def _file_at(path: Path, is_all_in_one: bool) -> _File | Problem:
+async def _file_at(path: Path, is_all_in_one: bool, version: Version | None) -> _File | Problem:
     key = (path, is_all_in_one)
+    known = _files.get(key)
+    if known is not None and known[0] == version:
+        return known[1]
     if key not in _under_way:  # in a thread, for the file may be on a disk that sleeps or a server that is gone
         _under_way[key] = asyncio.ensure_future(asyncio.to_thread(_look_at, key))
         _under_way[key].add_done_callback(lambda _: _under_way.pop(key))
     return await asyncio.shield(_under_way[key])
 
 
+def version_of(path: Path) -> Version:
+    """What changes when the file does.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size
+
+
 def _look_at(key: _Key) -> _File | Problem:
     path = key[0]
     try:
-        status = path.stat()
+        version = version_of(path)
     except OSError as error:
         return Problem(f"{path.name}: it cannot be read ({reason(error)}). Refresh the page (key R) and pick another.")
-    version = status.st_mtime_ns, status.st_size
-    known = _files.get(key)
-    if known is not None and known[0] == version:
-        return known[1]
     found = _read_file(*key)
     if isinstance(found, _File):  # a problem may lie in another file than this one, such as a shard that is missing
         _files[key] = (version, found)

@@ -12,8 +12,9 @@ import torch
 
 from ..families import Family
 from ..memory import GIB
-from ..nf4_loader.checkpoint.catalogue import Catalogue, TransformerTensor
+from ..nf4_loader.checkpoint.catalogue import Catalogue
 from ..nf4_loader.checkpoint.header import TensorEntry
+from ..nf4_loader.checkpoint.tensors import TransformerTensor
 from ..offload.plan import BlockSize, Residency, ResidencyPlan, plan_by_budget, predict_stall_ms
 from ..offload.record import Field, layout_from
 from ..offload.telemetry import limit_of

@@ -6,6 +6,7 @@
 """
 
 import asyncio
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from ..nodes_shared import PlannedNode
 from ..offload.comfyui.patcher import StreamedModelPatcher
 from ..offload.comfyui.streaming import observers
 from ..offload.plan import Residency
-from .answers import answer_for
+from .answers import Version, answer_for, version_of
 from .registered import replaced, say_what_folder_is_not_served, say_what_is_replaced, say_what_was_taken
 from .reports import Reports, report_as_json
 
@@ -106,7 +107,7 @@ async def _answer_plan(request: web.Request, reports: Reports) -> web.Response:
     except ValueError as error:
         return web.json_response({"problem": str(error)}, status=400)
     folder, name = question.folder, question.name
-    path = await asyncio.to_thread(_listed_path, folder, name)
+    path, version = await asyncio.to_thread(_look_up, folder, name)  # the folder may be on a server that is gone
     if path is None:
         problem = (
             f"{name[:200]}: there is no such file in the {folder} folder. Refresh the page (key R) and pick another."
@@ -114,7 +115,7 @@ async def _answer_plan(request: web.Request, reports: Reports) -> web.Response:
         return web.json_response({"problem": problem}, status=404)
     device = str(comfy.model_management.get_torch_device())
     measured = reports.measured(device, path, question.node)
-    return web.json_response(text=await answer_for(path, folder == "checkpoints", question.wanted, measured))
+    return web.json_response(text=await answer_for(path, folder == "checkpoints", question.wanted, measured, version))
 
 
 def parse_question(query: Mapping[str, str]) -> Question:
@@ -132,6 +133,13 @@ def parse_question(query: Mapping[str, str]) -> Question:
         raise ValueError(f"{' and '.join(_KINDS)} are -1 to 999, budget is 0 to 1024 (GiB)")
     given = tuple((kind, count) for kind, count in counts.items() if count >= 0)
     return Question(folder, name, Residency(given, round(budget * GIB) or None), query.get("node"))
+
+
+def _look_up(folder: str, name: str) -> tuple[Path | None, Version | None]:
+    path = _listed_path(folder, name)
+    with contextlib.suppress(OSError):  # the answer says so
+        return path, None if path is None else version_of(path)
+    return path, None
 
 
 def _listed_path(folder: str, name: str) -> Path | None:

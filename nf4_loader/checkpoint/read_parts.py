@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from safetensors import safe_open
 
-from .catalogue import TransformerTensor, Weight4bit
 from .errors import CheckpointError
 from .header import TensorEntry
 from .quant_state import CODES, NestedTables, codes_of, expand_nested_absmax
 from .read import FileSlice, read_slices, read_small
+from .tensors import TransformerTensor, Weight4bit
 
 CPU = torch.device("cpu")
 

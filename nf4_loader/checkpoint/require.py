@@ -1,11 +1,12 @@
 """What a file has to hold so that a node can load it."""
 
 from ...families import Family
-from .catalogue import CLIP_L_PREFIX, SCALES, T5_PREFIX, VAE_PREFIX, Catalogue, Weight4bit
+from .catalogue import CLIP_L_PREFIX, SCALES, T5_PREFIX, VAE_PREFIX, Catalogue
 from .errors import DAMAGED, CheckpointError
 from .header import TensorEntry
 from .identify import what_else_it_is
 from .quant_state import QUANT_STATE
+from .tensors import Weight4bit
 
 _MAX_BLOCKS = 500
 """Eight times what the deepest model has. A plan takes longer the more blocks there are, and the page asks for many."""

@@ -6,9 +6,10 @@ from dataclasses import replace
 import comfy.model_base
 import torch
 
-from ..checkpoint.catalogue import Catalogue, TransformerTensor
+from ..checkpoint.catalogue import Catalogue
 from ..checkpoint.header import TensorEntry
 from ..checkpoint.read_parts import DenseMemory, PackedMemory, memory_of, read_parts, swap_halves
+from ..checkpoint.tensors import TransformerTensor
 from ..linear.linear4bit import Linear4bit
 from .transformers import model_names
 

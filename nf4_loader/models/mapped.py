@@ -5,9 +5,10 @@ from collections.abc import Iterator, Mapping
 import comfy.model_base
 import torch
 
-from ..checkpoint.catalogue import Catalogue, TransformerTensor
+from ..checkpoint.catalogue import Catalogue
 from ..checkpoint.header import TensorEntry
 from ..checkpoint.read_parts import torch_dtype
+from ..checkpoint.tensors import TransformerTensor
 from ..linear.linear4bit import Linear4bit
 from .transformers import block_groups, model_names
 

@@ -13,12 +13,13 @@ import comfy.utils
 import torch
 from torch import nn
 
-from ..checkpoint.catalogue import COMPANIONS, TransformerTensor, Weight4bit, group_4bit
+from ..checkpoint.catalogue import COMPANIONS, group_4bit
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.header import Header, TensorEntry
 from ..checkpoint.identify import of_another_kind
 from ..checkpoint.read_parts import DenseMemory, PackedMemory, memory_of, read_entries, read_parts
 from ..checkpoint.shards import read_checkpoint_header
+from ..checkpoint.tensors import TransformerTensor, Weight4bit
 from ..linear.linear4bit import Linear4bit
 from .patched_encoders import patch_4bit_layers
 

@@ -5,9 +5,9 @@ from types import MappingProxyType
 
 import torch
 
-from ..checkpoint.catalogue import TransformerTensor, Weight4bit
 from ..checkpoint.header import TensorEntry
 from ..checkpoint.read_parts import CPU, DenseMemory, read_fused, read_parts, swap_halves, torch_dtype
+from ..checkpoint.tensors import TransformerTensor, Weight4bit
 from ..linear import kernels
 
 

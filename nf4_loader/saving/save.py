@@ -16,11 +16,11 @@ from typing import Any, BinaryIO
 import torch
 
 from ...memory import GIB
-from ..checkpoint.catalogue import TransformerTensor, Weight4bit
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.header import TensorEntry, read_header
 from ..checkpoint.quant_state import QUANT_STATE, QuantState
 from ..checkpoint.read_parts import CPU, TORCH_DTYPES, read_fused
+from ..checkpoint.tensors import TransformerTensor, Weight4bit
 from .atomic_file import remove_abandoned, whole_file
 from .quantise import QuantSettings, described, quantise
 

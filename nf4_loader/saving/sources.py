@@ -9,18 +9,12 @@ from typing import Any
 import torch
 
 from ... import families
-from ..checkpoint.catalogue import (
-    COMPANIONS,
-    SCALES,
-    Catalogue,
-    TransformerTensor,
-    is_of_transformer,
-    read_catalogue,
-)
+from ..checkpoint.catalogue import COMPANIONS, SCALES, Catalogue, is_of_transformer, read_catalogue
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.header import TensorEntry
 from ..checkpoint.identify import of_another_kind, what_else_it_is
 from ..checkpoint.read_parts import TORCH_DTYPES
+from ..checkpoint.tensors import TransformerTensor
 from .dense import read_dense
 from .save import Source
 

@@ -17,7 +17,7 @@ from flux_nf4.offload.comfyui.streaming import StreamingReport
 from flux_nf4.offload.plan import Residency
 from flux_nf4.offload.telemetry import ForwardCost
 from flux_nf4.page import answers as answers_module
-from flux_nf4.page.answers import answer_for
+from flux_nf4.page.answers import answer_for, version_of
 from flux_nf4.page.file_plan import Measured
 from flux_nf4.page.reports import Reports
 
@@ -31,11 +31,18 @@ def full_size(tmp_path):
     return path
 
 
+def version_if_any(path):
+    return version_of(path) if path.exists() else None
+
+
 def answers(path, budgets):
     """To these budgets, one after the other, and the CPU seconds that they took."""
 
     async def ask():
-        return [json.loads(await answer_for(path, True, Residency((), budget), MEASURED)) for budget in budgets]
+        return [
+            json.loads(await answer_for(path, True, Residency((), budget), MEASURED, version_if_any(path)))
+            for budget in budgets
+        ]
 
     def timed():
         began = time.thread_time()
