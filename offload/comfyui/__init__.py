@@ -1,6 +1,7 @@
 """ComfyUI's side of streaming, and all of it that knows ComfyUI.
 
 ``streaming`` (what makes a model a streamed one), ``patcher`` (ComfyUI's ModelPatcher for it), ``patching`` (LoRA and
-the like, with ``dense_patches``, ``patch_check`` and ``half_pairs``), ``adopt`` (streams another node's MODEL),
-``pins`` (its limit), ``visitors`` (text encoders and VAE), ``contract`` (what ComfyUI must have).
+the like, with ``weights``, ``dense_patches``, ``low_rank_beside``, ``patch_check`` and ``lora_reader``), ``retry`` (a
+forward that runs out of memory), ``adopt`` (streams another node's MODEL), ``pins`` (ComfyUI's limit on pinned memory),
+``encoders`` (text encoders and VAE), ``requires`` (what ComfyUI must have), ``node_names`` (nodes that errors name).
 """
