@@ -32,6 +32,7 @@ CASES = (
     Case("1024-4xlora32", loras=4, rank=32),
     *(Case(f"{pixels}-bus{gbps}", pixels, bus_gbps=gbps) for pixels in (1024, 512) for gbps in (12, 25)),
     *(Case(f"{pixels}-cap{gib}", pixels, cap_gib=gib) for pixels in (1024, 512) for gib in (4, 6, 8, 12)),
+    *(Case(f"1024-lora16-cap{gib}", loras=1, rank=16, cap_gib=gib) for gib in (4, 6, 8)),
     Case("1024-4steps", steps=4),
     Case("1024-20steps", steps=20),
     Case("1024-4steps-cfg", steps=4, cfg=4.0),

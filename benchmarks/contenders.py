@@ -47,6 +47,14 @@ CONTENDERS = (
     Contender("comfy-bf16-offloaded", "comfy-bf16", "offloaded", "the same, all weights offloaded"),
     Contender("comfy-fp8", "comfy-fp8", "automatic", "ComfyUI's loader, fp8 e4m3, in VRAM as far as it has room"),
     Contender("comfy-fp8-offloaded", "comfy-fp8", "offloaded", "the same, all weights offloaded"),
+    *(
+        Contender(f"comfy-{kind}{ending}", f"comfy-{kind}", setting, description)
+        for kind, title in (("int8", "INT8 ConvRot"), ("w4a8", "W4A8"), ("nvfp4", "NVFP4"))
+        for ending, setting, description in (
+            ("", "automatic", f"ComfyUI's loader, {title}, in VRAM as far as it has room"),
+            ("-streamed", "streamed", "the same through this package's Stream Model Blocks"),
+        )
+    ),
     Contender("gguf-q4", "gguf", "automatic", "ComfyUI-GGUF, Q4_0, in VRAM as far as it has room"),
     Contender("gguf-q4-offloaded", "gguf", "offloaded", "the same, all weights offloaded"),
     Contender("diffusers-nf4", "diffusers-nf4-resident", "", "diffusers, blocks in NF4, all in VRAM"),
@@ -84,6 +92,10 @@ def family_maker(name: str, options: Options) -> Callable[[], Family]:
 
         _, weights, way = name.split("-")
         return functools.partial(Diffusers, files, way, is_nf4=weights == "nf4")
+    if name in ("comfy-int8", "comfy-w4a8", "comfy-nvfp4"):
+        from native import Native
+
+        return functools.partial(Native, files, name.removeprefix("comfy-"))
     import stock
 
     if name == "gguf":

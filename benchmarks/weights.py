@@ -47,26 +47,31 @@ class Files:
             self.gguf()
         elif family == "comfy-fp8":
             self.dense(torch.float8_e4m3fn)
+        elif family in ("comfy-int8", "comfy-w4a8", "comfy-nvfp4") and importlib.util.find_spec("comfy_kitchen"):
+            from native import native_file
+
+            native_file(self, family.removeprefix("comfy-"))
         elif family == "comfy-bf16" or family.startswith("diffusers-"):
             self.dense(torch.bfloat16)
 
     def nf4(self) -> Path:
-        return self.checkpoint or self._made("flux-nf4.safetensors", self._make_nf4)
+        return self.checkpoint or self.made("flux-nf4.safetensors", self._make_nf4)
 
     def dense(self, dtype: torch.dtype) -> Path:
         """All tensors in ``dtype``, in Black Forest Labs' names."""
         name = f"flux-{str(dtype).removeprefix('torch.')}.safetensors"
-        return self._made(name, lambda path: write_dense(path, self.nf4(), dtype))
+        return self.made(name, lambda path: write_dense(path, self.nf4(), dtype))
 
     def gguf(self) -> Path:
         """The matrices of the blocks as Q4_0, the rest as fp32."""
-        return self._made("flux-q4_0.gguf", lambda path: write_gguf(path, self.nf4()))
+        return self.made("flux-q4_0.gguf", lambda path: write_gguf(path, self.nf4()))
 
     def diffusers_config(self) -> Path:
         """A folder with the configuration that diffusers wants beside a single file."""
-        return self._made("diffusers", self._write_config)
+        return self.made("diffusers", self._write_config)
 
-    def _made(self, name: str, make: Callable[[Path], None]) -> Path:
+    def made(self, name: str, make: Callable[[Path], None]) -> Path:
+        """The file ``name`` of the folder, which ``make`` writes if it is not there."""
         path = self.folder / name
         if not path.exists():
             partial = self.folder / f"{os.getpid()}.{name}"

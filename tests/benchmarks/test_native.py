@@ -1,0 +1,51 @@
+"""ComfyUI's native formats in the comparison: made from the same weights, and the same picture streamed or not."""
+
+import importlib.util
+
+import comfy.model_detection
+import comfy.utils
+import pytest
+from cases import TINY_CASES
+from contenders import CONTENDERS, Options, family_maker
+from family import Unavailable
+from native import native_file
+from safetensors.torch import load_file
+from turn import Effort, take_turn
+
+HAS_FORMATS = importlib.util.find_spec("comfy_kitchen") is not None
+NAMES = [
+    contender.name for contender in CONTENDERS if contender.name.startswith(("comfy-int8", "comfy-w4", "comfy-nv"))
+]
+
+
+@pytest.mark.skipif(HAS_FORMATS, reason="this ComfyUI has the formats")
+def test_a_comfyui_without_them_says_so(tiny_files):
+    with pytest.raises(Unavailable, match="needs a ComfyUI with comfy-kitchen"):
+        family_maker("comfy-int8", Options(tiny_files))()
+
+
+@pytest.mark.skipif(not HAS_FORMATS, reason="this ComfyUI has no formats of its own")
+@pytest.mark.parametrize("kind", ["int8", "w4a8", "nvfp4"])
+@pytest.mark.parametrize("case", ["tiny", "tiny-lora"])
+def test_streamed_makes_the_picture_that_comfyui_makes(kind, case, tiny_files, tmp_path, monkeypatch):
+    detect = comfy.model_detection.model_config_from_unet
+    state = load_file(native_file(tiny_files, kind))
+
+    def detected(*_, **__):
+        config = detect()
+        config.quant_config = comfy.utils.detect_layer_quantization(state, "")
+        return config
+
+    monkeypatch.setattr(comfy.model_detection, "model_config_from_unet", detected)
+    assert f"comfy-{kind}-streamed" in NAMES
+    family = family_maker(f"comfy-{kind}", Options(tiny_files))()
+    chosen = next(one for one in TINY_CASES if one.name == case)
+    figures = [
+        take_turn(family, setting, name, chosen, Effort(2, 0.01), tmp_path)
+        for setting, name in (("automatic", "comfy-bf16"), ("streamed", "streamed"))
+    ]
+    error = figures[1].difference.relative_error
+    if case == "tiny":
+        assert error == 0.0
+    else:  # stock ComfyUI quantises the patched weights once more, NVFP4 coarsely
+        assert 0 < error < 0.3
