@@ -21,7 +21,7 @@ class Reports:
     _by_node: dict[str, tuple[StreamingReport, Int8Figures | None]] = field(default_factory=dict)
     _measured: dict[_Run, Measured] = field(default_factory=dict)
 
-    def add(self, report: StreamingReport, int8: Int8Figures | None, device: str, file: Path | None) -> None:
+    def add(self, report: StreamingReport, device: str, file: Path | None, int8: Int8Figures | None = None) -> None:
         """Keep a report of a model from ``file`` (None: no file of this package) that runs on ``device``, and what int8
         was measured to bring there."""
         if report.node_id is not None:
@@ -43,7 +43,7 @@ class Reports:
         return {name: report_as_json(*report) for name, report in self._by_node.copy().items()}
 
 
-def report_as_json(report: StreamingReport, int8: Int8Figures | None) -> dict[str, Any]:
+def report_as_json(report: StreamingReport, int8: Int8Figures | None = None) -> dict[str, Any]:
     """The report for the page, with what to do next where no plan of a file says it."""
     advice = advise_next(report)
     more = {

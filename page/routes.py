@@ -66,7 +66,7 @@ def register(server: Any) -> None:
     def push(patcher: StreamedModelPatcher) -> None:
         report, int8 = patcher.report(), int8_figures(patcher)
         catalogue = getattr(patcher.model, "nf4_catalogue", None)
-        reports.add(report, int8, str(patcher.load_device), catalogue and catalogue.path)
+        reports.add(report, str(patcher.load_device), catalogue and catalogue.path, int8)
         if report.node_id is not None:
             server.send_sync(EVENT, report_as_json(report, int8), server.client_id)
 

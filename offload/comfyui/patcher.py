@@ -397,7 +397,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         device: torch.device,
         compute: str | None,
     ) -> None:
-        """Have the model compute on ``device`` as ``compute`` says, with ``patches`` and then ComfyUI's ``wrappers``."""
+        """Have the model compute on ``device``, by ``compute``, with ``patches``, then with ComfyUI's ``wrappers``."""
         dtype = self.model.manual_cast_dtype or self.model.get_dtype()
         patching, casts = self._streaming.patching, self.force_cast_weights
         with lasting_allocations():
