@@ -37,6 +37,7 @@ from .offload.comfyui.streaming import attach_streaming
 from .offload.file_arena import map_blocks, why_not_pinned
 from .offload.file_map import FileMapError
 from .offload.host_memory import give_back_host_memory
+from .offload.pinning import pinned_by_all
 from .offload.plan import Residency
 from .offload.ram import free_ram_bytes
 from .offload.streamer import Streamer
@@ -76,7 +77,6 @@ def load_all_in_one(catalogue: Catalogue) -> AllInOne:
     place = _place_of(catalogue)
     model, clip, vae = _models.get(place), _clips.get(place), _vaes.get(place)
     if clip is None or vae is None:
-        gc.collect()  # an earlier model that only cycles keep alive must not count against this one
         new = build_flux(catalogue) if model is None else None
         source = _source_for(new, catalogue, place, with_others=True)
         clip, vae = load_clip_and_vae(catalogue, folder_paths.get_folder_paths("embeddings"))
@@ -102,7 +102,6 @@ def load_transformer(catalogue: Catalogue) -> StreamedModelPatcher:
     place = _place_of(catalogue)
     model = _models.get(place)
     if model is None:
-        gc.collect()
         new = build_flux(catalogue)
         source = _source_for(new, catalogue, place, with_others=False)
         model = _models[place] = _read(new, catalogue, source)
@@ -125,7 +124,7 @@ def streamed(loaded: StreamedModelPatcher, residency: Residency, node_id: str | 
 
 def key_of(catalogue: Catalogue) -> Key:
     """What tells its files, as they are now, from others."""
-    paths = {entry.path.resolve() for entry in catalogue.header.tensors.values()}
+    paths = {path.resolve() for path in {entry.path for entry in catalogue.header.tensors.values()}}
     return frozenset((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths)
 
 
@@ -196,6 +195,9 @@ def _source_for(
     needed = catalogue.transformer_ram - _bytes_of(in_file) if model is not None and twin is None else 0
     needed += sum(entry.nbytes for entry in others) if with_others else 0
     free = _free_ram()
+    if needed > free or pinned_by_all():
+        gc.collect()  # an earlier model that only cycles keep alive must not count against this one
+        free = _free_ram()
     if needed > free:
         give_back_host_memory()
         free = _free_ram()

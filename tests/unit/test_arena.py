@@ -241,6 +241,22 @@ def test_a_refusal_leaves_no_pending_error(error, monkeypatch):
     assert launched == ([DEVICE] if error else [])
 
 
+def test_a_files_map_is_registered_read_only(monkeypatch):
+    runtime = FakeRuntime(0)
+    monkeypatch.setattr(torch, "cuda", runtime)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert CudaRegistrar(DEVICE).register(PAGE, 2 * PAGE, read_only=True) == 0
+    assert runtime.calls == [(PAGE, 2 * PAGE, 8)]
+
+
+def test_rocm_where_the_flag_means_something_else_is_not_asked(monkeypatch):
+    runtime = FakeRuntime(0)
+    monkeypatch.setattr(torch, "cuda", runtime)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert CudaRegistrar(DEVICE).register(PAGE, 2 * PAGE, read_only=True) == 801
+    assert runtime.calls == []
+
+
 def test_cuda_and_only_cuda_registers():
     assert isinstance(registrar_for(DEVICE), CudaRegistrar)
     assert registrar_for(torch.device("xpu", 0)) is None
