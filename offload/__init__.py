@@ -3,8 +3,8 @@
 Knows torch, not what the blocks compute. From the bottom: ``plan`` (who stays, integers only), ``record`` (a block's
 flat bytes), ``ring`` (places in the staging bytes, integers), ``pinning`` (who locks memory, how much is locked),
 ``arena`` (host memory of our own), ``file_map`` and ``file_arena`` (memory of files), ``ram`` (how much there is),
-``copies`` (streams and events), ``bounce`` (copies of what is not pinned), ``block`` (the records of one), ``staging``
-(tiles in the ring), ``conveyor`` (fetch, wait, release), ``streamer`` (who stays), ``telemetry`` (what it cost).
-``host_memory`` is for models that are not streamed. ``comfyui`` is for ComfyUI's memory manager; nothing else here
-knows ComfyUI.
+``copies`` (streams and events), ``bounce`` (copies of what is not pinned), ``block`` (the records of one),
+``staging`` (tiles in the ring), ``conveyor`` (fetch, wait, release), ``put`` (what stays on the device), ``streamer``
+(who stays), ``telemetry`` (what it cost). ``host_memory`` is for models that are not streamed. ``comfyui`` is for
+ComfyUI's memory manager; nothing else here knows ComfyUI.
 """

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..memory import is_out_of_memory
 from .arena import HostArena
-from .block import Block, Extras, HostRecord, MappedRecord, arena_for, blocks_in, extras_in, layouts_of
+from .block import Block, Extras, HostRecord, arena_for, blocks_in, extras_in, layouts_of
 from .call_order import CallOrders
 from .conveyor import Conveyor, tensors_replaced
 from .copies import Copies, InlineCopies
@@ -19,6 +19,7 @@ from .extras import Places, Travelling, remove_staying
 from .file_arena import FileArena
 from .pinning import THE_LIMIT, PinnableMemory, Shortfall
 from .plan import BlockSize, ResidencyPlan, plan_for, spread
+from .put import put, put_missing, write
 from .record import RecordLayout, extras_layouts
 from .staging import RingMemory, ring_memory
 from .telemetry import Telemetry
@@ -237,12 +238,12 @@ class Streamer:
         if block.staying is not None:
             block.staying.refill(host, extras)
             if block.staying.buffer is not None:
-                self._write(block.staying.buffer, host)
+                write(block.staying.buffer, host, self._copies)
             return
         self._asked = None
         block.staying = HostRecord(block.module, layout, host, extras)
         if self.plan is not None:
-            self._put(block.staying, block.is_resident)
+            put(block.staying, block.is_resident, self._copies)
 
     def _find_replaced(self) -> RuntimeError | None:
         if self._conveyor is not None:
@@ -319,14 +320,14 @@ class Streamer:
         for index in plan.resident:
             block = self.blocks[index]
             block.is_resident = True  # first: where memory runs out, the next candidate drops it
-            self._put_missing(block)
+            put_missing(block, self._copies)
 
     def _stream(self, plan: ResidencyPlan) -> None:
         if self._ring is None or self._ring.memory.nbytes != plan.staging_bytes:
             self._ring = None
             self._ring = ring_memory(plan.staging_bytes, self._copies)
         for index in plan.streamed:
-            self._put_missing(self.blocks[index])
+            put_missing(self.blocks[index], self._copies)
         self._conveyor = Conveyor(
             self.blocks, plan, self._ring, self._copies, self._orders, whole_blocks=self.whole_blocks
         )
@@ -337,31 +338,6 @@ class Streamer:
         conveyor, self._conveyor = self._conveyor, None
         if conveyor is not None:
             conveyor.close()
-
-    def _put_missing(self, block: Block) -> None:
-        for record in block.records:
-            if record.buffer is None:
-                self._put(record, block.is_resident)
-
-    def _put(self, record: HostRecord | MappedRecord, resident: bool) -> None:
-        """Copy what is always on the device there, before any compute that comes after this."""
-        sources = record.sources_for(resident)
-        if not sources:
-            return
-        buffer = self._copies.empty(sum(nbytes for nbytes, _ in sources))
-        start = 0
-        for nbytes, source in sources:
-            self._write(buffer[start : start + source.nbytes], source)
-            start += nbytes
-        record.take(buffer, resident)
-
-    def _write(self, buffer: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy ``source`` after the compute launched so far, which may read ``buffer``, and before what follows."""
-        copies = self._copies
-        free, ready = copies.event(), copies.event()
-        copies.record(free)
-        copies.copy(buffer, source, after=free, done=ready)
-        copies.compute_waits(ready)
 
 
 _NOWHERE = InlineCopies(torch.device("cpu"))

@@ -3,6 +3,7 @@
 import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models
+import model_case
 import model_families
 import pytest
 import torch
@@ -16,15 +17,15 @@ from flux_nf4.offload.plan import Residency
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if model_families.is_there(case)])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if model_case.is_there(case)])
 def test_streamed_is_as_in_stock_comfyui(name, copies, monkeypatch):
     """None of its blocks resident, and half of them."""
     # Some small models have parts of full size.
     monkeypatch.setattr(adopt, "_LEAST_PART", 0.01)
     monkeypatch.setattr(StreamedModelPatcher, "staging_bytes", 1)
     case = CASES[name]
-    model = model_families.make_model(case)
-    expected = model_families.forward(model, case)
+    model = model_case.make_model(case)
+    expected = model_case.forward(model, case)
     assert expected.isfinite().all()
     assert expected.std() > 0
     patcher = comfy.model_patcher.ModelPatcher(model, CPU, CPU)
@@ -34,7 +35,7 @@ def test_streamed_is_as_in_stock_comfyui(name, copies, monkeypatch):
         streamed = stream_model(patcher, Residency(tuple(counts.items())), None)
         comfy.model_management.load_models_gpu([streamed])
         copies.nbytes = 0
-        assert torch.equal(model_families.forward(streamed.model, case), expected)
+        assert torch.equal(model_case.forward(streamed.model, case), expected)
         assert copies.nbytes > 0
         assert len(streamed.model.streaming.streamer.plan.resident) == sum(counts.values())
 

@@ -14,6 +14,7 @@ from simulated_device import SimulatedDevice
 from streaming_model import StreamedModel, exercise
 
 from flux_nf4.offload import conveyor as conveyor_module
+from flux_nf4.offload import put as put_module
 from flux_nf4.offload import record as record_module
 from flux_nf4.offload import streamer as streamer_module
 from flux_nf4.offload.streamer import Streamer
@@ -135,7 +136,7 @@ def test_what_there_was_no_room_for_becomes_resident_when_there_is():
 SYNCHRONISATIONS = {"calls": ("compute_waits", "record", "_released"), "never": "copies.event()"}
 MUTANTS = [
     (module, number, text)
-    for module in (conveyor_module, streamer_module)
+    for module in (conveyor_module, put_module, streamer_module)
     for number, text in enumerate(mutants(module, **SYNCHRONISATIONS))
 ]
 
