@@ -189,8 +189,8 @@ def _refuse_what_is_no_plain_tensor(lists: Mapping[str, Sequence[nn.Module]]) ->
             if type(tensor) not in (torch.Tensor, nn.Parameter) and not is_traceable_wrapper_subclass(tensor):
                 raise ValueError(
                     f"{kind}.{name} is a {type(tensor).__name__}, which only the package that made it can move. "
-                    "Stream one in bf16, fp16, fp8 or a format of ComfyUI's own, or make a 4-bit file of this one "
-                    f"(node: {QUANTISE}) and load that."
+                    "Stream a model in bf16, fp16, fp8 or one of ComfyUI's own formats, or make a 4-bit file of this "
+                    f"one (node: {QUANTISE}) and load it."
                 )
 
 

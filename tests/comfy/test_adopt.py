@@ -262,8 +262,9 @@ def test_so_it_does_a_4_bit_model(load, sample, copies):
     first = load(2, 2)
     expected = sample(first)
     twin = for_another_gpu(first)
-    assert not host_memory(twin) & host_memory(first)
-    assert torch.equal(sample(twin), expected)
+    assert twin.model is not first.model
+    for patcher in (twin, first, twin):
+        assert torch.equal(sample(patcher), expected)
 
 
 def test_a_model_that_its_loader_cannot_load_again_has_no_twin(dense):
