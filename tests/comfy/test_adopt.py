@@ -263,6 +263,7 @@ def test_so_it_does_a_4_bit_model(load, sample, copies):
     expected = sample(first)
     twin = for_another_gpu(first)
     assert twin.model is not first.model
+    assert twin.model.streaming.streamer.arena is first.model.streaming.streamer.arena, "one copy is enough"
     for patcher in (twin, first, twin):
         assert torch.equal(sample(patcher), expected)
 
