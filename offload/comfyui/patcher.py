@@ -15,9 +15,6 @@ import comfy.patcher_extension
 import torch
 from torch import nn
 
-from ...memory import MIB
-from ..bounce import through_bounce_buffers
-from ..copies import copies_to
 from ..plan import (
     STAGING_BYTES,
     BlockSize,
@@ -32,10 +29,9 @@ from ..telemetry import summarise
 from .lasting import lasting_allocations
 from .node_names import QUANTISE, STREAM
 from .patch_check import accepted
-from .patching import Patch
-from .pins import pin_limit
+from .patching import Patch, patches_under
 from .retry import retry_with_less
-from .streaming import Streaming, StreamingReport, observers, refuse_to_save
+from .streaming import Streaming, StreamingReport, refuse_to_save, tell_observers
 from .weights import in_logical_shapes, key_patches
 
 logger = logging.getLogger(__name__)
@@ -94,20 +90,8 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def report(self) -> StreamingReport:
         """What is where now, and what the latest forward cost."""
-        streamer = self._streaming.streamer
-        plan, telemetry = streamer.plan, streamer.telemetry
-        return StreamingReport(
-            node_id=self.node_id,
-            kinds=tuple(size.kind for size in self._sizes),
-            wanted=self.plan.resident,
-            resident=plan.resident if plan is not None else None,
-            streamed=plan.streamed if plan is not None else None,
-            device_bytes=self.loaded_size(),
-            host_bytes=streamer.host_bytes,
-            pinned_bytes=streamer.pinned_bytes,
-            link_gbps=telemetry.link_gbps if telemetry is not None else None,
-            cost=(telemetry.last_timed or telemetry.last) if telemetry is not None else None,
-        )
+        kinds = tuple(size.kind for size in self._sizes)
+        return self._streaming.report(self.node_id, kinds, self.plan.resident, self.loaded_size())
 
     def require_budget(self) -> None:
         """Refuse a budget that the model cannot run in.
@@ -187,7 +171,9 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
             self.unpatch_hooks()
             device = self.load_device if device_to is None else device_to
             self.model.to(device)  # everything but the blocks, which keep their place
-            self._apply_patches(self._patches_under(None), self.weight_wrapper_patches, device, self.compute)
+            self._apply_patches(
+                patches_under(None, self.patches, self.hook_patches), self.weight_wrapper_patches, device, self.compute
+            )
             if self._computes_from_host:
                 self._streaming.streamer.stop()  # another clone may have had it on a device
             else:
@@ -215,7 +201,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         super().prepare_state(*args, **kwargs)
         telemetry = self._streaming.streamer.telemetry
         if telemetry is not None and telemetry.has_news():
-            self._notify()
+            tell_observers(self)
 
     def cleanup(self) -> None:
         """The end of a sampling."""
@@ -226,7 +212,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         summary = summarise(streamer.telemetry, streamer.all_pinned)
         if summary:
             logger.info("Streaming: %s", summary)
-        self._notify()
+        tell_observers(self)
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
         """ComfyUI's; with the weights, everything leaves the device."""
@@ -277,7 +263,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         before = self._streaming.streamer.plan
         try:
             with self.use_ejected():
-                patches = self._patches_under(hooks)
+                patches = patches_under(hooks, self.patches, self.hook_patches)
                 self._apply_patches(patches, self.weight_wrapper_patches, self.load_device, self.compute)
                 self.current_hooks = hooks
             if before is not None:
@@ -291,17 +277,6 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         """ComfyUI's: no hook's patches count any more."""
         if self.current_hooks is not None:
             self.patch_hooks(None)
-
-    def _patches_under(self, hooks: Any) -> dict[str, list[Patch]]:
-        """The patches of this patcher and of all its hooks. Patches of hooks that are not in ``hooks`` stand by."""
-        strengths = {hook.hook_ref: hook.strength for hook in hooks.hooks} if hooks is not None else {}
-        combined = {key: list(patches) for key, patches in self.patches.items()}
-        for reference, of_hook in self.hook_patches.items():
-            strength = strengths.get(reference)
-            for key, patches in of_hook.items():
-                scaled = [(None if strength is None else own * strength, *rest) for own, *rest in patches]
-                combined.setdefault(key, []).extend(scaled)
-        return combined
 
     def patch_weight_to_device(self, key: str, *args: Any, **kwargs: Any) -> None:
         """Nothing: all clones share the weights, so patches never change them; see `Patching`."""
@@ -341,48 +316,13 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         return plan_by_budget(sizes, max(limit, least_device_bytes(sizes)), self.staging_bytes, counts)
 
     def _stream(self, device: torch.device, plan: ResidencyPlan) -> None:
-        streamer = self._streaming.streamer
-        limit_bytes, limited_by = pin_limit(streamer.host_bytes - streamer.pinned_bytes)
-        streamer.pin(limit_bytes, device, limited_by, first=plan.streamed)
-        copies = copies_to(device)
-        if not streamer.all_pinned:
-            copies = through_bounce_buffers(copies)
-        before = streamer.plan
-        with lasting_allocations():
-            streamer.start(plan, copies, whole_blocks=self._needs_whole_blocks)
-        if streamer.plan is not None and streamer.plan != before:
-            self._say(streamer.plan)
-
-    def _say(self, plan: ResidencyPlan) -> None:
-        logger.info(
-            "Streaming: %d blocks resident, %d streamed; %.0f MiB on the device (%.0f blocks, %.0f staging, "
-            "%.0f other), %.0f MiB over the bus a forward",
-            len(plan.resident),
-            len(plan.streamed),
-            (self._streaming.other_bytes + plan.device_bytes) / MIB,
-            (plan.resident_bytes + plan.small_bytes) / MIB,
-            plan.staging_bytes / MIB,
-            self._streaming.other_bytes / MIB,
-            plan.bytes_per_forward / MIB,
-        )
-        wanted = self.plan
-        if self.residency != Residency() and len(plan.resident) < len(wanted.resident):
-            self._streaming.say_once(
-                f"Streaming: there is room for {len(plan.resident)} of the {len(wanted.resident)} blocks that shall "
-                "stay on the device; the others are streamed. The picture is the same."
-            )
+        wanted = None if self.residency == Residency() else self.plan
+        self._streaming.start(plan, device, whole_blocks=self._needs_whole_blocks, wanted=wanted)
 
     def residency_changed(self) -> None:
         """Tell ComfyUI and the observers how much is on the device now."""
         self.model.model_loaded_weight_memory = self._held_bytes()
-        self._notify()
-
-    def _notify(self) -> None:
-        for observer in observers:
-            try:
-                observer(self)
-            except Exception:  # who only looks on must not end a prompt
-                logger.exception("Streaming: a report was not delivered")
+        tell_observers(self)
 
     def _held_bytes(self) -> int:
         """Bytes on the load device now: fewer than `model_size` where it had no room for all residents."""

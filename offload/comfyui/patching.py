@@ -229,3 +229,20 @@ def _add_functions(module: Any, name: str, functions: Sequence[Function], *, fir
 
 def _own_tensor(module: nn.Module, name: str) -> torch.Tensor | None:
     return module._parameters.get(name, module._buffers.get(name))
+
+
+def patches_under(
+    hooks: Any, patches: Mapping[str, Sequence[Patch]], hook_patches: Mapping[Any, Mapping[str, Sequence[Patch]]]
+) -> dict[str, list[Patch]]:
+    """The patches of a patcher and of all its hooks, by key. Patches of hooks that are not in ``hooks`` stand by.
+
+    ``hooks`` is a HookGroup or None; ``hook_patches`` has the patches of each hook by its reference.
+    """
+    strengths = {hook.hook_ref: hook.strength for hook in hooks.hooks} if hooks is not None else {}
+    combined = {key: list(of_key) for key, of_key in patches.items()}
+    for reference, of_hook in hook_patches.items():
+        strength = strengths.get(reference)
+        for key, of_key in of_hook.items():
+            scaled = [(None if strength is None else own * strength, *rest) for own, *rest in of_key]
+            combined.setdefault(key, []).extend(scaled)
+    return combined

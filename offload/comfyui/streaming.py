@@ -8,38 +8,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...memory import MIB
 from ..arena import HostArena
+from ..bounce import through_bounce_buffers
+from ..copies import copies_to
+from ..plan import ResidencyPlan
 from ..streamer import Streamer
 from ..telemetry import ForwardCost
+from .lasting import lasting_allocations
 from .lora_reader import leave_out_half_pairs
 from .node_names import QUANTISE
 from .patching import Extras, Patching
+from .pins import pin_limit
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Streaming:
-    """What the clones of a streamed model share. It is ``model.streaming``."""
-
-    streamer: Streamer
-    patching: Patching
-    other_bytes: int
-    said: set[str] = field(default_factory=set)
-    extras: Extras = field(default_factory=dict)
-
-    def give(self, extras: Extras) -> None:
-        """Give the layers of the blocks ``extras``. Unless they have them already, start the streamer again."""
-        if _by_name(extras) != _by_name(self.extras):
-            self.extras = {}  # what they have if this fails
-            self.streamer.set_extras(extras)
-        self.extras = extras
-
-    def say_once(self, text: str) -> None:
-        """A warning in the log, the first time it is said of this model."""
-        if text not in self.said:
-            self.said.add(text)
-            logger.warning("%s", text)
 
 
 @dataclass(frozen=True)
@@ -67,9 +49,96 @@ class StreamingReport:
         return self.resident is not None and len(self.resident) < len(self.wanted)
 
 
+@dataclass
+class Streaming:
+    """What the clones of a streamed model share. It is ``model.streaming``."""
+
+    streamer: Streamer
+    patching: Patching
+    other_bytes: int
+    said: set[str] = field(default_factory=set)
+    extras: Extras = field(default_factory=dict)
+
+    def give(self, extras: Extras) -> None:
+        """Give the layers of the blocks ``extras``. Unless they have them already, start the streamer again."""
+        if _by_name(extras) != _by_name(self.extras):
+            self.extras = {}  # what they have if this fails
+            self.streamer.set_extras(extras)
+        self.extras = extras
+
+    def say_once(self, text: str) -> None:
+        """A warning in the log, the first time it is said of this model."""
+        if text not in self.said:
+            self.said.add(text)
+            logger.warning("%s", text)
+
+    def start(
+        self, plan: ResidencyPlan, device: torch.device, *, whole_blocks: bool, wanted: ResidencyPlan | None
+    ) -> None:
+        """Put ``plan`` into effect on ``device``, from memory that is pinned as far as ComfyUI's limits allow.
+
+        The log tells a plan that is new, and whether it keeps less than ``wanted``. See `Streamer.start` for errors.
+        """
+        streamer, before = self.streamer, self.streamer.plan
+        limit_bytes, limited_by = pin_limit(streamer.host_bytes - streamer.pinned_bytes)
+        streamer.pin(limit_bytes, device, limited_by, first=plan.streamed)
+        copies = copies_to(device)
+        if not streamer.all_pinned:
+            copies = through_bounce_buffers(copies)
+        with lasting_allocations():
+            streamer.start(plan, copies, whole_blocks=whole_blocks)
+        if streamer.plan is not None and streamer.plan != before:
+            self._say_plan(streamer.plan, wanted)
+
+    def _say_plan(self, plan: ResidencyPlan, wanted: ResidencyPlan | None) -> None:
+        logger.info(
+            "Streaming: %d blocks resident, %d streamed; %.0f MiB on the device (%.0f blocks, %.0f staging, "
+            "%.0f other), %.0f MiB over the bus a forward",
+            len(plan.resident),
+            len(plan.streamed),
+            (self.other_bytes + plan.device_bytes) / MIB,
+            (plan.resident_bytes + plan.small_bytes) / MIB,
+            plan.staging_bytes / MIB,
+            self.other_bytes / MIB,
+            plan.bytes_per_forward / MIB,
+        )
+        if wanted is not None and len(plan.resident) < len(wanted.resident):
+            self.say_once(
+                f"Streaming: there is room for {len(plan.resident)} of the {len(wanted.resident)} blocks that shall "
+                "stay on the device; the others are streamed. The picture is the same."
+            )
+
+    def report(
+        self, node_id: str | None, kinds: tuple[str, ...], wanted: tuple[int, ...], device_bytes: int
+    ) -> StreamingReport:
+        """The report of a patcher with these settings, ``device_bytes`` of whose model are on the device."""
+        plan, telemetry = self.streamer.plan, self.streamer.telemetry
+        return StreamingReport(
+            node_id=node_id,
+            kinds=kinds,
+            wanted=wanted,
+            resident=plan.resident if plan is not None else None,
+            streamed=plan.streamed if plan is not None else None,
+            device_bytes=device_bytes,
+            host_bytes=self.streamer.host_bytes,
+            pinned_bytes=self.streamer.pinned_bytes,
+            link_gbps=telemetry.link_gbps if telemetry is not None else None,
+            cost=(telemetry.last_timed or telemetry.last) if telemetry is not None else None,
+        )
+
+
 observers: list[Callable[[Any], None]] = []
 """Called with the `StreamedModelPatcher` after a model was loaded, a forward was timed, residency was lowered, or a
 sampling ended. What they raise goes to the log."""
+
+
+def tell_observers(patcher: Any) -> None:
+    """Call them with ``patcher``."""
+    for observer in observers:
+        try:
+            observer(patcher)
+        except Exception:  # who only looks on must not end a prompt
+            logger.exception("Streaming: a report was not delivered")
 
 
 def attach_streaming(

@@ -14,7 +14,7 @@ from flux_nf4.nf4_loader.checkpoint.require import require_transformer
 from flux_nf4.nf4_loader.models.fill import fill
 from flux_nf4.nf4_loader.models.transformers import build_flux, materialise
 from flux_nf4.offload import record
-from flux_nf4.offload.comfyui import patcher as patcher_module
+from flux_nf4.offload.comfyui import streaming as streaming_module
 from flux_nf4.offload.comfyui.patcher import StreamedModelPatcher
 from flux_nf4.offload.copies import InlineCopies
 from flux_nf4.offload.plan import Residency
@@ -104,7 +104,7 @@ def copies(monkeypatch):
     monkeypatch.setattr(record, "SMALL_BYTES", 2048)
     monkeypatch.setattr(StreamedModelPatcher, "staging_bytes", 600_000)
     monkeypatch.setattr(StreamedModelPatcher, "_computes_from_host", False)
-    monkeypatch.setattr(patcher_module, "copies_to", lambda device: counting)
+    monkeypatch.setattr(streaming_module, "copies_to", lambda device: counting)
     return counting
 
 

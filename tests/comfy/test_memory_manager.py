@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from torch import nn
 
 from flux_nf4.offload import record as record_module
-from flux_nf4.offload.comfyui import patcher as patcher_module
+from flux_nf4.offload.comfyui import streaming as streaming_module
 from flux_nf4.offload.comfyui.patcher import StreamedModelPatcher
 from flux_nf4.offload.comfyui.streaming import attach_streaming
 from flux_nf4.offload.copies import InlineCopies
@@ -122,7 +122,7 @@ class World:
         monkeypatch.setattr(record_module, "SMALL_BYTES", 1024)
         monkeypatch.setattr(StreamedModelPatcher, "staging_bytes", STAGING)
         monkeypatch.setattr(StreamedModelPatcher, "_computes_from_host", False)
-        monkeypatch.setattr(patcher_module, "copies_to", lambda device: self.copies)
+        monkeypatch.setattr(streaming_module, "copies_to", lambda device: self.copies)
         self.expected = [Model(seed)(X) for seed in (1, 2)]
         self.clones = [[self.make(seed)] for seed in (1, 2)]
         self.stock_module = Model(3)

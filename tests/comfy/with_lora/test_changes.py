@@ -12,7 +12,7 @@ from fake_registrar import FakeRegistrar
 
 from flux_nf4.offload import extras as extras_module
 from flux_nf4.offload.arena import HostArena
-from flux_nf4.offload.comfyui import patcher as patcher_module
+from flux_nf4.offload.comfyui import streaming as streaming_module
 from flux_nf4.offload.comfyui.patcher import StreamedModelPatcher
 from flux_nf4.offload.comfyui.patching import Patching
 from flux_nf4.offload.plan import Residency
@@ -143,7 +143,7 @@ def test_a_change_copies_only_what_it_changes(files, load, sample, with_lora, co
 
 
 def test_factors_are_pinned_with_their_blocks(files, load, with_lora, copies, monkeypatch):
-    monkeypatch.setattr(patcher_module, "pin_limit", lambda _: (1 << 40, None))
+    monkeypatch.setattr(streaming_module, "pin_limit", lambda _: (1 << 40, None))
     monkeypatch.setattr(extras_module, "HostArena", functools.partial(HostArena, registrar_for=FakeRegistrar()))
     patcher = with_lora(load(0, 0), files["low rank"])
     comfy.model_management.load_models_gpu([patcher])
