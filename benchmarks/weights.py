@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from native_files import FORMATS, has_formats, write_native
 
 GGUF_BLOCK = 32
 TINY_BLOCKS = (2, 3)
@@ -47,10 +48,8 @@ class Files:
             self.gguf()
         elif family == "comfy-fp8":
             self.dense(torch.float8_e4m3fn)
-        elif family in ("comfy-int8", "comfy-w4a8", "comfy-nvfp4") and importlib.util.find_spec("comfy_kitchen"):
-            from native import native_file
-
-            native_file(self, family.removeprefix("comfy-"))
+        elif (kind := family.removeprefix("comfy-")) in FORMATS and has_formats():
+            self.native(kind)
         elif family == "comfy-bf16" or family.startswith("diffusers-"):
             self.dense(torch.bfloat16)
 
@@ -61,6 +60,15 @@ class Files:
         """All tensors in ``dtype``, in Black Forest Labs' names."""
         name = f"flux-{str(dtype).removeprefix('torch.')}.safetensors"
         return self.made(name, lambda path: write_dense(path, self.nf4(), dtype))
+
+    def native(self, kind: str) -> Path:
+        """The blocks' matrices in a format of ComfyUI's own (`native_files.FORMATS`), the rest in bf16."""
+        from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
+
+        def write(path: Path) -> None:
+            write_native(path, dense_tensors(read_catalogue(self.nf4()), torch.bfloat16), kind)
+
+        return self.made(f"flux-{kind}.safetensors", write)
 
     def gguf(self) -> Path:
         """The matrices of the blocks as Q4_0, the rest as fp32."""

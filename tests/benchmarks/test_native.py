@@ -1,18 +1,16 @@
 """ComfyUI's native formats in the comparison: made from the same weights, and the same picture streamed or not."""
 
-import importlib.util
-
 import comfy.model_detection
 import comfy.utils
 import pytest
 from cases import TINY_CASES
 from contenders import CONTENDERS, Options, family_maker
 from family import Unavailable
-from native import native_file
+from native_files import has_formats
 from safetensors.torch import load_file
 from turn import Effort, take_turn
 
-HAS_FORMATS = importlib.util.find_spec("comfy_kitchen") is not None
+HAS_FORMATS = has_formats()
 NAMES = [
     contender.name for contender in CONTENDERS if contender.name.startswith(("comfy-int8", "comfy-w4", "comfy-nv"))
 ]
@@ -29,7 +27,7 @@ def test_a_comfyui_without_them_says_so(tiny_files):
 @pytest.mark.parametrize("case", ["tiny", "tiny-lora"])
 def test_streamed_makes_the_picture_that_comfyui_makes(kind, case, tiny_files, tmp_path, monkeypatch):
     detect = comfy.model_detection.model_config_from_unet
-    state = load_file(native_file(tiny_files, kind))
+    state = load_file(tiny_files.native(kind))
 
     def detected(*_, **__):
         config = detect()
