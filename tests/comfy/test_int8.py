@@ -18,12 +18,13 @@ FASTER = "int8 where faster"
 
 
 @pytest.fixture(autouse=True)
-def int8(request, monkeypatch):
+def int8(request):
     """Every Linear with as many rows as the tiny picture has tokens counts as one with many. False: without Triton."""
     by_kernel = getattr(request, "param", True)
-    monkeypatch.setattr("flux_nf4.nf4_loader.linear.int8._LEAST_ROWS", 4)
-    monkeypatch.setattr(nodes_compute, "_said", {})
-    with int8_on_cpu(by_kernel=by_kernel):
+    # Not by the fixture monkeypatch: a test that replaces the same names by it must be undone before this is.
+    with int8_on_cpu(by_kernel=by_kernel), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flux_nf4.nf4_loader.linear.int8._LEAST_ROWS", 4)
+        patch.setattr(nodes_compute, "_said", {})
         yield
 
 

@@ -242,7 +242,7 @@ CASES = {
     dense("F8_E4M3"): ["dense F8_E4M3 weights", "'Load Checkpoint'"],
     dense_unet_only: ["dense BF16 weights", "'Load Diffusion Model'"],
     gguf: ["GGUF", "'Unet Loader (GGUF)'"],
-    pickle: ["PyTorch pickle", "convert or download"],
+    pickle: ["PyTorch pickle", "Convert it"],
     nunchaku: ["nunchaku (SVDQuant)", "'Nunchaku FLUX DiT Loader'"],
     not_flux: ["not of a model that this node loads"],
     lora: ["it is a LoRA", "models/loras"],
