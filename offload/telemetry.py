@@ -61,9 +61,10 @@ class Link:
 class Telemetry:
     """Figures of the forwards over the tiles of ``blocks`` streamed blocks. ``forwards`` counts them.
 
-    A forward goes through the blocks in order, so it ends where an earlier block is called than the furthest so far
-    (with a single block: where a tile is called again). One call is not enough for that: some patches call a layer of
-    an earlier block out of turn. The next call decides: if it is new to this forward, the forward goes on.
+    A forward goes through the blocks in order, so the next one begins where an earlier block is called than before
+    (with a single block: where a tile is called again). One call is not enough, since some patches call a layer of
+    another block out of turn. After a call of an earlier block, the next call decides: if it is new to this forward and
+    not earlier, the forward goes on. A call of a later block counts once another follows that is not earlier.
     """
 
     def __init__(self, copies: Copies, blocks: int) -> None:
@@ -71,7 +72,7 @@ class Telemetry:
         self.refetched = 0
         self._copies = copies
         self._blocks = blocks
-        self._furthest = -1
+        self._furthest = self._reached = -1
         self._called: set[tuple[int, int]] = set()
         self._now = _Running()
         self._turned: tuple[_Running, tuple[int, int]] | None = None
@@ -112,10 +113,14 @@ class Telemetry:
         """A tile is called for: ``key`` is its block and its own number in the block. Blocks are in execution order."""
         if self._turned is not None:
             self._decide(key)
-        elif key[0] < self._furthest or (self._blocks == 1 and key in self._called):
+            return
+        block = key[0]
+        if block < self._furthest or (key in self._called and (block < self._reached or self._blocks == 1)):
             self._turn(key)
             return
-        self._furthest = key[0]
+        if block >= self._reached:
+            self._furthest = self._reached
+        self._reached = block
         self._called.add(key)
 
     def rest(self) -> None:
@@ -126,8 +131,9 @@ class Telemetry:
             self._begin(self._turned)
         if self._called:
             self._end_forward(self._record() if self._now.begun is not None else None)
-        self._furthest, self._turned, self._now = -1, None, _Running()
-        self._gets = self._now
+        self._turned = None
+        self._now = self._gets = _Running()
+        self._furthest = self._reached = -1
         self._called.clear()
 
     def copied(self, nbytes: int, pinned_bytes: int, link: Link | None = None) -> None:
@@ -161,12 +167,12 @@ class Telemetry:
         """``key`` follows a call that may have begun a forward."""
         assert self._turned is not None
         turned, self._turned = self._turned, None
-        if key[0] >= self._furthest and key not in self._called:
+        if key[0] < self._furthest or key in self._called:
+            self._begin(turned)
+        else:
             self._now.add(turned[0])
             self._gets = self._now
-        else:
-            self._begin(turned)
-            self.tile(key)
+        self.tile(key)
 
     def _begin(self, turned: tuple[_Running, tuple[int, int]]) -> None:
         running, key = turned
@@ -176,7 +182,7 @@ class Telemetry:
             running.begun = None
             running.waits.clear()
         self._now = self._gets = running
-        self._furthest = key[0]
+        self._furthest, self._reached = -1, key[0]
         self._called = {key}
 
     def _next_is_timed(self) -> bool:
