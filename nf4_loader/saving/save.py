@@ -26,7 +26,7 @@ from .quantise import QuantSettings, described, quantise
 
 logger = logging.getLogger(__name__)
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 
 _COPY_BYTES = 16 << 20
 

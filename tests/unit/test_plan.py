@@ -10,6 +10,7 @@ from flux_nf4.offload.plan import (
     BlockSize,
     least_device_bytes,
     plan_by_budget,
+    plan_for,
     predict_stall_ms,
 )
 
@@ -138,3 +139,12 @@ def test_stall_is_what_the_bus_takes_beyond_compute():
 
 def test_the_default_ring_holds_several_of_the_largest_tiles():
     assert 4 * max(SINGLE.tiles) < STAGING_BYTES
+
+
+def test_the_ring_holds_two_of_the_largest_tiles():
+    """A Linear of FLUX.2 has 190 MB: more than half of the ring that is enough for Flux.1."""
+    tile = 190_000_000
+    blocks = [BlockSize("single", (tile, 1 << 20), 4096)] * 8
+    assert plan_for(blocks, ()).staging_bytes == 2 * tile
+    assert plan_for(blocks, (), staging_bytes=1).staging_bytes == 2 * tile
+    assert plan_for(blocks, range(8)).staging_bytes == 0

@@ -3,6 +3,9 @@
 A short profile runs by default; ``HYPOTHESIS_PROFILE=long`` runs over 100,000 steps.
 """
 
+import contextlib
+import itertools
+
 import pytest
 import torch
 from effort import LONG
@@ -131,6 +134,57 @@ def test_what_there_was_no_room_for_becomes_resident_when_there_is():
     assert len(model.streamer.plan.resident) == 7
     model.forward()
     model.check()
+
+
+@pytest.mark.parametrize("at", range(1, 12))
+@pytest.mark.parametrize(
+    "error", [RuntimeError("the driver has gone"), KeyboardInterrupt()], ids=["error", "interrupt"]
+)
+def test_after_any_error_nothing_is_left_and_the_same_plan_starts(error, at):
+    device = SimulatedDevice()
+    model = StreamedModel(Streamer, device)
+    with failing_once(device, error, at) as failed, contextlib.suppress(type(error)):
+        model.start(double=1, single=1)
+    if failed:
+        assert model.streamer.plan is None
+        assert model.streamer.device_bytes == 0
+        device.synchronise()
+        assert device.held_bytes == 0
+    model.start(double=1, single=1)
+    assert len(model.streamer.plan.resident) == 2
+    model.forward()
+    model.check()
+
+
+@pytest.mark.parametrize("at", range(1, 12))
+def test_a_backend_that_only_says_that_memory_is_short_gets_fewer_residents(at):
+    device = SimulatedDevice()
+    model = StreamedModel(Streamer, device)
+    with failing_once(device, RuntimeError("MPS backend out of memory"), at) as failed:
+        model.start(double=1, single=1)
+    assert len(model.streamer.plan.resident) < 2 if failed else len(model.streamer.plan.resident) == 2
+    model.forward()
+    model.check()
+    model.start(double=1, single=1)
+    assert len(model.streamer.plan.resident) == 2
+
+
+@contextlib.contextmanager
+def failing_once(device, error, at):
+    """Have the ``at``-th piece of memory of ``device`` raise ``error``. Gives a list that is not empty once it did."""
+    whole, asked, failed = device.empty, itertools.count(1), []
+
+    def empty(nbytes):
+        if next(asked) == at:
+            failed.append(error)
+            raise error
+        return whole(nbytes)
+
+    device.empty = empty
+    try:
+        yield failed
+    finally:
+        del device.empty
 
 
 SYNCHRONISATIONS = {"calls": ("compute_waits", "record", "_released"), "never": "copies.event()"}
