@@ -205,7 +205,7 @@ def main() -> None:
 
     device = torch.device("cuda", torch.cuda.current_device())
     kitchen_problem = kitchen.problem_on(device, torch.bfloat16)
-    triton_problem = int8_weight._problem(device, torch.bfloat16)
+    triton_problem = int8_weight.problem_on(device, torch.bfloat16)
     print(f"comfy-kitchen: {kitchen_problem or 'works'}; Triton: {triton_problem or 'works'}", flush=True)
     if kitchen_problem or triton_problem:
         sys.exit("int8 cannot be measured here")

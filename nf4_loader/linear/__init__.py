@@ -1,6 +1,8 @@
 """How a 4-bit Linear computes. Knows no files.
 
-``linear4bit`` (the module and the tensors that it holds), ``dense_view`` (its weight, as others see it), ``matmul``
-(the table of ways to multiply), ``kernels`` (dequantise, and bitsandbytes' matmul), ``patched_weight`` (dequantise with
-a LoRA in it). Of ``checkpoint`` they use ``quant_state`` only, which says how the bytes of a weight are read.
+``linear4bit`` is the module and the tensors that it holds, ``dense_view`` its weight as others see it. ``matmul`` is
+the table of ways to multiply: exact ones with ``kernels`` (dequantise, and bitsandbytes' matmul) and ``patched_weight``
+(dequantise with a LoRA in it), and ``int8`` with ``int8_weight`` and ``kitchen``, where ``measured`` finds it faster.
+``triton_trial`` tells whether a Triton kernel can be used. Of ``checkpoint`` they use ``quant_state`` only, which says
+how the bytes of a weight are read.
 """

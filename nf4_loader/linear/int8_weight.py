@@ -4,32 +4,27 @@ Each row is rotated (ConvRot: groups of 256 columns times a Hadamard matrix, whi
 scale and rounded. The scale is a 127th of the row's largest magnitude. It depends on the weight alone and takes as long
 to compute as all the rest, so it is computed once and kept.
 
-The other way goes through a dense weight and comfy-kitchen's own quantiser, and takes three times as long (measured on
-an H100). It is left where Triton does not work: Triton is not on every platform, and needs a compiler. Then `works_on`
-says so once.
+Where Triton does not work, rows are made by comfy-kitchen's own quantiser from a dense weight, which takes three times
+as long (measured on an H100).
 """
 
 import functools
-import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import cast
 
 import torch
 
 from ...low_rank.branch import Patch
-from ...memory import is_out_of_memory
 from ..checkpoint.quant_state import CODES, QuantState, QuantType
-from .kernels import code_table, dequantise_by_table
+from .kernels import code_table
 from .kitchen import GROUP
 from .patched_weight import MAX_RANK
+from .triton_trial import BLOCKSIZE, RandomNumbers, current, log_problem, patched_by_table, problem_with
 
 try:
     from .int8_weight_kernel import rows_kernel, scales_kernel
 except ImportError:  # if importing Triton fails in other ways, PyTorch's compiler does not load either
     rows_kernel = scales_kernel = None
-
-logger = logging.getLogger(__name__)
 
 ROWS, WARPS = 16, 4
 """What one program rotates, and with how many warps. With 2, Triton 3.6 compiles the kernels without patches to other
@@ -132,11 +127,6 @@ def rotated(weight: torch.Tensor) -> torch.Tensor:
     return (h16 @ weight.view(weight.shape[0], -1, 16, 16) @ h16).view(weight.shape)
 
 
-def current(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes ``device`` the current one: kernels are launched there, wherever the tensors are."""
-    return nullcontext() if device.type == "cpu" else torch.get_device_module(device.type).device(device)
-
-
 @functools.cache
 def works_on(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `write_int8_rows` can be used. Small weights are tried, which compiles the kernels.
@@ -144,46 +134,30 @@ def works_on(device: torch.device, dtype: torch.dtype) -> bool:
     Raises:
         RuntimeError: there is too little memory to try; another time there may be enough.
     """
-    problem = _problem(device, dtype)
+    problem = problem_on(device, dtype)
     if problem is not None:
-        logger.info("int8: weights take longer to prepare, because Triton cannot be used here (%s)", problem)
+        log_problem(problem, "int8: weights take longer to prepare")
     return problem is None
 
 
-def _problem(device: torch.device, dtype: torch.dtype) -> str | None:
-    if rows_kernel is None:
-        return "it is not installed"
-    if device.type == "cpu":
-        return "it is for GPUs"
-    try:
-        return _trial(device, dtype)
-    except Exception as error:  # a missing compiler, an old driver, a new GPU: they raise anything
-        if is_out_of_memory(error):
-            raise
-        return f"{type(error).__name__}: {error}"
+def problem_on(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `write_int8_rows` cannot be used, or None. Raises as `works_on`."""
+    return problem_with(rows_kernel, _trial, device, dtype)
 
 
 def _trial(device: torch.device, dtype: torch.dtype) -> str | None:
     """The problem with the kernels' values, or None: for each code, without a patch and with one."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.rand(shape, generator=generator, device="cpu").to(device)
-
+    random = RandomNumbers(device)
     count, columns = shape = 2 * ROWS, 2 * GROUP
-    packed, absmax = (256 * random(count * columns // 2)).to(torch.uint8), random(count * columns // 64)
-    rank = MAX_RANK - 4
-    patch = Patch(0, random(count, rank).to(dtype), random(rank, columns).to(dtype), random(rank))
+    packed, absmax = random.weight(count, columns)
+    patch = random.patch(0, count, columns, MAX_RANK - 4, dtype)
     for quant_type in CODES:
-        weight = (packed, absmax, QuantState(quant_type, 64, shape))
+        weight = (packed, absmax, QuantState(quant_type, BLOCKSIZE, shape))
         for patches in ([], [patch]):
-            expected = dequantise_by_table(*weight, torch.float32)
-            for _, up, down, scale in patches:
-                expected += (up.float() * scale) @ down.float()
             row_scale = torch.zeros(count, device=device)
             rows = torch.empty(shape, dtype=torch.int8, device=device)
             write_int8_rows(*weight, dtype, patches, row_scale, rows)
-            steps_off = (rows - rotated(expected) / row_scale[:, None]).abs().max()
+            steps_off = (rows - rotated(patched_by_table(*weight, patches)) / row_scale[:, None]).abs().max()
             if not steps_off <= 2:
                 return "its kernels give other values"
     return None

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from ..checkpoint.quant_state import QuantState
 from . import int8_weight, kernels, kitchen
+from .triton_trial import current
 
 _WORTH_IT = 1.05
 """How many times as fast int8 has to be. If it wins less than this, that is not worth its error."""
@@ -89,7 +90,7 @@ def measure(case: Case) -> Timing:
         int8_weight.write_int8_rows(packed, absmax, state, dtype, (), row_scale, rows)
         return kitchen.linear(input, rows, row_scale, bias)
 
-    with int8_weight.current(device):
+    with current(device):
         calls = {}
         for way in (exact, int8):
             way()  # compiles, allocates, chooses

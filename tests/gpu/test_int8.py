@@ -15,7 +15,7 @@ FASTER = "int8 where faster"
 
 @pytest.fixture(autouse=True)
 def _there_is_int8():
-    problem = kitchen.problem_on(DEVICE, DTYPE) or int8_weight._problem(DEVICE, DTYPE)
+    problem = kitchen.problem_on(DEVICE, DTYPE) or int8_weight.problem_on(DEVICE, DTYPE)
     if problem is not None:
         pytest.skip(problem)
 

@@ -135,7 +135,7 @@ def test_without_triton_the_package_loads_and_says_so(tmp_path):
         f"""
         sys.path.insert(0, {str(tmp_path)!r})
         from flux_nf4.nf4_loader.linear import patched_weight
-        print(patched_weight._problem(torch.device("meta"), torch.bfloat16))
+        print(patched_weight.problem_on(torch.device("meta"), torch.bfloat16))
         """
     )
     assert " ".join(said) == "it is not installed"
