@@ -7,6 +7,8 @@ Hadamard matrix H4 (x) H4 (x) H4 (x) H4 / 16. Here that is two products with H16
 import triton
 import triton.language as tl
 
+from .weight_kernel import expand, multiply_factors
+
 
 @triton.jit
 def _rotated(  # type: ignore[no-untyped-def]  # Triton would look for the names of types
@@ -16,22 +18,13 @@ def _rotated(  # type: ignore[no-untyped-def]  # Triton would look for the names
     row = start + tile * ROWS + tl.arange(0, ROWS)
     byte = group * 128 + tl.arange(0, 128)
     index = row[:, None] * (GROUPS * 128) + byte[None, :]
-    codes = tl.load(packed + index)
-    factor = tl.load(absmax + index // BLOCK_BYTES)
-    high = tl.load(code + (codes >> 4).to(tl.int32)) * factor
-    low = tl.load(code + (codes & 15).to(tl.int32)) * factor
-    weight = tl.reshape(tl.join(high, low), (ROWS, 256))
+    weight = expand(packed, absmax, code, index, BLOCK_BYTES, ROWS, 128)
 
     i = tl.arange(0, 16)
     h = tl.load(hadamard + i[:, None] * 16 + i[None, :])
     if RANKS > 0:
         column = group * 256 + tl.arange(0, 256)
-        rank = tl.arange(0, MOST)
-        is_rank = rank < RANKS
-        scales = tl.load(scale + rank, mask=is_rank, other=0.0)
-        ups = tl.load(up + (row - start)[:, None] * RANKS + rank[None, :], mask=is_rank[None, :], other=0.0)
-        downs = tl.load(down + rank[:, None] * (GROUPS * 256) + column[None, :], mask=is_rank[:, None], other=0.0)
-        weight += tl.dot((ups.to(tl.float32) * scales[None, :]).to(downs.dtype), downs)
+        weight += multiply_factors(up, down, scale, row - start, column, GROUPS * 256, RANKS, MOST)
 
     turned = tl.dot(tl.reshape(weight.to(h.dtype), (ROWS * 16, 16)), h)
     turned = tl.permute(tl.reshape(turned, (ROWS, 16, 16)), (0, 2, 1))

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .weight_kernel import expand, multiply_factors
+
 
 @triton.jit  # type: ignore[untyped-decorator]
 def kernel(  # type: ignore[no-untyped-def]  # Triton would look for the names of types
@@ -29,21 +31,12 @@ def kernel(  # type: ignore[no-untyped-def]  # Triton would look for the names o
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     byte = tl.program_id(0) * BYTES + tl.arange(0, BYTES)
     # Load the packed weight first: it arrives while the factors are multiplied.
-    index = (start + row)[:, None] * row_bytes + byte[None, :]
-    codes = tl.load(packed + index)
-    factor = tl.load(absmax + index // BLOCK_BYTES)
-    high = tl.load(code + (codes >> 4).to(tl.int32)) * factor
-    low = tl.load(code + (codes & 15).to(tl.int32)) * factor
+    weight = expand(packed, absmax, code, (start + row)[:, None] * row_bytes + byte[None, :], BLOCK_BYTES, ROWS, BYTES)
 
     columns = 2 * row_bytes
     column = tl.program_id(0) * 2 * BYTES + tl.arange(0, 2 * BYTES)
-    rank = tl.arange(0, MOST)
-    is_rank = rank < RANKS
-    scales = tl.load(scale + rank, mask=is_rank, other=0.0)
-    ups = tl.load(up + row[:, None] * RANKS + rank[None, :], mask=is_rank[None, :], other=0.0)
-    downs = tl.load(down + rank[:, None] * columns + column[None, :], mask=is_rank[:, None], other=0.0)
-    delta = tl.dot((ups.to(tl.float32) * scales[None, :]).to(ups.dtype), downs)
+    delta = multiply_factors(up, down, scale, row, column, columns, RANKS, MOST)
 
     # Round first: otherwise the compiler converts the weight, not the product, to the other layout, in three shuffles.
-    weight = tl.reshape(tl.join(high, low), (ROWS, 2 * BYTES)) + delta.to(downs.dtype).to(tl.float32)
+    weight += delta.to(down.dtype.element_ty).to(tl.float32)
     tl.store(out + (start + row)[:, None] * columns + column[None, :], weight.to(out.dtype.element_ty))

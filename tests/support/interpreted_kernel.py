@@ -14,13 +14,15 @@ def interpreted(name="patched_weight"):
     """
     tl = pytest.importorskip("triton").language
     module = importlib.import_module(f"flux_nf4.nf4_loader.linear.{name}")
-    compiled = importlib.import_module(f"flux_nf4.nf4_loader.linear.{name}_kernel")
+    compiled = [importlib.import_module(f"{module.__package__}.{part}") for part in ("weight_kernel", f"{name}_kernel")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         # Triton's own functions are interpreted only where that was asked for before it was imported.
         patch.setattr(tl, "max", lambda input, axis: tl.reduce(input, axis, tl.standard._elementwise_max))
-        for kernel, function in vars(importlib.reload(compiled)).items():
+        _, kernels = map(importlib.reload, compiled)
+        for kernel, function in vars(kernels).items():
             if kernel.endswith("kernel"):
                 patch.setattr(module, kernel, function)
         yield module
-    importlib.reload(compiled)
+    for each in compiled:
+        importlib.reload(each)
