@@ -1,19 +1,26 @@
 """What streaming needs of ComfyUI's memory manager, found out by looking: versions and forks differ."""
 
 import importlib
+from collections.abc import Iterator
 from functools import reduce
+from typing import Any
+
+import torch
+from torch import nn
 
 _NEEDED = {
     "comfy.model_patcher": (
         *(
             f"ModelPatcher.{method}"
             for method in (
-                *("add_hook_patches", "add_patches", "add_wrapper_with_key", "apply_hooks", "cleanup", "clone"),
-                *("detach", "get_all_callbacks", "get_key_patches", "is_clone", "load", "loaded_size", "model_size"),
-                *("model_state_dict", "partially_load", "partially_unload", "patch_hooks", "patch_model"),
-                *("prepare_state", "remove_wrappers_with_key", "unpatch_hooks", "unpatch_model", "use_ejected"),
+                *("add_callback_with_key", "add_hook_patches", "add_patches", "add_wrapper_with_key", "apply_hooks"),
+                *("cleanup", "clone", "detach", "get_all_callbacks", "get_key_patches", "is_clone", "load"),
+                *("loaded_size", "model_size", "model_state_dict", "partially_load", "partially_unload"),
+                *("patch_hooks", "patch_model", "pre_run", "prepare_state", "remove_wrappers_with_key"),
+                *("unpatch_hooks", "unpatch_model", "use_ejected"),
             )
         ),
+        "CallbacksMP.ON_CLEANUP",
         "CallbacksMP.ON_LOAD",
         "LowVramPatch",
     ),
@@ -25,6 +32,15 @@ _NEEDED = {
     "comfy.lora": ("calculate_weight",),
     "comfy.weight_adapter": ("LoRAAdapter.load",),
 }
+"""Names in modules."""
+
+_NEEDED_OF_PATCHERS = (
+    *("backup", "callbacks", "current_hooks", "force_cast_weights", "forced_hooks", "hook_backup", "hook_patches"),
+    *("injections", "load_device", "model", "object_patches", "object_patches_backup", "offload_device", "parent"),
+    *("patches", "patches_uuid", "weight_wrapper_patches", "wrappers"),
+    *("model.current_weight_patches_uuid", "model.device", "model.model_loaded_weight_memory", "model.model_lowvram"),
+)
+"""Attributes of each ModelPatcher, and those that it gives its model: only an instance has them."""
 
 
 class UnknownComfyUIError(RuntimeError):
@@ -35,9 +51,9 @@ def require_comfyui() -> None:
     """Refuse a ComfyUI that has changed too much.
 
     Raises:
-        UnknownComfyUIError: names its version, and what it has not.
+        UnknownComfyUIError: names its version, and what it lacks.
     """
-    missing = [f"{module}.{name}" for module, names in _NEEDED.items() for name in names if not _has(module, name)]
+    missing = list(_missing_in_modules()) or list(_missing_of_patchers())
     if missing:
         raise UnknownComfyUIError(
             f"ComfyUI {_version()} has no {', '.join(missing)}, which streaming needs. Update this package, or ComfyUI "
@@ -45,10 +61,35 @@ def require_comfyui() -> None:
         )
 
 
-def _has(module: str, name: str) -> bool:
+def _missing_in_modules() -> Iterator[str]:
+    for module, names in _NEEDED.items():
+        try:
+            found = importlib.import_module(module)
+        except (ImportError, AttributeError):
+            yield module
+            continue
+        yield from (f"{module}.{name}" for name in names if not _has(found, name))
+
+
+def _missing_of_patchers() -> Iterator[str]:
+    """Of a ModelPatcher that is made as ours are, of an empty module."""
+    from comfy.model_patcher import ModelPatcher
+
+    cpu = torch.device("cpu")
     try:
-        reduce(getattr, name.split("."), importlib.import_module(module))
-    except (ImportError, AttributeError):
+        patcher = ModelPatcher(nn.Module(), cpu, cpu)
+    except Exception as error:  # whatever a changed one raises where it is not given what it wants
+        yield f"ModelPatcher of a model and two devices ({type(error).__name__}: {error})"
+        return
+    missing = [name for name in _NEEDED_OF_PATCHERS if not _has(patcher, name)]
+    if missing:
+        yield f"{', '.join(missing)} in its ModelPatchers"
+
+
+def _has(what: Any, name: str) -> bool:
+    try:
+        reduce(getattr, name.split("."), what)
+    except AttributeError:
         return False
     return True
 
