@@ -206,7 +206,7 @@ CASES = {
         "Lumina2",
         LUMINA,
         (1, 16, 8, 8),
-        {**TEXT, "attention_mask": t(1, 8, ones=True), "num_tokens": 8},
+        {**TEXT, "attention_mask": t(1, 8, below=2), "num_tokens": 8},
     ),
     "Z-Image": Case(
         "ZImage",

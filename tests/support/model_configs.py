@@ -118,7 +118,6 @@ LUMINA = {
     "n_kv_heads": 2,
     "axes_dims": [8, 8, 8],
     "axes_lens": [300, 512, 512],
-    "rope_theta": 10000.0,
     "ffn_dim_multiplier": 1.0,
     "multiple_of": 32,
 }
