@@ -1,11 +1,12 @@
-"""Copies of host memory that is not pinned: through two small pinned buffers, filled by a worker thread.
+"""Copies from host memory that is not pinned, through two small pinned buffers that a worker thread fills.
 
-A plain copy from pageable memory holds the calling thread up until the bytes have left, and runs at a fraction of the
+A plain copy from pageable memory blocks the calling thread until the bytes have left, and reaches a fraction of the
 bus's speed. Here the worker fills one buffer while the bus empties the other. Copies must reach the copy stream in the
-order in which they were asked for, so those of pinned memory go through the worker's queue, too, unless it is empty.
+order in which they were asked for. So copies from pinned memory go through the worker's queue, too, unless the queue is
+empty.
 
-What is different from `StreamCopies`: compute can wait on the device only for what has been submitted there, so the
-caller waits for the worker to submit a copy where it is needed sooner than that.
+One thing differs from `StreamCopies`. On the device, compute can wait only for copies that have been submitted. If it
+needs a copy before that, the calling thread waits until the worker has submitted it.
 """
 
 import functools
@@ -25,11 +26,11 @@ from .copies import Copies, StreamCopies
 logger = logging.getLogger(__name__)
 
 BUFFER_BYTES = 32 * MIB
-"""Size of each of the two buffers: a tile of Flux NF4 at a time, mostly."""
+"""Size of each of the two buffers. Most tiles of Flux in NF4 fit into one."""
 
 
 class Lane(Copies, Protocol):
-    """Copies for which the worker may wait, and which can tell pinned memory."""
+    """Copies that the worker uses: the host can wait for their events, and they know which memory is pinned."""
 
     def enter_thread(self) -> None: ...
 
@@ -42,13 +43,17 @@ class Lane(Copies, Protocol):
 
 @dataclass(frozen=True)
 class _Recording:
-    """One recording of an event: an event of the lane that is recorded once only, and when that is submitted."""
+    """One recording of a caller's event.
+
+    ``event`` is an event of the lane, which is recorded only once. ``submission`` is done when the worker has recorded
+    it; None if the calling thread has done so.
+    """
 
     event: Any
     submission: "Future[None] | None" = None
 
     def submitted(self) -> Any:
-        """The lane's event, once it has been recorded; raises what kept it from being."""
+        """Wait until the lane's event has been recorded, and return it. Raises the error that prevented that."""
         if self.submission is not None:
             self.submission.result()
         return self.event
@@ -56,7 +61,7 @@ class _Recording:
 
 @dataclass
 class _Event:
-    """An event as the caller knows it: recorded again and again, while the worker still needs earlier recordings."""
+    """The caller's event. It is recorded again and again, while the worker still needs earlier recordings."""
 
     is_timed: bool
     recording: _Recording
@@ -79,21 +84,21 @@ class _Job:
 
 @dataclass
 class _Buffer:
-    """Pinned memory, and the event that passes when its bytes have left."""
+    """Pinned memory, and the event that passes when its bytes have left it."""
 
     memory: torch.Tensor
     emptied: Any
 
 
 class _Bounce:
-    """The worker's side: takes one copy after the other to the lane."""
+    """The worker's side: submits one copy after the other to the lane."""
 
     def __init__(self, lane: Lane, buffer_bytes: int) -> None:
         self._lane = lane
         self._buffers = deque(_Buffer(lane.pinned(buffer_bytes), lane.event()) for _ in range(2))
 
     def submit(self, job: _Job) -> None:
-        # Inference mode is each thread's own; in it, tensors of either kind may be written.
+        # Each thread has its own inference mode. In it, ordinary tensors and inference tensors may be written.
         with torch.inference_mode():
             after = job.after.submitted()
             destination, source = job.take()
@@ -118,9 +123,9 @@ class _Bounce:
 
 
 class BouncedCopies:
-    """Copies to ``lane.device`` whose sources need not be pinned; the `Copies` protocol.
+    """`Copies` to ``lane.device`` from host memory that need not be pinned.
 
-    The worker ends, and its buffers go, when this does. A copy that fails is raised where compute is to wait for it.
+    When this object goes, its worker ends and its buffers are freed. If a copy fails, `compute_waits` raises the error.
 
     Raises:
         RuntimeError: the buffers cannot be pinned.
@@ -182,7 +187,7 @@ class BouncedCopies:
         event.recording = _Recording(recorded)
 
     def _refuse_fork(self) -> None:
-        # Threads are not inherited: nobody would ever answer.
+        # A fork does not inherit threads: the caller would wait for the worker for ever.
         if os.getpid() != self._process:
             raise RuntimeError(
                 "this process was forked from the one that streams the model: load the model again, or start the "
@@ -194,7 +199,10 @@ _shared: "weakref.WeakValueDictionary[Copies, BouncedCopies]" = weakref.WeakValu
 
 
 def through_bounce_buffers(copies: Copies) -> Copies:
-    """``copies`` for host memory that is not all pinned; the same for all who ask while one of them uses it."""
+    """``copies``, made to work from host memory that is not pinned. All callers share one result while it is in use.
+
+    Where not even the buffers can be pinned, this is ``copies`` itself, and the log says so.
+    """
     if not isinstance(copies, StreamCopies):
         return copies
     bounced = _shared.get(copies)
@@ -211,8 +219,8 @@ def through_bounce_buffers(copies: Copies) -> Copies:
 @functools.cache
 def _say_pageable(device: torch.device, error: str) -> None:
     logger.warning(
-        "Streaming: not even %d MiB of host memory could be pinned for %s, so copies of what is not pinned hold up "
-        "the computation: %s",
+        "Streaming: not even %d MiB of host memory could be pinned for %s, so the computation waits for copies from "
+        "memory that is not pinned: %s",
         2 * BUFFER_BYTES // MIB,
         device,
         error,

@@ -1,7 +1,7 @@
-"""Modules that keep their host memory while they are on a device: on the way back nothing is copied.
+"""Modules that keep their host memory while they are on a device, so that moving them back copies nothing.
 
-Where a card does not hold all models, ComfyUI moves text encoders and VAE there and back for each prompt. Back means to
-allocate and fill as much RAM as they had before: 1.2 to 2.9 s for a T5 in fp8 (4.9 GB), with an H100.
+Where a GPU cannot hold all models, ComfyUI moves text encoders and VAE there and back for each prompt. Moving back
+allocates RAM and fills it: 1.2 to 2.9 s for a T5 in fp8 (4.9 GB) on a machine with an H100.
 """
 
 import weakref
@@ -15,7 +15,7 @@ from torch import nn
 from ..memory import GIB
 
 SPARE_BYTES = 4 * GIB
-"""The host memory of what goes to a device is kept if so much is free beside it."""
+"""Host memory is kept only if this much RAM is free beside it."""
 
 Move = Callable[[torch.Tensor], torch.Tensor]
 Kept = dict[str, tuple[torch.Tensor, "weakref.ref[torch.UntypedStorage]"]]
@@ -27,9 +27,9 @@ _keepers: "weakref.WeakSet[_KeepsHostMemory]" = weakref.WeakSet()
 def keep_host_memory(model: nn.Module, written: Sized = ()) -> None:
     """From now on the parameters and buffers of ``model`` return to the host memory that they came from.
 
-    Only those that still are what was copied from there: a tensor that has taken the place of one goes its own way.
-    While ``written`` is not empty, tensors may have been written to on the device, and all are copied (ComfyUI's
-    ``hook_backup``: hooks write in place, and a part of a model can leave before they are undone).
+    This holds only for tensors that are still the copies made from there. A tensor that replaced one is moved as usual.
+    While ``written`` is not empty, tensors may have been written to on the device, so all are copied. (It is ComfyUI's
+    ``hook_backup``: hooks write in place, and part of a model can leave before they are undone.)
     """
     for module in model.modules():
         if module._parameters or module._buffers:
@@ -40,7 +40,7 @@ def keep_host_memory(model: nn.Module, written: Sized = ()) -> None:
 
 
 def give_back_host_memory() -> None:
-    """What is on a device now will be copied when it leaves; its host memory is free."""
+    """Free the host memory of everything that is on a device now. It will be copied when it leaves the device."""
     for module in _keepers:
         module._kept = {}
 
@@ -48,7 +48,7 @@ def give_back_host_memory() -> None:
 class _KeepsHostMemory(nn.Module):
     _written: Sized
     _kept: Kept = {}  # noqa: RUF012  replaced, never changed
-    """Of each tensor on a device: its host memory, and its memory on the device."""
+    """By the name of a tensor on a device: its host memory, and its memory on the device."""
 
     def _apply(self, fn: Move, recurse: bool = True) -> Any:
         if recurse:
@@ -87,7 +87,7 @@ class _KeepsHostMemory(nn.Module):
         return left if left and psutil.virtual_memory().available >= SPARE_BYTES else {}
 
     def _named(self) -> dict[str, torch.Tensor]:
-        """Parameters and buffers, but for tensors of classes of their own."""
+        """Parameters and buffers, except those of tensor subclasses."""
         named = {**self._parameters, **self._buffers}
         return {
             name: tensor for name, tensor in named.items() if tensor is not None and type(tensor.data) is torch.Tensor
@@ -104,7 +104,10 @@ def _keeping(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _memory(tensor: torch.Tensor) -> torch.UntypedStorage | None:
-    """Of a tensor on a device, if it tells (DirectML's do not). One object as long as the memory is there."""
+    """The memory of a tensor on a device: the same object for as long as it exists.
+
+    None for a tensor on the CPU, and where the device does not tell (DirectML).
+    """
     try:
         return None if tensor.is_cpu else tensor.untyped_storage()
     except RuntimeError:

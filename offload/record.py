@@ -1,11 +1,11 @@
 """A block's tensors laid out flat in one record, and the block bound to any copy of those bytes.
 
-A record is the block's tiles, then its small part. A tile is the large tensors of one layer (for an NF4 Linear:
-packed weight and absmax): what is fetched, waited for and released together. The small part is everything else,
-biases, norms and tables; it is a thousandth of a Flux block, stays on the device, and so costs no waiting.
+A record is the block's tiles, followed by its small part. A tile is the large tensors of one layer (for an NF4 Linear:
+packed weight and absmax). They are fetched, waited for and released together. The small part is everything else:
+biases, norms and tables. It is a thousandth of a Flux block and stays on the device, so nothing waits for it.
 
-A tensor of a class that wraps plain ones (ComfyUI's quantised weights) is a field made of fields: its class is asked
-for them by torch's protocol for such (``__tensor_flatten__`` and ``__tensor_unflatten__``).
+A tensor whose class wraps plain tensors (ComfyUI's quantised weights) is a field made of fields. Torch's protocol for
+these classes, ``__tensor_flatten__`` and ``__tensor_unflatten__``, takes it apart and puts it together.
 """
 
 import dataclasses
@@ -20,15 +20,15 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 ALIGNMENT = 256
-"""Bytes. CUDA kernels want 16; 256 is what the device allocator itself keeps."""
+"""Bytes. CUDA kernels need 16; 256 is what the device's own allocator aligns to."""
 
 SMALL_BYTES = 64 << 10
-"""Tensors below this are in the small part."""
+"""Tensors with fewer bytes are in the small part."""
 
 
 @dataclass(frozen=True)
 class Wrapper:
-    """How a tensor is made of plain ones: ``inner`` are these, with offsets within it."""
+    """How a tensor is made of plain ones: ``inner`` are those, with offsets within its bytes."""
 
     type: type[Any]
     inner: "tuple[Field, ...]"
@@ -51,7 +51,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Tile:
-    """Consecutive bytes of a record that one module uses: ``module`` is its path in the block ("" is the block)."""
+    """Consecutive bytes of a record that one module uses. ``module`` is its path in the block; "" is the block."""
 
     module: str
     offset: int
@@ -61,14 +61,17 @@ class Tile:
 
 @dataclass(frozen=True)
 class RecordLayout:
-    """Tiles in order of registration, and the small part; equal for blocks of equal structure."""
+    """The tiles, in the order in which their modules were registered, and the small part.
+
+    Blocks of equal structure have equal layouts.
+    """
 
     tiles: tuple[Tile, ...]
     small: Tile
     nbytes: int
 
     def whole(self) -> "RecordLayout":
-        """The same bytes, with all tiles as one: for a compiled block, which is entered and left once."""
+        """The same bytes with all tiles as one, for a compiled block: it needs all of them when it is entered."""
         fields = [replace(field, offset=tile.offset + field.offset) for tile in self.tiles for field in tile.fields]
         tiles = (Tile("", 0, self.small.offset, tuple(fields)),) if self.tiles else ()
         return RecordLayout(tiles, self.small, self.nbytes)
@@ -86,10 +89,10 @@ def layout_of(block: nn.Module) -> RecordLayout:
 
 
 def layout_from(owners: Mapping[str, Sequence[Field]]) -> RecordLayout:
-    """Lay out a block from the fields of each of its modules, by path; their ``offset`` is not looked at.
+    """Lay out a block from the fields of each of its modules, by path. The ``offset`` of these fields is ignored.
 
-    A tile for each layer; one for the whole block where large tensors belong to a module that contains others with
-    large tensors.
+    Each layer with large tensors gets a tile. If it contains another layer with large tensors, the whole block is one
+    tile.
     """
     large = {path: [field for field in fields if field.nbytes >= SMALL_BYTES] for path, fields in owners.items()}
     large = {path: fields for path, fields in large.items() if fields}
@@ -100,7 +103,10 @@ def layout_from(owners: Mapping[str, Sequence[Field]]) -> RecordLayout:
 
 
 def set_apart(layout: RecordLayout, names: Collection[tuple[str, str]]) -> tuple[RecordLayout, RecordLayout]:
-    """``layout`` without the fields ``names`` (module, name) of its tiles, and these alone; both have all tiles."""
+    """Split the tiles of ``layout`` in two: without the fields ``names`` (module, name), and with these fields alone.
+
+    Both results have as many tiles as ``layout``. The first has its small part.
+    """
 
     def of_tiles(are_apart: bool) -> Iterable[tuple[str, list[Field]]]:
         for tile in layout.tiles:
@@ -112,10 +118,10 @@ def set_apart(layout: RecordLayout, names: Collection[tuple[str, str]]) -> tuple
 def extras_layouts(
     own: RecordLayout, extras: Mapping[str, Mapping[str, torch.Tensor]]
 ) -> tuple[RecordLayout, RecordLayout]:
-    """Layouts of tensors to be added to the modules of a block laid out as ``own``.
+    """Layouts of tensors that are to be added to the modules of a block that is laid out as ``own``.
 
-    The first has the large ones of modules that have a tile, and as many tiles as ``own``; the second the others, in
-    its small part. ``extras`` maps a module's path, then a name, to the tensor.
+    The first has as many tiles as ``own``, with the large tensors of modules that have a tile. The second has all other
+    tensors, in its small part. ``extras`` maps a module's path, then a name, to the tensor.
     """
     fields = [_field(path, name, False, tensor) for path, tensors in extras.items() for name, tensor in tensors.items()]
     return _extras_layouts(tuple(tile.module for tile in own.tiles), tuple(fields), SMALL_BYTES)
@@ -125,7 +131,7 @@ def extras_layouts(
 def _extras_layouts(
     paths: tuple[str, ...], extras: tuple[Field, ...], small_bytes: int
 ) -> tuple[RecordLayout, RecordLayout]:
-    # Kept for the next time: blocks of one structure get extras of the same shapes, after a change of strength again.
+    # Cached: blocks of equal structure get extras of the same shapes, and get them again when a strength changes.
     tiles: dict[str, list[Field]] = {path: [] for path in paths}
     staying: list[Field] = []
     for extra in extras:
@@ -160,7 +166,7 @@ def _field(module: str, name: str, is_parameter: bool, tensor: torch.Tensor) -> 
 
 
 def _plain(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
-    """What ``tensor`` is made of."""
+    """The plain tensors that ``tensor`` is made of."""
     if not is_traceable_wrapper_subclass(tensor):
         return (tensor,)
     names, _ = tensor.__tensor_flatten__()
@@ -177,7 +183,7 @@ def _refuse_shared(block: nn.Module) -> None:
             other = names.setdefault(id(tensor), full)
             if other != full:
                 raise ValueError(
-                    f"{other} and {full} of a {type(block).__name__} share one tensor: such a block cannot be streamed"
+                    f"{other} and {full} of a {type(block).__name__} share one tensor, so the block cannot be streamed"
                 )
 
 
@@ -196,7 +202,7 @@ def _in_a_row(tiles: Iterable[tuple[str, Sequence[Field]]], small: Sequence[Fiel
 
 
 def tile_of(module: str, offset: int, fields: Sequence[Field]) -> Tile:
-    """Lay out the fields one after the other; ``offset`` is where the tile begins in its record."""
+    """Lay out the fields one after the other. ``offset`` is the tile's first byte in its record."""
     placed, end = [], 0
     for field in fields:
         placed.append(replace(field, offset=end))
@@ -209,7 +215,7 @@ Views = tuple[torch.Tensor, ...]
 
 def views_of(tile: Tile, memory: torch.Tensor) -> Views:
     """The fields of ``tile`` as views into ``memory`` (uint8), which starts at the tile's first byte."""
-    # Ordinary tensors: inference tensors could not be written by a thread outside inference mode.
+    # Ordinary tensors: a thread outside inference mode could not write to inference tensors.
     with torch.inference_mode(False), torch.no_grad():
         return tuple(_view(field, memory) for field in tile.fields)
 
@@ -222,12 +228,12 @@ def _view(field: Field, memory: torch.Tensor) -> torch.Tensor:
     inner = {part.name: _view(part, memory) for part in field.wrapper.inner}
     view = field.wrapper.type.__tensor_unflatten__(inner, field.wrapper.context, field.shape, None)
     if field.is_parameter:
-        view._is_param = True  # nn.Parameter would detach, for which it may copy parts
+        view._is_param = True  # nn.Parameter would detach the view, which may copy parts of it
     return view
 
 
 def give(block: nn.Module, layout: RecordLayout, tensors: Mapping[tuple[str, str], torch.Tensor]) -> None:
-    """Make modules of ``block`` use these bytes (uint8, flat; by module and name) for their tensors."""
+    """Put these bytes (uint8, flat) in the place of tensors of ``block``, by module and name."""
     for field in (field for tile in (*layout.tiles, layout.small) for field in tile.fields):
         if (field.module, field.name) in tensors:
             piece = tile_of(field.module, 0, (field,))
@@ -238,13 +244,13 @@ def give(block: nn.Module, layout: RecordLayout, tensors: Mapping[tuple[str, str
 
 
 class BoundTile:
-    """The tensors of one tile in their modules, swapped between copies of the same bytes.
+    """The tensors of one tile in their modules, which are switched between copies of the same bytes.
 
-    ``home`` are the views of the host record, which the modules have whenever the tile is not on the device.
+    ``home`` are views of the host record. The modules have these whenever the tile is not on the device.
     """
 
     def __init__(self, block: nn.Module, tile: Tile, record: torch.Tensor) -> None:
-        """Bind ``tile`` of ``block`` to its bytes in ``record``, which take the values that the tensors have."""
+        """Copy the values of the tensors into ``record``, and bind ``tile`` of ``block`` to its bytes there."""
         self.tile = tile
         self.module = block.get_submodule(tile.module)
         modules = {field.module: block.get_submodule(field.module) for field in tile.fields}
@@ -256,7 +262,7 @@ class BoundTile:
         self.bind(self.home)
 
     def refill(self, record: torch.Tensor, values: Sequence[torch.Tensor]) -> None:
-        """Make ``record`` the host record, with these values of the tensors; those on the meta device have none."""
+        """Make ``record`` the host record, and copy ``values`` into it, except those on the meta device."""
         self.source = record[self.tile.offset : self.tile.offset + self.tile.nbytes]
         self.home = views_of(self.tile, self.source)
         with torch.inference_mode(False), torch.no_grad():
@@ -273,17 +279,17 @@ class BoundTile:
 
     @property
     def is_bound(self) -> bool:
-        """Whether nobody has put other tensors in the place of those that `bind` was last given."""
+        """Whether the modules still have the tensors that `bind` was last given."""
         return all(tensors.get(name) is view for (tensors, name), view in zip(self._targets, self._bound, strict=True))
 
     def swaps(self, views: Views) -> Iterable[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]]:
-        """For each tensor: where its module has it, its name there, and what is bound at home and under ``views``."""
+        """For each tensor: the module's dict that holds it, its name there, its view in `home` and in ``views``."""
         for (tensors, name), home, view in zip(self._targets, self.home, views, strict=True):
             yield tensors, name, home, view
 
 
 def keep_in_place(block: nn.Module) -> None:
-    """Have ``block.to()`` and the like leave the block where it is: who streams it decides that."""
+    """Make ``block.to()`` and similar calls do nothing: the streamer decides where the block is."""
     for module in block.modules():
         reference = weakref.ref(module)
 

@@ -1,10 +1,10 @@
 """ComfyUI's patches on a fresh dense weight, with their tensors where the weight is.
 
-``comfy.lora.calculate_weight`` casts every tensor of a patch to the weight's device, in each forward anew. Here they
-are taken out of the patches, so that whoever owns the memory can bring them there with the weight.
+``comfy.lora.calculate_weight`` casts every tensor of a patch to the weight's device, anew in each forward. Here the
+tensors are taken out of the patches, so that the streamer can bring them to the device with the weight.
 
-A layer may keep its weight in other units than it computes with (scaled fp8); it then has ``convert_weight`` and
-``set_weight``, between which ComfyUI patches.
+Some layers keep their weight in other units than they compute with (scaled fp8). They have ``convert_weight`` and
+``set_weight``, and ComfyUI patches the converted weight.
 """
 
 import copy
@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_map
 
 from .patch_check import trial
 
-_MIX_FP32 = ("oft", "boft")
-"""Adapters of ComfyUI's that fail on a weight of 16 bits (and are left out, with an error in the log)."""
+_FAIL_IN_16_BITS = ("oft", "boft")
+"""Adapters of ComfyUI's that fail on a 16-bit weight: ComfyUI then leaves them out, with an error in the log."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,12 @@ class _Slot:
 
 
 class DensePatches:
-    """The patches of the weight or bias ``key`` of ``module``, as ComfyUI applies them to a layer that it has offloaded
-    (``LowVramPatch``): all math in the dtype of the weight. OFT and BOFT, which fail in 16 bits there, are in fp32 with
-    all other patches of the weight, as ComfyUI patches a model that fits. ``tensors`` are the host tensors that they
-    need."""
+    """The patches of the weight or bias ``key`` of ``module``, applied as ComfyUI does it for a layer that it has
+    offloaded (``LowVramPatch``): computed in the dtype of the weight.
+
+    OFT and BOFT fail in 16 bits. Where one of them is among the patches, all are computed in fp32, as ComfyUI patches a
+    model that fits. ``tensors`` are the host tensors that the patches need.
+    """
 
     def __init__(self, key: str, patches: Sequence[Sequence[Any]], module: torch.nn.Module) -> None:
         self._key = key
@@ -45,7 +47,7 @@ class DensePatches:
         self._prefix = f"{key.rpartition('.')[2]}_patch"
         self.tensors: dict[str, torch.Tensor] = {}
         self._patches = [(strength, _mapped(self._take, value), *rest) for strength, value, *rest in patches]
-        self._is_in_fp32 = any(getattr(value, "name", None) in _MIX_FP32 for _, value, *_ in patches)
+        self._is_in_fp32 = any(getattr(value, "name", None) in _FAIL_IN_16_BITS for _, value, *_ in patches)
         self._needs_original = any(isinstance(p[1], tuple) and p[1][0] == "model_as_lora" for p in patches)
 
     def _take(self, value: Any) -> Any:
@@ -56,7 +58,10 @@ class DensePatches:
         return slot
 
     def apply(self, weight: torch.Tensor, tensors: Mapping[str, Any]) -> torch.Tensor:
-        """The patched ``weight``, which may be written to, with ``tensors`` on its device; its shape may grow."""
+        """Return the patched weight. Some patches widen it.
+
+        ``weight`` may be overwritten. ``tensors`` has, under the names in `tensors`, their copies on its device.
+        """
 
         def given(value: Any) -> Any:
             return tensors[value.name] if isinstance(value, _Slot) else value
@@ -65,7 +70,7 @@ class DensePatches:
         return self._patched(weight.to(self.math_dtype(weight.dtype)), patches).to(weight.dtype)
 
     def math_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """What a weight of ``dtype`` is patched in."""
+        """The dtype in which a weight of ``dtype`` is patched."""
         return torch.float32 if self._is_in_fp32 and dtype in (torch.bfloat16, torch.float16) else dtype
 
     def _patched(self, weight: torch.Tensor, patches: Sequence[Any]) -> torch.Tensor:
@@ -77,7 +82,7 @@ class DensePatches:
         )
 
     def shape_of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """What becomes of a weight of ``shape``: some patches widen it."""
+        """The shape of a weight of ``shape`` after patching."""
         with trial():
             return tuple(self.apply(torch.empty(shape, device="meta"), self.tensors).shape)
 
@@ -85,8 +90,11 @@ class DensePatches:
 def patched_copy(
     tensor: torch.Tensor, key: str, patches: Sequence[Sequence[Any]], module: torch.nn.Module, device: torch.device
 ) -> torch.Tensor:
-    """``tensor``, which is ``key`` of ``module``, with ``patches``, on ``device``: made as ``patch_weight_to_device``
-    makes it where a model fits, in fp32."""
+    """A copy on ``device`` of ``tensor``, which is ``key`` of ``module``, with ``patches`` in it.
+
+    It is made as ComfyUI's ``patch_weight_to_device`` makes it where a model fits: patched in fp32, then rounded to the
+    tensor's own dtype.
+    """
     convert, set_to = _functions_of(module, key)
     weight = comfy.model_management.cast_to_device(tensor, device, torch.float32, copy=True)
     if convert is not None:
@@ -100,13 +108,13 @@ def patched_copy(
 
 
 def _functions_of(module: torch.nn.Module, key: str) -> tuple[Any, Any]:
-    """To convert a tensor to the values that its layer computes with, and back; None where it has these."""
+    """The layer's functions that convert a tensor to the values it computes with, and back; None where it has none."""
     name = key.rpartition(".")[2]
     return getattr(module, f"convert_{name}", None), getattr(module, f"set_{name}", None)
 
 
 def _mapped(function: Any, value: Any) -> Any:
-    """``value`` of a patch with every leaf replaced, adapters copied."""
+    """The ``value`` of a patch, with ``function`` applied to every leaf. Adapters are copied."""
 
     def replaced(leaf: Any) -> Any:
         if not hasattr(leaf, "weights"):

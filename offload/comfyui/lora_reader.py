@@ -1,6 +1,6 @@
-"""LoRA files with a pair of which one half is missing: that layer is left out and named, the others work.
+"""LoRA files in which half of a pair is missing: the log names the layer, and the others work.
 
-ComfyUI's reader leaves out a lower half on its own; at an upper one on its own it raises, before any model is asked.
+ComfyUI's reader skips a lone ``lora_down``, but raises KeyError on a lone ``lora_up``, before any model is asked.
 """
 
 import functools
@@ -17,10 +17,10 @@ _MARK = "leaves_out_half_pairs"
 
 
 def leave_out_half_pairs() -> None:
-    """From now on; where ComfyUI's reader raised nothing, nothing changes."""
+    """From now on ComfyUI's reader skips a lone ``lora_up``, too. Files that it could read give the same as before."""
     load = getattr(LoRAAdapter.load, "__func__", None)
     if load is None or hasattr(load, _MARK):
-        return  # not as ComfyUI has it, or done, perhaps by another copy of this package
+        return  # somebody has replaced it; or this is done, perhaps by another copy of this package
 
     @functools.wraps(load)
     def load_or_leave(
@@ -32,7 +32,7 @@ def leave_out_half_pairs() -> None:
             missing = str(error.args[0]) if error.args else ""
             if not missing.startswith(layer) or missing in file:
                 raise
-            logger.warning("LoRA: the file lacks %s: the layer that it is for stays as it is", missing)
+            logger.warning("LoRA: the file lacks %s, so the layer that it is for stays unchanged", missing)
             return None
         return adapter
 

@@ -1,12 +1,16 @@
-"""ComfyUI's patches (LoRA and the like) on a streamed model. Its weights stay as they are: clones share them.
+"""ComfyUI's patches (LoRA and the like) on a streamed model. They never change its weights, because clones share them.
 
-A layer that computes with its patches beside the weight takes them (`TakesPatches`): 4-bit ones do, and `LowRankBeside`
-does it for those in ComfyUI's quantised formats. Of the others, what is small, or outside the blocks, gets a patched
-copy on the device, which shadows it; a large weight in a block is patched in each forward, from a fresh dense copy
-(`DensePatches`). What a forward needs of patches becomes buffers of the layer, and so streams with it.
+How a tensor is patched depends on its layer:
 
-Patches are ComfyUI's: (strength, adapter or tuple, strength_model, offset, function). One whose strength is None stands
-by, to be given a strength later.
+- Some layers compute with patches beside their weight (`TakesPatches`). 4-bit layers do, and `LowRankBeside` does it
+  for layers in ComfyUI's quantised formats.
+- In other layers, a tensor that is small or outside the blocks gets a patched copy on the device, which shadows it.
+- A large weight in a block is patched in each forward, from a fresh dense copy (`DensePatches`).
+
+What a forward needs of the patches becomes buffers of the layer, so that it is streamed with the layer.
+
+Patches are ComfyUI's: (strength, adapter or tuple, strength_model, offset, function). If the strength is None, the
+patch stands by: it has no effect until it gets a strength.
 """
 
 import weakref
@@ -26,24 +30,27 @@ Extras = Mapping[nn.Module, Mapping[str, torch.Tensor]]
 
 
 _CASTS = ("comfy_cast_weights", "comfy_force_cast_weights")
-"""What makes a layer of ComfyUI's compute in its input's dtype: each, and those whose weights are quantised."""
+"""Attributes that make a layer of ComfyUI's compute in its input's dtype. The second is for quantised weights."""
 
 
 _COPIES_TO_PATCH = 2
-"""Of a weight, as ComfyUI estimates what its patches take beside it (``LOWVRAM_PATCH_ESTIMATE_MATH_FACTOR``)."""
+"""Scratch memory for patching one weight, in multiples of the weight: ComfyUI's own estimate
+(``LOWVRAM_PATCH_ESTIMATE_MATH_FACTOR``)."""
 
 
 class TakesPatches(Protocol):
-    """Computes with some patches of a layer's weight without a dense copy of it: a layer itself, or what is beside it.
+    """A layer that can compute with patches of its weight without a dense copy of it; or an object that does so for it.
 
-    A layer that does has two attributes more: ``computes_on`` is where the forward runs, which for a streamed layer is
-    not where its weight is now; ``patched_shape`` is the shape of the weight with what ``weight_function`` does to it.
+    A layer has two more attributes for that. ``computes_on`` is the device on which its forward runs; the weight of a
+    streamed layer may be elsewhere. ``patched_shape`` is the shape of the weight after ``weight_function``.
     """
 
     def take_patches(self, patches: Sequence[Patch], dtype: torch.dtype) -> Mapping[str, torch.Tensor] | None:
-        """Compute with ``patches`` in ``dtype``, in place of earlier ones. Returns host tensors that are to be buffers
-        of the layer under these names, the same objects as before as far as they have not changed; or None, if it
-        cannot: then it computes with none of them."""
+        """From now on compute with ``patches``, and no earlier ones, in ``dtype``.
+
+        Returns host tensors, by the names under which they are to be buffers of the layer. Those that have not changed
+        are the same objects as before. Returns None if it cannot compute with these patches; then it uses none.
+        """
         ...
 
 
@@ -51,16 +58,18 @@ class ChoosesCompute(Protocol):
     """A layer that can compute in more than one way."""
 
     def compute_by(self, compute: str | None, device: torch.device, dtype: torch.dtype) -> int:
-        """Compute from now on as ``compute`` says (None: exactly), in ``dtype`` on ``device``. Returns the bytes that
-        it keeps on the device for that, wherever its weight is."""
+        """From now on compute as ``compute`` says (None: exactly), in ``dtype`` on ``device``.
+
+        Returns the bytes that it keeps on the device for that, wherever its weight is.
+        """
         ...
 
 
 class Patching:
-    """The patches that are in effect on a model, of which all its clones see the same."""
+    """The patches that are in effect on a model and on all its clones."""
 
     def __init__(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
-        self._model_of = weakref.ref(model)  # which has this: a cycle would keep its memory until a collection
+        self._model_of = weakref.ref(model)  # the model holds this: a cycle would delay the release of its memory
         self._in_blocks = {module for block in blocks for module in block.modules()}
         self._beside = {module: LowRankBeside(module) for module in model.modules() if is_quantised_linear(module)}
         self._takers: set[TakesPatches] = set()
@@ -70,7 +79,7 @@ class Patching:
         self._outside: list[tuple[nn.Module, str]] = []
         self._compute_bytes = 0
         self.scratch_bytes = 0
-        """What a forward takes for a while to patch its largest dense weight."""
+        """Bytes that a forward needs, for a moment, to patch its largest dense weight."""
 
     def apply(
         self,
@@ -82,11 +91,16 @@ class Patching:
         casts: bool = False,
         compute: str | None = None,
     ) -> Extras:
-        """Put ``patches`` into effect, in place of earlier ones, for a forward in ``dtype`` on ``device``.
+        """Put ``patches`` into effect, and no earlier ones, for forwards in ``dtype`` on ``device``.
 
-        ``wrappers`` are functions that come after the patches. Both are by the tensor's name in the model. ``casts``
-        has every layer of ComfyUI's compute in its input's dtype. ``compute`` is for layers of the blocks that can
-        compute in more than one way. Returns what the modules inside blocks need as buffers.
+        Args:
+            patches: By the tensor's name in the model.
+            wrappers: Functions that are called after the patches, by the tensor's name.
+            casts: Have every layer of ComfyUI's compute in its input's dtype.
+            compute: For layers of the blocks that can compute in more than one way.
+
+        Returns:
+            The tensors that modules inside blocks need as buffers.
         """
         self._remove()
         self.scratch_bytes = 0
@@ -119,8 +133,7 @@ class Patching:
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of what patches have put on the device themselves, beside what they gave the blocks' layers, and what
-        layers keep there to compute in the way that was asked for."""
+        """Bytes on the device for patches and for the way to compute, beside the buffers that `apply` returned."""
         shadows = [module.__dict__[name] for module, name in self._shadows]
         outside = [module.get_buffer(name) for module, name in self._outside]
         return self._compute_bytes + sum(tensor.nbytes for tensor in (*shadows, *outside))
@@ -144,7 +157,7 @@ class Patching:
         taker: Any = self._beside.get(module, module)
         if name != "weight" or not hasattr(taker, "take_patches"):
             return None
-        self._takers.add(taker)  # whatever happens from here on, it is to be told when its patches go
+        self._takers.add(taker)  # even if an error follows, it must be told when its patches go
         tensors: Mapping[str, torch.Tensor] | None = taker.take_patches(patches, dtype)
         if tensors is not None:
             takers.add(taker)
@@ -153,7 +166,7 @@ class Patching:
     def _dense(
         self, module: Any, name: str, key: str, patches: Sequence[Patch], dtype: torch.dtype
     ) -> Mapping[str, torch.Tensor]:
-        """Have ``module`` patch a fresh dense copy in each forward."""
+        """Have ``module`` patch a fresh dense copy in each forward. Returns the tensors that it needs for that."""
         if not patches:
             return {}
         dense, buffers = DensePatches(key, patches, module), module._buffers
@@ -175,7 +188,7 @@ class Patching:
             return
         tensor = _own_tensor(module, name)
         assert tensor is not None
-        # Found before _parameters, which the streamer rebinds and the state dict reads.
+        # Python looks here before it looks at _parameters, which the streamer rebinds and the state dict reads.
         module.__dict__[name] = patched_copy(tensor, key, patches, module, device)
         self._shadows.append((module, name))
 
@@ -189,8 +202,8 @@ class Patching:
 
 
 def _prepare(modules: Iterable[Any], device: torch.device, casts: bool) -> None:
-    """Have the layers compute on ``device`` and patch nothing."""
-    # A change of strength comes by here: what is as it should be is left alone, setting it takes longer.
+    """Have the layers compute on ``device``, without patches."""
+    # Each change of strength runs this. So only what differs is set: setting takes longer than looking.
     for module in modules:
         if _has(module, "weight_function") and not _has_empty_lists(module):
             module.weight_function, module.bias_function = [], []
@@ -206,23 +219,23 @@ def _prepare(modules: Iterable[Any], device: torch.device, casts: bool) -> None:
 
 
 def _has_empty_lists(module: Any) -> bool:
-    """Of its own: ComfyUI's layers begin with lists that all of a class share."""
+    """Whether the layer has empty lists of its own. At first, all layers of a class of ComfyUI's share theirs."""
     return module.__dict__.get("weight_function") == [] and module.__dict__.get("bias_function") == []
 
 
 def _find(model: nn.Module, modules: Mapping[str, Any], key: str) -> tuple[Any, str]:
     path, _, name = key.rpartition(".")
-    # What torch.compile has wrapped is among them under another path, but is found under its own.
+    # ``modules`` has what torch.compile has wrapped under another path; get_submodule finds it under its own.
     return modules.get(path) or model.get_submodule(path), name
 
 
 def _has(module: nn.Module, name: str) -> bool:
-    """As ``hasattr``, which takes ten times as long to find that a module does not have it."""
+    """As ``hasattr``, which takes ten times as long where a module lacks the name."""
     return name in module.__dict__ or hasattr(type(module), name)
 
 
 def _add_functions(module: Any, name: str, functions: Sequence[Function], *, first: bool = False) -> None:
-    """To those of ``name``; in a new list, for ComfyUI's layers begin with one that all of a class share."""
+    """Add to the functions of ``name``, in a new list: at first, all layers of a class of ComfyUI's share one."""
     others = getattr(module, f"{name}_function")
     setattr(module, f"{name}_function", [*functions, *others] if first else [*others, *functions])
 
@@ -234,7 +247,7 @@ def _own_tensor(module: nn.Module, name: str) -> torch.Tensor | None:
 def patches_under(
     hooks: Any, patches: Mapping[str, Sequence[Patch]], hook_patches: Mapping[Any, Mapping[str, Sequence[Patch]]]
 ) -> dict[str, list[Patch]]:
-    """The patches of a patcher and of all its hooks, by key. Patches of hooks that are not in ``hooks`` stand by.
+    """The patches of a patcher and of all its hooks, by key. If a hook is not in ``hooks``, its patches stand by.
 
     ``hooks`` is a HookGroup or None; ``hook_patches`` has the patches of each hook by its reference.
     """

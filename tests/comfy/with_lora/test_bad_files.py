@@ -97,7 +97,7 @@ def test_a_pair_without_its_lower_half_is_skipped_and_named(load, twin, shapes, 
     rest = {f"diffusion_model.{name}.weight" for name in shapes} - {f"{BAD}.weight"}
     assert with_lora(load(), file).patches.keys() == rest
     assert log(logging.WARNING) == [
-        f"LoRA: the file lacks {BAD}.lora_A.weight: the layer that it is for stays as it is"
+        f"LoRA: the file lacks {BAD}.lora_A.weight, so the layer that it is for stays unchanged"
     ]
     assert with_lora(twin, file).patches.keys() == rest
     assert len(with_lora(load(), loras.generic(shapes)).patches) == len(rest) + 1
