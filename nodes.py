@@ -140,8 +140,9 @@ class StreamModelBlocks:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         tooltip = (
-            "A model built of blocks (Flux, Chroma and others), in bf16, fp16 or fp8. LoRAs may come before or after "
-            "this node; bypass LoRAs and torch.compile come after it."
+            "Any model built of blocks (Flux, Qwen-Image, Wan, SD3 and many more) in any format of ComfyUI's own: "
+            "bf16, fp16, fp8, INT8 ConvRot, W4A8, W4A4, MXFP8, NVFP4. LoRAs may come before or after this node; bypass "
+            "LoRAs and torch.compile come after it."
         )
         return {"required": {"model": ("MODEL", {"tooltip": tooltip})}, "optional": _SETTINGS, "hidden": HIDDEN}
 
@@ -150,10 +151,14 @@ class StreamModelBlocks:
     OUTPUT_TOOLTIPS: ClassVar = (STREAMED_TOOLTIP,)
     FUNCTION = "stream"
     CATEGORY = CATEGORY
-    SEARCH_ALIASES: ClassVar = ["low vram", "block swap", "offload", "fp8"]
+    SEARCH_ALIASES: ClassVar = [
+        *("low vram", "block swap", "offload", "out of memory"),
+        *("fp8", "int8", "convrot", "w4a8", "w4a4", "mxfp8", "nvfp4"),
+    ]
     DESCRIPTION = (
-        "Runs a model in the VRAM that is free, or within the budget. Blocks that do not fit are streamed from RAM "
-        "while the block before them computes. On a model that is already streamed it changes the settings."
+        "Runs any model that is built of blocks, in any format of ComfyUI's own, in the VRAM that is free, or within "
+        "the budget. Blocks that do not fit are streamed from RAM while the block before them computes. The picture is "
+        "the same. On a model that is already streamed it changes the settings."
     )
 
     def stream(

@@ -24,6 +24,7 @@ _CHECKPOINT = "flux1-dev-bnb-nf4-v2.safetensors"
 _LISTED = (
     "diffusion_models/flux1-dev.safetensors",
     "diffusion_models/flux1-dev-fp8.safetensors",
+    "diffusion_models/flux1-dev-int8-convrot.safetensors",
     "text_encoders/clip_l.safetensors",
     "text_encoders/t5xxl_fp8_e4m3fn.safetensors",
     "vae/ae.safetensors",

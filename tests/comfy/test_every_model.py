@@ -1,8 +1,11 @@
 """Every family of models that ComfyUI has, made small: streamed, it computes what it computes in stock ComfyUI."""
 
+import re
+
 import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models
+import environment
 import model_case
 import model_families
 import pytest
@@ -46,3 +49,13 @@ def test_no_class_of_comfyui_is_forgotten():
     every = {supported.__name__ for supported in comfy.supported_models.models}
     assert every - tried - model_families.UNTRIED.keys() == set()
     assert not tried & model_families.UNTRIED.keys()
+
+
+@pytest.mark.parametrize("text", ["README.md", "README.zh.md"])
+def test_the_readme_names_the_families_that_are_tried_and_no_other(text):
+    listed = (environment.ROOT / text).read_text("utf-8").split("<!-- families -->")[1].split("<!-- /families -->")[0]
+    families = re.split(r",\s+", listed.strip())
+    assert families == sorted(families, key=str.lower)
+    of = {name: [family for family in families if re.match(rf"{re.escape(family)}\b", name)] for name in CASES}
+    assert [name for name, found in of.items() if not found] == []
+    assert {max(found, key=len) for found in of.values()} == set(families)

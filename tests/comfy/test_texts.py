@@ -11,6 +11,7 @@ from flux_nf4.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 
 NAMES = sorted(NODE_CLASS_MAPPINGS)
 TRANSLATED = json.loads((environment.ROOT / "locales/zh/nodeDefs.json").read_text("utf-8"))
+READMES = ("README.md", "README.zh.md")
 CHINESE = re.compile("[一-鿿]")
 
 
@@ -28,6 +29,16 @@ def test_inputs_and_outputs_have_tooltips_and_the_node_has_words_that_find_it(na
     for given, options in inputs_of(name).items():
         assert options[1]["tooltip"], given
     assert len(getattr(node, "OUTPUT_TOOLTIPS", ())) == len(node.RETURN_TYPES)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "fp8", "INT8 ConvRot", "W4A8", "W4A4", "MXFP8", "NVFP4"])
+def test_the_node_for_any_model_names_every_format(kind):
+    node = NODE_CLASS_MAPPINGS["StreamModelBlocks"]
+    pages = [environment.ROOT / "web/docs/StreamModelBlocks" / f"{language}.md" for language in ("en", "zh")]
+    texts = [page.read_text("utf-8") for page in (*pages, *(environment.ROOT / name for name in READMES))]
+    tooltips = [inputs_of("StreamModelBlocks")["model"][1], TRANSLATED["StreamModelBlocks"]["inputs"]["model"]]
+    assert [text for text in (*texts, *(said["tooltip"] for said in tooltips)) if kind not in text] == []
+    assert kind in ("bf16", "fp16") or set(kind.lower().split()) <= set(node.SEARCH_ALIASES)
 
 
 def test_nodes_for_old_graphs_are_marked_and_stand_last_in_every_language():

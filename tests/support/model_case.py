@@ -66,9 +66,12 @@ def make_model(case):
     config.set_inference_dtype(torch.float32, None)
     torch.manual_seed(0)
     model = config.get_model(case.state(), "")
+    # All that a file would have, buffers too: some of them begin as memory that nobody has written to.
+    values = [*model.parameters(), *model.diffusion_model.state_dict().values()]
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.05)
+        for value in values:
+            if value.is_floating_point():
+                value.copy_(torch.randn_like(value) * 0.05)
     # As ComfyUI makes models, in inference mode: torch multiplies in another order where a gradient might be wanted.
     return model.eval().requires_grad_(False)
 

@@ -230,7 +230,7 @@ CASES = {
         (1, 8, 16, 16),
         {**TEXT, "speaker_embeds": t(1, 16), "lyric_token_idx": t(1, 8, below=50), "lyrics_strength": 1.0},
     ),
-    "StableAudio": Case(
+    "Stable Audio": Case(
         "StableAudio",
         AUDIO,
         (1, 16, 32),
