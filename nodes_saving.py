@@ -9,7 +9,7 @@ import comfy.utils
 import folder_paths
 import torch
 
-from .families import CHECKPOINT_PREFIX, FLUX1, family_of_model
+from .families import CHECKPOINT_PREFIX, FLUX1, family_of_model, names
 from .memory import GIB
 from .nf4_loader.checkpoint.catalogue import Catalogue
 from .nf4_loader.checkpoint.errors import CheckpointError
@@ -85,12 +85,19 @@ class FluxNF4QuantiseSave:
         vae: Any = None,
     ) -> dict[str, Any]:
         path = _new_path(filename_prefix, folder)
-        if family_of_model(model.model.model_config.unet_config.get("image_model")) is not FLUX1:
+        family = family_of_model(model.model.model_config.unet_config.get("image_model"))
+        if family is None:
             raise CheckpointError(
-                path, f"the model is a {type(model.model).__name__}, and this node saves only {FLUX1.name}."
+                path, f"the model is a {type(model.model).__name__}, and this node saves only {names()}."
             )
         if (clip is None) != (vae is None):
             raise CheckpointError(path, "connect both CLIP and VAE for an all-in-one file, or neither.")
+        if clip is not None and family is not FLUX1:
+            raise CheckpointError(
+                path,
+                f"all-in-one files are made of {FLUX1.name} only, and this is a {family.name} model. Disconnect CLIP "
+                "and VAE: its transformer is saved alone, and text encoder and VAE stay in files of their own.",
+            )
         device = comfy.model_management.get_torch_device()
         comfy.model_management.free_memory(GIB, device)  # first: what a source holds stays where it is
         sources = sources_of_model(model) + (sources_of_encoders(clip, vae) if clip is not None else [])
