@@ -148,6 +148,13 @@ def use_small_defaults(small: Small, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(supported, "unet_extra_config", {**supported.unet_extra_config, **small.defaults})
 
 
+def shapes_of_diffusers(small: Small) -> dict[str, tuple[int, ...]]:
+    """Of every tensor, in the names of diffusers."""
+    with torch.device("meta"):
+        model = getattr(diffusers, small.model)(**small.config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
 def save_dense(small: Small, folder: Any) -> None:
     """Have diffusers make the model, with random values, and save it in bf16."""
     torch.manual_seed(0)
@@ -173,7 +180,7 @@ def save_quantised(small: Small, dense: Any, folder: Any, *, nested: bool, quant
         model = getattr(diffusers, small.model).from_pretrained(
             dense, quantization_config=config, torch_dtype=torch.bfloat16, device_map={"": "cpu"}
         )
-    model.save_pretrained(folder, max_shard_size="1MB")
+    model.save_pretrained(folder, max_shard_size="200KB")
     return model
 
 
