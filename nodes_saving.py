@@ -22,13 +22,19 @@ logger = logging.getLogger(__name__)
 
 
 class FluxNF4QuantiseSave:
-    """Makes an NF4 or FP4 file of any Flux MODEL."""
+    """Makes an NF4 or FP4 file of any MODEL whose files can be loaded."""
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "model": ("MODEL", {"tooltip": "A Flux model, dense, fp8, GGUF or 4-bit. LoRAs on it are merged."}),
+                "model": (
+                    "MODEL",
+                    {
+                        "tooltip": "A model of Flux.1, FLUX.2, Chroma, Qwen-Image, Ideogram 4 or Krea 2: dense, fp8, "
+                        "GGUF or 4-bit. LoRAs on it are merged."
+                    },
+                ),
                 "filename_prefix": (
                     "STRING",
                     {
@@ -56,8 +62,8 @@ class FluxNF4QuantiseSave:
                 ),
             },
             "optional": {
-                "clip": ("CLIP", {"tooltip": "Connect it together with VAE to save an all-in-one file."}),
-                "vae": ("VAE", {"tooltip": "Connect it together with CLIP to save an all-in-one file."}),
+                "clip": ("CLIP", {"tooltip": "Connect it together with VAE to save an all-in-one file (Flux.1 only)."}),
+                "vae": ("VAE", {"tooltip": "Connect it together with CLIP to save an all-in-one file (Flux.1 only)."}),
             },
         }
 
@@ -65,10 +71,13 @@ class FluxNF4QuantiseSave:
     OUTPUT_NODE = True
     FUNCTION = "save"
     CATEGORY = "advanced/model_merging/flux nf4"
-    SEARCH_ALIASES: ClassVar = ["quantize", "nf4", "fp4", "bitsandbytes", "convert", "merge lora"]
+    SEARCH_ALIASES: ClassVar = [
+        *("quantize", "nf4", "fp4", "bitsandbytes", "convert", "merge lora", "flux 2", "klein", "chroma"),
+        *("qwen image", "ideogram 4", "krea 2"),
+    ]
     DESCRIPTION = (
-        "Quantises a Flux model to NF4 or FP4, layer by layer, and saves it: the transformer alone, or an all-in-one "
-        "file with CLIP and VAE. 4-bit weights without a LoRA keep their values if they are saved in their own type "
+        "Quantises a model of Flux.1, FLUX.2, Chroma, Qwen-Image, Ideogram 4 or Krea 2 to NF4 or FP4, layer by layer, "
+        "and saves it: the transformer alone, or of Flux.1 an all-in-one file with CLIP and VAE. 4-bit weights without a LoRA keep their values if they are saved in their own type "
         "(nesting an fp32 absmax changes them a little). Weights of the other type are quantised again, and the log "
         "says so."
     )
