@@ -19,7 +19,6 @@ from .nodes_shared import (
     BY_OLD_COUNTS,
     CATEGORY,
     HIDDEN,
-    MODEL_TOOLTIP,
     OLD_COUNTS,
     RESIDENCY,
     STREAMED_TOOLTIP,
@@ -102,20 +101,26 @@ class FluxNF4UNETLoaderStreamed(Loader):
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        tooltip = "A Flux transformer in NF4 or FP4, in the folder models/diffusion_models (or models/unet)."
+        tooltip = (
+            "A transformer in NF4 or FP4 (Flux.1, FLUX.2, Chroma, Qwen-Image, Ideogram 4, Krea 2), in the folder "
+            "models/diffusion_models (or models/unet)."
+        )
         names = folder_paths.get_filename_list("diffusion_models")
         return {"required": {"unet_name": (names, {"tooltip": tooltip})}, "optional": _SETTINGS, "hidden": HIDDEN}
 
     PLAN: ClassVar = PlannedNode("diffusion_models", "unet_name", **BY_BUDGET)
     RETURN_TYPES = ("MODEL",)
-    OUTPUT_TOOLTIPS: ClassVar = (MODEL_TOOLTIP,)
+    OUTPUT_TOOLTIPS: ClassVar = ("The model, for a sampler.",)
     FUNCTION = "load_unet"
     CATEGORY = CATEGORY
-    SEARCH_ALIASES: ClassVar = [*FluxNF4CheckpointLoader.SEARCH_ALIASES, "diffusion model"]
+    SEARCH_ALIASES: ClassVar = [
+        *FluxNF4CheckpointLoader.SEARCH_ALIASES,
+        *("diffusion model", "flux 2", "flux.2", "klein", "chroma", "qwen image", "ideogram 4", "krea 2"),
+    ]
     DESCRIPTION = (
-        "Loads a Flux transformer in NF4 or FP4 from a file without text encoders and VAE. It takes every layout: "
-        "lllyasviel's, InvokeAI's, diffusers' (one file, or any one of its shards). It runs in the VRAM that is free, "
-        "or within the budget."
+        "Loads a transformer in NF4 or FP4 from a file without text encoders and VAE: Flux.1, FLUX.2 (dev and klein), "
+        "Chroma, Qwen-Image, Ideogram 4 or Krea 2. It takes the names of ComfyUI's model and those of diffusers (one "
+        "file, or any one of its shards). It runs in the VRAM that is free, or within the budget."
     )
 
     def load_unet(

@@ -9,7 +9,7 @@ import comfy.utils
 import folder_paths
 import torch
 
-from .families import CHECKPOINT_PREFIX, FLUX1, family_of_model
+from .families import CHECKPOINT_PREFIX, FLUX1, family_of_model, names
 from .memory import GIB
 from .nf4_loader.checkpoint.catalogue import Catalogue
 from .nf4_loader.checkpoint.errors import CheckpointError
@@ -22,13 +22,19 @@ logger = logging.getLogger(__name__)
 
 
 class FluxNF4QuantiseSave:
-    """Makes an NF4 or FP4 file of any Flux MODEL."""
+    """Makes an NF4 or FP4 file of any MODEL whose files can be loaded."""
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "model": ("MODEL", {"tooltip": "A Flux model, dense, fp8, GGUF or 4-bit. LoRAs on it are merged."}),
+                "model": (
+                    "MODEL",
+                    {
+                        "tooltip": "A model of Flux.1, FLUX.2, Chroma, Qwen-Image, Ideogram 4 or Krea 2: dense, fp8, "
+                        "GGUF or 4-bit. LoRAs on it are merged."
+                    },
+                ),
                 "filename_prefix": (
                     "STRING",
                     {
@@ -56,8 +62,8 @@ class FluxNF4QuantiseSave:
                 ),
             },
             "optional": {
-                "clip": ("CLIP", {"tooltip": "Connect it together with VAE to save an all-in-one file."}),
-                "vae": ("VAE", {"tooltip": "Connect it together with CLIP to save an all-in-one file."}),
+                "clip": ("CLIP", {"tooltip": "Connect it together with VAE to save an all-in-one file (Flux.1 only)."}),
+                "vae": ("VAE", {"tooltip": "Connect it together with CLIP to save an all-in-one file (Flux.1 only)."}),
             },
         }
 
@@ -65,10 +71,13 @@ class FluxNF4QuantiseSave:
     OUTPUT_NODE = True
     FUNCTION = "save"
     CATEGORY = "advanced/model_merging/flux nf4"
-    SEARCH_ALIASES: ClassVar = ["quantize", "nf4", "fp4", "bitsandbytes", "convert", "merge lora"]
+    SEARCH_ALIASES: ClassVar = [
+        *("quantize", "nf4", "fp4", "bitsandbytes", "convert", "merge lora", "flux 2", "klein", "chroma"),
+        *("qwen image", "ideogram 4", "krea 2"),
+    ]
     DESCRIPTION = (
-        "Quantises a Flux model to NF4 or FP4, layer by layer, and saves it: the transformer alone, or an all-in-one "
-        "file with CLIP and VAE. 4-bit weights without a LoRA keep their values if they are saved in their own type "
+        "Quantises a model of Flux.1, FLUX.2, Chroma, Qwen-Image, Ideogram 4 or Krea 2 to NF4 or FP4, layer by layer, "
+        "and saves it: the transformer alone, or of Flux.1 an all-in-one file with CLIP and VAE. 4-bit weights without a LoRA keep their values if they are saved in their own type "
         "(nesting an fp32 absmax changes them a little). Weights of the other type are quantised again, and the log "
         "says so."
     )
@@ -85,12 +94,19 @@ class FluxNF4QuantiseSave:
         vae: Any = None,
     ) -> dict[str, Any]:
         path = _new_path(filename_prefix, folder)
-        if family_of_model(model.model.model_config.unet_config.get("image_model")) is not FLUX1:
+        family = family_of_model(model.model.model_config.unet_config.get("image_model"))
+        if family is None:
             raise CheckpointError(
-                path, f"the model is a {type(model.model).__name__}, and this node saves only {FLUX1.name}."
+                path, f"the model is a {type(model.model).__name__}, and this node saves only {names()}."
             )
         if (clip is None) != (vae is None):
             raise CheckpointError(path, "connect both CLIP and VAE for an all-in-one file, or neither.")
+        if clip is not None and family is not FLUX1:
+            raise CheckpointError(
+                path,
+                f"all-in-one files are made of {FLUX1.name} only, and this is a {family.name} model. Disconnect CLIP "
+                "and VAE: its transformer is saved alone, and text encoder and VAE stay in files of their own.",
+            )
         device = comfy.model_management.get_torch_device()
         comfy.model_management.free_memory(GIB, device)  # first: what a source holds stays where it is
         sources = sources_of_model(model) + (sources_of_encoders(clip, vae) if clip is not None else [])

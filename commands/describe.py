@@ -9,7 +9,7 @@ Nothing but headers is read. Run it with the Python that runs ComfyUI (it needs 
 import argparse
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import orderly
@@ -62,8 +62,9 @@ def describe(catalogue: Catalogue) -> Iterator[str]:
     yield f"layout        {catalogue.found.layout.name}, {'1 file' if len(files) == 1 else f'{len(files)} files'}"
     yield f"model         {_model(catalogue.found, catalogue.logical_shapes)}"
     yield f"blocks        {', '.join(f'{counts[kind]} {kind}' for kind in catalogue.found.family.kinds)}"
+    wide = _width(counts)
     for kind in counts:
-        yield f"  {kind:<12}{_range([size.nbytes / MIB for size in sizes if size.kind == kind])} MiB each"
+        yield f"  {kind:<{wide}}{_range([size.nbytes / MIB for size in sizes if size.kind == kind])} MiB each"
     for kind, count in Counter(map(_kind, catalogue.parts)).most_common():
         yield f"  {count:<12}{kind}"
     ram, disk = catalogue.transformer_ram / GIB, catalogue.transformer_bytes / GIB
@@ -83,6 +84,11 @@ def _cut(text: str, length: int) -> str:
 
 def _model(found: Found, shapes: Mapping[str, tuple[int, ...]]) -> str:
     return f"{found.family.name} {found.family.variant(shapes)}".rstrip()
+
+
+def _width(kinds: Iterable[str]) -> int:
+    """Of the column of kinds."""
+    return max([12, *(len(kind) + 2 for kind in kinds)])
 
 
 def _range(values: list[float]) -> str:
@@ -119,10 +125,11 @@ def plan(catalogue: Catalogue, budget_gib: float) -> Iterator[str]:
     stays = set(made.resident)
     high, low = _bar_characters()
     yield f"with {budget_gib:g} GiB"
-    for kind in dict.fromkeys(size.kind for size in sizes):
+    kinds = dict.fromkeys(size.kind for size in sizes)
+    for kind in kinds:
         marks = [index in stays for index, size in enumerate(sizes) if size.kind == kind]
         bar = "".join(high if mark else low for mark in marks)
-        yield f"  {kind:<12}{bar}  {sum(marks)} of {len(marks)} stay"
+        yield f"  {kind:<{_width(kinds)}}{bar}  {sum(marks)} of {len(marks)} stay"
     everything = others + sum(size.nbytes for size in sizes)
     yield f"  VRAM        {(others + made.device_bytes) / GIB:.2f} GiB, of {everything / GIB:.2f} for all"
     yield f"  bus         {made.bytes_per_forward / 1e9:.2f} GB a step, for {len(made.streamed)} streamed blocks"

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from .family import BlockTensor, Family, Layers, Layout, Place, Shapes
 from .flux import CHROMA, FLUX1, FLUX2, HUNYUAN_VIDEO
+from .ideogram import IDEOGRAM4
+from .krea import KREA2
+from .qwen_image import QWEN_IMAGE
 
 __all__ = [
     "CHECKPOINT_PREFIX",
@@ -22,7 +25,6 @@ __all__ = [
     "Layout",
     "Place",
     "Shapes",
-    "block_lists",
     "detect",
     "family_of_model",
     "kind_of",
@@ -30,7 +32,7 @@ __all__ = [
     "prefix_not_read",
 ]
 
-FAMILIES: tuple[Family, ...] = (CHROMA, FLUX2, HUNYUAN_VIDEO, FLUX1)
+FAMILIES: tuple[Family, ...] = (CHROMA, FLUX2, HUNYUAN_VIDEO, FLUX1, IDEOGRAM4, KREA2, QWEN_IMAGE)
 """Relatives that have more marks come first: a Chroma file has all the marks of a Flux.1 file."""
 
 CHECKPOINT_PREFIX = "model.diffusion_model."
@@ -80,18 +82,13 @@ def family_of_model(image_model: object) -> Family | None:
     return next((family for family in FAMILIES if family.native.is_read and image_model in family.image_models), None)
 
 
-def kind_of(blocks: str) -> str:
-    """What the blocks in the list ``blocks`` of a model are called: the list's own name if no family has it."""
-    return next((family.lists[blocks] for family in FAMILIES if blocks in family.lists), blocks)
+def kind_of(blocks: str, image_model: object) -> str:
+    """What the blocks in the list ``blocks`` of a model are called: the list's own name if no family has it.
 
-
-def block_lists() -> frozenset[str]:
-    """Names of all lists of blocks, ComfyUI's and those of other layouts."""
-    return frozenset(
-        blocks
-        for family in FAMILIES
-        for blocks in (*family.lists, *(theirs for layout in family.layouts for theirs in layout.lists))
-    )
+    A list of the same name in a model of no known family has the kind that it has in the first family with it.
+    """
+    own = (family for family in FAMILIES if image_model in family.image_models)
+    return next((family.lists[blocks] for family in (*own, *FAMILIES) if blocks in family.lists), blocks)
 
 
 def names() -> str:

@@ -16,13 +16,15 @@ Shapes = Mapping[str, tuple[int, ...]]
 class Place:
     """Where a tensor of a file goes: part ``part`` of the ``parts`` whose rows, one below the other, make ``name``.
 
-    With ``halves_swapped`` the second half of all these rows comes first.
+    With ``halves_swapped`` the second half of all these rows comes first. With ``flattened`` the model has its values
+    in one dimension.
     """
 
     name: str
     part: int = 0
     parts: int = 1
     halves_swapped: bool = False
+    flattened: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +35,13 @@ class Layout:
         name: As `describe` shows it.
         marks: Beginnings of names, without prefix, that are all in a file of this layout.
         sample: A large layer in the first block. Its dtype is that of a dense file.
-        lists: Its lists of blocks, and ComfyUI's name of each.
-        layers: By ComfyUI's list of blocks ("" is what is in no block), the layers that have other names here. Names
-            that are not in it stay as they are.
+        lists: Its lists of blocks (and other lists of modules whose names differ), and ComfyUI's name of each.
+        layers: By ComfyUI's list of blocks ("" is what is in no block), the layers that have other names here, and the
+            single tensors. Names that are not in it stay as they are.
         halves_swapped: Layers of ComfyUI's model whose two halves are the other way round in the file.
+        flattened: Tensors of ComfyUI's model that have one dimension and more in the file.
         is_read: False where files of this layout are known but cannot be loaded.
+        is_comfyuis: Whether ComfyUI's own loaders take dense files of this layout.
     """
 
     name: str
@@ -46,14 +50,16 @@ class Layout:
     lists: Mapping[str, str] = field(default_factory=dict)
     layers: Mapping[str, Layers] = field(default_factory=dict)
     halves_swapped: frozenset[str] = frozenset()
+    flattened: frozenset[str] = frozenset()
     is_read: bool = True
+    is_comfyuis: bool = True
 
     @functools.cached_property
     def _places(self) -> dict[tuple[str, str], Place]:
-        """By the file's list of blocks ("" is none) and layer: the place, its name without the block's."""
+        """By the file's list of blocks ("" is none) and layer or tensor: the place, its name without the block's."""
         theirs = {ours: name for name, ours in self.lists.items()} | {"": ""}
         return {
-            (theirs[blocks], layer): Place(ours, part, len(parts), ours in self.halves_swapped)
+            (theirs[blocks], layer): Place(ours, part, len(parts), ours in self.halves_swapped, ours in self.flattened)
             for blocks, layers in self.layers.items()
             for ours, parts in layers.items()
             for part, layer in enumerate(parts)
@@ -62,16 +68,18 @@ class Layout:
     def place(self, name: str) -> Place:
         """Where the tensor ``name`` (without prefix) goes."""
         layer, _, kind = name.rpartition(".")
-        if kind not in ("weight", "bias"):
-            return Place(name)
-        if ("", layer) in self._places:
-            found = self._places["", layer]
-            return replace(found, name=f"{found.name}.{kind}")
-        block = re.fullmatch(r"(\w+)\.(\d+)\.(.+)", layer)
-        if block is None or (block[1], block[3]) not in self._places:
-            return Place(name)
-        found = self._places[block[1], block[3]]
-        return replace(found, name=f"{self.lists[block[1]]}.{block[2]}.{found.name}.{kind}")
+        of_layer = self._renamed(layer) if kind in ("weight", "bias") else None
+        if of_layer is not None:
+            return replace(of_layer, name=f"{of_layer.name}.{kind}")
+        return self._renamed(name) or Place(name)
+
+    def _renamed(self, name: str) -> Place | None:
+        """The place of a layer or tensor that has another name here."""
+        if ("", name) in self._places:
+            return self._places["", name]
+        block = re.fullmatch(r"([\w.]+?)\.(\d+)\.(.+)", name)
+        found = self._places.get((block[1], block[3])) if block else None
+        return replace(found, name=f"{self.lists[block[1]]}.{block[2]}.{found.name}") if block and found else None
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,8 @@ class Family:
         beside_blocks: Tensors in no block that every whole model has.
         renames: Ends of names that some tools write, and their ends in ComfyUI's model.
         variant: What describes one model within the family, from its shapes, such as "dev".
+        embeddings: Weights of two dimensions that are no Linear's: they are never in 4 bits.
+        since: The version of ComfyUI that first had this model, from its shapes; "" if all that we support have it.
     """
 
     name: str
@@ -105,6 +115,8 @@ class Family:
     beside_blocks: tuple[str, ...]
     renames: Mapping[str, str] = field(default_factory=dict)
     variant: Callable[[Shapes], str] = field(default=lambda _: "")
+    embeddings: frozenset[str] = frozenset()
+    since: Callable[[Shapes], str] = field(default=lambda _: "")
 
     @property
     def native(self) -> Layout:
@@ -114,6 +126,11 @@ class Family:
     @property
     def kinds(self) -> tuple[str, ...]:
         return tuple(self.lists.values())
+
+    @property
+    def block_lists(self) -> frozenset[str]:
+        """Names of its lists of blocks, ComfyUI's and those of other layouts."""
+        return frozenset((*self.lists, *(theirs for layout in self.layouts for theirs in layout.lists)))
 
     def place(self, layout: Layout, name: str) -> Place:
         """Where the tensor ``name`` of a file in ``layout`` goes."""

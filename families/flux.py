@@ -1,13 +1,15 @@
 """Flux.1 and its relatives: models of double and single blocks.
 
 ComfyUI's models have the names of Black Forest Labs' code. diffusers has its own, splits q, k, v and the MLP's input,
-which lie one below the other in one weight here, and has the two halves of the last modulation the other way round
-(``diffusers.loaders.single_file_utils.convert_flux_transformer_checkpoint_to_diffusers`` is the way there).
+which lie one below the other in one weight here, and has the two halves of the last modulation the other way round.
+In diffusers' ``loaders/single_file_utils.py``, ``convert_flux_transformer_checkpoint_to_diffusers`` and
+``convert_flux2_transformer_checkpoint_to_diffusers`` are the way there.
 """
 
 from .family import Family, Layers, Layout, Shapes
 
 _LISTS = {"double_blocks": "double", "single_blocks": "single"}
+_LISTS_OF_DIFFUSERS = {"transformer_blocks": "double_blocks", "single_transformer_blocks": "single_blocks"}
 _BESIDE_BLOCKS = ("img_in.weight", "final_layer.linear.weight")
 _RENAMES = {"_norm.weight": "_norm.scale"}
 """The RMSNorms of q and k are ``.scale`` in most files and ``.weight`` in some."""
@@ -15,6 +17,9 @@ _RENAMES = {"_norm.weight": "_norm.scale"}
 _NATIVE = "Black Forest Labs"
 _DIFFUSERS = "diffusers"
 _QKV = "double_blocks.0.img_attn.qkv"
+
+_SWAPPED = frozenset({"final_layer.adaLN_modulation.1"})
+"""diffusers has scale, then shift."""
 
 _REST: Layers = {
     "img_in": ("x_embedder",),
@@ -52,6 +57,33 @@ _SINGLE: Layers = {
     "norm.key_norm": ("attn.norm_k",),
 }
 
+_REST_2: Layers = {
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "time_in.in_layer": ("time_guidance_embed.timestep_embedder.linear_1",),
+    "time_in.out_layer": ("time_guidance_embed.timestep_embedder.linear_2",),
+    "guidance_in.in_layer": ("time_guidance_embed.guidance_embedder.linear_1",),
+    "guidance_in.out_layer": ("time_guidance_embed.guidance_embedder.linear_2",),
+    "double_stream_modulation_img.lin": ("double_stream_modulation_img.linear",),
+    "double_stream_modulation_txt.lin": ("double_stream_modulation_txt.linear",),
+    "single_stream_modulation.lin": ("single_stream_modulation.linear",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+    "final_layer.linear": ("proj_out",),
+}
+_DOUBLE_2: Layers = {
+    **{ours: theirs for ours, theirs in _DOUBLE.items() if "_attn." in ours},
+    "img_mlp.0": ("ff.linear_in",),
+    "img_mlp.2": ("ff.linear_out",),
+    "txt_mlp.0": ("ff_context.linear_in",),
+    "txt_mlp.2": ("ff_context.linear_out",),
+}
+_SINGLE_2: Layers = {
+    "linear1": ("attn.to_qkv_mlp_proj",),
+    "linear2": ("attn.to_out",),
+    "norm.query_norm": ("attn.norm_q",),
+    "norm.key_norm": ("attn.norm_k",),
+}
+
 _INPUT_CHANNELS = {64: "", 128: " (Canny or Depth)", 384: " (Fill)"}
 
 
@@ -71,9 +103,9 @@ FLUX1 = Family(
             _DIFFUSERS,
             ("single_transformer_blocks.0.proj_mlp.",),  # other models of diffusers have transformer_blocks, too
             "single_transformer_blocks.0.proj_mlp",
-            {"transformer_blocks": "double_blocks", "single_transformer_blocks": "single_blocks"},
+            _LISTS_OF_DIFFUSERS,
             {"": _REST, "double_blocks": _DOUBLE, "single_blocks": _SINGLE},
-            frozenset({"final_layer.adaLN_modulation.1"}),  # diffusers has scale, then shift
+            _SWAPPED,
         ),
     ),
     _BESIDE_BLOCKS,
@@ -81,16 +113,38 @@ FLUX1 = Family(
     _flux1_variant,
 )
 
+_FLUX2_SIZES = {6144: "dev", 4096: "klein 9B", 3072: "klein 4B"}
+"""By the width of a token."""
+
+
+def _flux2_variant(shapes: Shapes) -> str:
+    return _FLUX2_SIZES.get(shapes.get("img_in.weight", (0, 0))[0], "")
+
+
+def _flux2_since(shapes: Shapes) -> str:
+    return "0.3.72" if _flux2_variant(shapes) == "dev" else "0.9.2"  # before, all had the heads of dev
+
+
 FLUX2 = Family(
     "Flux 2",
     frozenset({"flux2"}),
     _LISTS,
     (
         Layout(_NATIVE, ("double_stream_modulation_img.lin.", "double_blocks.0."), _QKV),
-        Layout(_DIFFUSERS, ("double_stream_modulation_img.linear.",), is_read=False),
+        Layout(
+            _DIFFUSERS,
+            ("double_stream_modulation_img.linear.", "single_transformer_blocks.0."),
+            "single_transformer_blocks.0.attn.to_qkv_mlp_proj",
+            _LISTS_OF_DIFFUSERS,
+            {"": _REST_2, "double_blocks": _DOUBLE_2, "single_blocks": _SINGLE_2},
+            _SWAPPED,
+            is_comfyuis=False,
+        ),
     ),
     _BESIDE_BLOCKS,
     _RENAMES,
+    _flux2_variant,
+    since=_flux2_since,
 )
 
 CHROMA = Family(

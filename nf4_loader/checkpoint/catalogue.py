@@ -236,7 +236,9 @@ def _stacked(path: Path, place: families.Place, parts: Mapping[int, Weight4bit |
     if len(ordered) > 1 and len({part.shape[1:] if part.shape else part for part in ordered}) != 1:
         shapes = ", ".join(str(part.shape) for part in ordered)
         raise CheckpointError(path, f"{names}: of shapes {shapes}, they make no {place.name}. {DAMAGED}")
-    tensor = TransformerTensor(ordered, place.halves_swapped)
+    tensor = TransformerTensor(ordered, place.halves_swapped, place.flattened)
+    if place.flattened and tensor.weights4bit:
+        raise CheckpointError(path, f"{names}: it is packed in 4 bits, which no {place.name} is. {DAMAGED}")
     if place.halves_swapped and not _halves_are_whole_blocks(tensor):
         raise CheckpointError(path, f"{names}: its two halves, which change places, end inside a block. {DAMAGED}")
     return tensor

@@ -105,18 +105,24 @@ _OTHER_KINDS: tuple[tuple[Callable[[str], bool], str], ...] = (
     ),
 )
 
+_LANGUAGE_MODEL = "a language model (a text encoder)"
+"""Mistral 3, Qwen3, Qwen2.5-VL and others, whose hidden states tell a transformer what to draw."""
+
 _VAE = ("a VAE", "'Load VAE'")
 _OTHER_MODELS = (
     (r"(^|\.)joint_blocks\.0\.", "a Stable Diffusion 3 model", "'Load Checkpoint'"),
     (r"^transformer_blocks\.0\.", "a model in the layout of diffusers", "a loader for that model"),
     (r"^(vae\.)?encoder\.down_blocks\.", *_VAE),
     (r"(^|\.)(input_blocks|down_blocks)\.", "a Stable Diffusion or SDXL model", "'Load Checkpoint'"),
-    (r"^model\.layers\.0\.", "a language model", "a loader for that model"),
     (r"(^|\.)encoder\.block\.0\.layer\.0\.SelfAttention\.", "a T5 text encoder", "'DualCLIPLoader' (type flux)"),
     (r"(^|\.)text_model\.encoder\.layers\.0\.", "a CLIP text encoder", "'DualCLIPLoader' (type flux)"),
+    (r"(^|\.)layers\.0\.(self_attn|mlp|input_layernorm)\.", _LANGUAGE_MODEL, "'Load CLIP' (folder text_encoders)"),
     (r"(^|\.)decoder\.conv_in\.weight$", *_VAE),
 )
-_LOADERS_OF_4BIT = {"a T5 text encoder": "'Load Flux NF4 Dual CLIP' (folder text_encoders) for it"}
+_LOADERS_OF_4BIT = {
+    "a T5 text encoder": "'Load Flux NF4 Dual CLIP' (folder text_encoders) for it",
+    _LANGUAGE_MODEL: "'Load 4-bit Text Encoder (streamed)' (folder text_encoders) for it",
+}
 
 
 def _is_torchao(facts: _Facts) -> bool:
@@ -154,15 +160,16 @@ def _dense_of_a_family(facts: _Facts) -> str:
     if len({entry.path for entry in facts.header.tensors.values()}) > 1:
         return _dense_shards(facts)
     dtype = f"{facts.sample} " if facts.sample else ""
-    dense = (
-        f"it is a {facts.family} model with dense {dtype}weights, not in NF4 or FP4. Load it with "
-        f"{_loader_of_dense(facts.names)} and stream it with 'Stream Model Blocks'"
-    )
+    dense = f"it is a {facts.family} model with dense {dtype}weights, not in NF4 or FP4."
+    if facts.found is not None and not facts.found.layout.is_comfyuis:
+        return (
+            f"{dense} ComfyUI does not load it in the names of {facts.found.layout.name}: make an NF4 file of it with "
+            "commands/quantise.py."
+        )
+    stream = f"Load it with {_loader_of_dense(facts.names)} and stream it with 'Stream Model Blocks'"
     if not facts.is_known:
-        return f"{dense}."
-    is_flux1 = facts.found is not None and facts.found.family is families.FLUX1
-    quantiser = "the node 'Quantise Flux to NF4 and Save'" if is_flux1 else "commands/quantise.py"
-    return f"{dense}, or make an NF4 file of it with {quantiser}."
+        return f"{dense} {stream}."
+    return f"{dense} {stream}, or make an NF4 file of it with the node 'Quantise Flux to NF4 and Save'."
 
 
 def _dense_shards(facts: _Facts) -> str:

@@ -44,7 +44,7 @@ class PackedMemory:
 
 @dataclass(frozen=True)
 class DenseMemory:
-    """A dense tensor, and the memory for its values, of equal shape and any dtype."""
+    """A dense tensor, and the memory for its values, in the same order and of any dtype."""
 
     entry: TensorEntry
     values: torch.Tensor

@@ -49,15 +49,18 @@ class TransformerTensor:
     """One tensor of the transformer: the rows of its parts, one below the other.
 
     Most files have one part for each; diffusers has three for q, k and v. With ``halves_swapped`` the second half of
-    these rows comes first.
+    these rows comes first. With ``flattened`` the model has the values in one dimension, the file in more.
     """
 
     parts: tuple[Weight4bit | TensorEntry, ...]
     halves_swapped: bool = False
+    flattened: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The logical shape."""
+        if self.flattened:
+            return (sum(math.prod(part.shape) for part in self.parts),)
         first = self.parts[0].shape
         return (sum(part.shape[0] for part in self.parts), *first[1:]) if len(self.parts) > 1 else first
 

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import comfy.model_detection
 import comfy.model_management
 import comfy.ops
 import comfy.sd
+import comfyui_version
 import torch
 from torch import nn
 
@@ -76,13 +78,30 @@ def _detected(catalogue: Catalogue) -> Any:
     with _refusing_what_comfyui_cannot_take(catalogue):
         config = comfy.model_detection.model_config_from_unet(state, "")
     found = getattr(config, "unet_config", {}).get("image_model")
-    if families.family_of_model(found) is None:
+    family = families.family_of_model(found)
+    too_old = _why_comfyui_is_too_old(catalogue)
+    if family is None or (too_old and catalogue.found is not None and family is not catalogue.found.family):
+        seen = "no model that it knows" if found is None else repr(found)
         raise CheckpointError(
-            catalogue.path,
-            f"ComfyUI sees {'no model that it knows' if found is None else repr(found)} in it. This node loads only "
-            f"{families.names()}.",
+            catalogue.path, too_old or f"ComfyUI sees {seen} in it. This node loads only {families.names()}."
         )
     return config
+
+
+def _why_comfyui_is_too_old(catalogue: Catalogue) -> str:
+    """That this ComfyUI came before the file's model, and what to do; "" where it did not."""
+    if catalogue.found is None:
+        return ""
+    family, shapes = catalogue.found.family, catalogue.logical_shapes
+    since, version = family.since(shapes), getattr(comfyui_version, "__version__", "")
+    if not version or _numbers(version) >= _numbers(since):
+        return ""
+    model = f"{family.name} {family.variant(shapes)}".rstrip()
+    return f"it is a {model} model, which ComfyUI has from version {since} on. This is {version}: update ComfyUI."
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)]
 
 
 def _inference_dtype(config: Any, catalogue: Catalogue) -> torch.dtype:
@@ -100,7 +119,8 @@ def _refusing_what_comfyui_cannot_take(catalogue: Catalogue) -> Iterator[None]:
     except Exception as error:
         raise CheckpointError(
             catalogue.path,
-            f"ComfyUI makes no model of its shapes ({type(error).__name__}: {error}). The file is damaged or of "
+            _why_comfyui_is_too_old(catalogue)
+            or f"ComfyUI makes no model of its shapes ({type(error).__name__}: {error}). The file is damaged or of "
             "another model.",
         ) from error
 
@@ -112,10 +132,13 @@ def model_names(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> dict
 
 def _adopt_4bit_weights(model: comfy.model_base.BaseModel, catalogue: Catalogue, dtype: torch.dtype) -> None:
     modules = dict(model.diffusion_model.named_modules())
+    without_bias: list[str] = []
     for path, module in modules.items():
         if not isinstance(module, nn.Linear):
             continue
         bias = f"{path}.bias" in catalogue.transformer
+        if module.bias is not None and not bias:
+            without_bias.append(path)
         tensor = catalogue.transformer.get(f"{path}.weight")
         if tensor is not None and tensor.weights4bit:
             expected = (module.out_features, module.in_features)
@@ -130,6 +153,13 @@ def _adopt_4bit_weights(model: comfy.model_base.BaseModel, catalogue: Catalogue,
             setattr(modules[parent], name, linear)
         elif not bias:
             module.bias = None  # type: ignore[assignment]
+    if without_bias and any(name.endswith(".bias") for name in catalogue.transformer):
+        logger.warning(
+            "NF4: %s: %d layers have no bias, though the model is made with one: %s",
+            catalogue.path.name,
+            len(without_bias),
+            ", ".join(without_bias[:4]),
+        )
 
 
 def _check_complete(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> None:
@@ -158,21 +188,9 @@ def _check_complete(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> 
                 f"{names[name]}: it has shape {shapes[names[name]]}; this model needs {wanted[name]}. "
                 "The file is damaged or of another model.",
             )
-    without_bias = [path for path, module in model.diffusion_model.named_modules() if _lacks_bias(module)]
-    if without_bias and any(name.endswith(".bias") for name in wanted):
-        logger.warning(
-            "NF4: %s: %d layers have no bias, though others have: %s",
-            catalogue.path.name,
-            len(without_bias),
-            ", ".join(without_bias[:4]),
-        )
     unknown = sorted(names.keys() - wanted.keys(), key=natural_key)
     if unknown:
         logger.warning("NF4: %s: %d tensors not used: %s", catalogue.path.name, len(unknown), ", ".join(unknown[:4]))
-
-
-def _lacks_bias(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and module.bias is None
 
 
 def _tensor_shapes(diffusion_model: nn.Module) -> dict[str, tuple[int, ...]]:

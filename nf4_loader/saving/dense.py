@@ -33,7 +33,7 @@ def read_dense(
     values = torch.cat(parts) if len(parts) > 1 else parts[0]
     if tensor.halves_swapped:
         swap_halves(values)
-    return values
+    return values.view(tensor.shape)
 
 
 def _read_part(

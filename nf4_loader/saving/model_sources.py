@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def sources_of_model(patcher: comfy.model_patcher.ModelPatcher) -> list[Source]:
         if name.endswith(COMPANIONS) or (name in in_file and not patches):
             continue
         _require_values(patcher.model, key, original[0])
-        sources[name] = _source(name, key, original, patches)
+        source = _source(name, key, original, patches)
+        sources[name] = replace(source, is_embedding=name in family.embeddings)
     return list(sources.values())
 
 

@@ -50,6 +50,7 @@ class Source:
         read: Gives its dense values, patches applied, in any float dtype, on a device.
         stored: The same values in a file, where there are such: what need not change is copied from there as it is.
         is_layer: Of the transformer, so that its weight may be quantised.
+        is_embedding: The weight of an embedding, which is never quantised.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Source:
     read: Callable[[torch.device], torch.Tensor]
     stored: TransformerTensor | None = None
     is_layer: bool = True
+    is_embedding: bool = False
 
 
 _Tensor = tuple[str, torch.Tensor | TensorEntry]
@@ -169,7 +171,7 @@ def _require_room(path: Path, sources: Sequence[Source], settings: QuantSettings
 
 
 def _is_quantised(source: Source, keep_dense: Sequence[str]) -> bool:
-    if not (source.is_layer and source.name.endswith(".weight") and len(source.shape) == 2):
+    if not (source.is_layer and source.name.endswith(".weight") and len(source.shape) == 2) or source.is_embedding:
         return False
     layer = source.name.removesuffix(".weight")
     return not any(fnmatch.fnmatchcase(layer, pattern) for pattern in keep_dense)
@@ -219,8 +221,8 @@ def _kept_state(stored: TransformerTensor, settings: QuantSettings) -> QuantStat
 
 
 def _is_as_it_is(stored: TransformerTensor) -> bool:
-    """Whether its bytes lie in a file in the order in which they are to be saved."""
-    return len(stored.parts) == 1 and not stored.halves_swapped
+    """Whether it lies in a file just as it is to be saved: the order of its bytes, and its shape."""
+    return len(stored.parts) == 1 and not stored.halves_swapped and not stored.flattened
 
 
 def _require_unchanged(path: Path, sources: Sequence[Source]) -> None:

@@ -71,7 +71,8 @@ def sources_of_catalogue(catalogue: Catalogue) -> list[Source]:
         _require_values(catalogue, tensor)
         scales = _scales_of(catalogue, tensor)
         read = functools.partial(_read, tensor, scales)
-        sources.append(Source(name, tensor.shape, read, stored=None if scales else tensor))
+        stored, is_embedding = None if scales else tensor, name in catalogue.found.family.embeddings
+        sources.append(Source(name, tensor.shape, read, stored=stored, is_embedding=is_embedding))
     _say_what_is_left_out(catalogue.path, left_out)
     return sources
 
@@ -163,7 +164,12 @@ def _sources_of_gguf(path: Path) -> list[Source]:
     _require_whole(path, found.family, placed)
     _say_what_is_left_out(path, left_out)
     return [
-        Source(name, tuple(reversed(tensor.shape.tolist())), functools.partial(_read_gguf, tensor))
+        Source(
+            name,
+            tuple(reversed(tensor.shape.tolist())),
+            functools.partial(_read_gguf, tensor),
+            is_embedding=name in found.family.embeddings,
+        )
         for name, tensor in placed.items()
     ]
 

@@ -111,10 +111,11 @@ def _make_root(patcher: Any) -> StreamedModelPatcher:
     _say_what_is_short(lists)
     model = _with_own_modules(patcher.model)
     blocks = _lists_of_blocks(model)
+    image_model = model.model_config.unet_config.get("image_model")
     originals, streamed = ([block for of in each.values() for block in of] for each in (lists, blocks))
     attach_streaming(
         model,
-        {families.kind_of(name): of for name, of in blocks.items()},
+        {families.kind_of(name, image_model): of for name, of in blocks.items()},
         each=lambda index: _share_host_memory(originals[index], streamed[index]),
     )
     return StreamedModelPatcher(model, patcher.load_device, patcher.offload_device)

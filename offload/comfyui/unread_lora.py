@@ -56,7 +56,7 @@ def _is_of_a_block(name: str) -> bool:
     """Whether it names a list of blocks, behind any prefix. SD and SDXL have such lists inside of other lists."""
     parts = name.split(".")
     first = next((index for index, part in enumerate(parts) if part.isdecimal()), 0)
-    return first > 0 and parts[first - 1] in families.block_lists()
+    return first > 0 and parts[first - 1] in families.FLUX1.block_lists
 
 
 def _strings(names: Iterable[object]) -> list[str]:

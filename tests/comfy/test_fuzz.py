@@ -16,6 +16,7 @@ import checkpoint_layout as layout
 import pytest
 import torch
 from make_checkpoint import Recipe, make_checkpoint
+from models_of_diffusers import SMALL, shapes_of_diffusers, use_small_defaults
 from paces import slowness
 from packed_tensors import packed_tensors
 from safetensors.torch import load_file, save_file
@@ -27,6 +28,7 @@ from flux_nf4.nf4_loader.checkpoint.read_parts import DenseMemory, memory_of, re
 from flux_nf4.nf4_loader.checkpoint.require import require_all_in_one, require_transformer
 from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
 from flux_nf4.nf4_loader.models.transformers import build_flux
+from flux_nf4.nf4_loader.saving.quantise import QuantSettings, quantise
 from flux_nf4.page.file_plan import block_sizes
 
 FILES = int(os.environ.get("FUZZ_FILES", "400"))
@@ -53,6 +55,35 @@ WORDS = (
 )
 
 
+def layers(prefix, *names):
+    return {f"{prefix}{name}": (64, 128) for name in names}
+
+
+OTHER_FAMILIES = (
+    (
+        layers("", "double_stream_modulation_img.linear", "norm_out.linear")
+        | layers("transformer_blocks.0.attn.", "to_q", "to_k", "to_v", "to_out.0")
+        | layers("single_transformer_blocks.0.attn.", "to_qkv_mlp_proj", "to_out"),
+        {"transformer_blocks.0.attn.norm_q.weight": (128,)},
+    ),
+    (
+        layers("transformer_blocks.1.", "attn.to_q", "img_mod.1", "img_mlp.net.0.proj"),
+        {f"transformer_blocks.0.{name}.weight": (64, 64) for name in ("attn.add_q_proj", "img_mod.1")}
+        | {"txt_norm.weight": (64,), "img_in.weight": (64, 64)},
+    ),
+    (
+        layers("layers.0.attention.", "to_q", "to_k", "to_v", "to_out.0") | layers("", "input_proj"),
+        {"embed_image_indicator.weight": (2, 64), "layers.0.attention.norm_q.weight": (64,)},
+    ),
+    (
+        layers("", "text_fusion.projector", "text_fusion.layerwise_blocks.0.attn.to_q", "img_in")
+        | layers("transformer_blocks.0.", "attn.to_q", "attn.to_gate", "ff.up"),
+        {"transformer_blocks.0.scale_shift_table": (6, 64), "transformer_blocks.0.norm1.weight": (64,)},
+    ),
+)
+"""What is packed and what is dense in files of FLUX.2, Qwen-Image, Ideogram 4 and Krea 2, in diffusers' names."""
+
+
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     """What is mutated: files of each layout, as (header, body)."""
@@ -71,6 +102,13 @@ def bases(tmp_path_factory):
             for theirs in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"):
                 diffusers[f"single_transformer_blocks.0.{theirs}.weight{end}"] = tensor.clone()
     save_file(diffusers, folder / "3.safetensors")
+    for number, (packed, dense) in enumerate(OTHER_FAMILIES, 4):
+        tensors = {name: torch.ones(shape).bfloat16() for name, shape in dense.items()}
+        for name, shape in packed.items():
+            values = torch.randn(shape, generator=torch.Generator().manual_seed(number))
+            parts = quantise(values, QuantSettings(nested=number % 2 == 0))
+            tensors |= {f"{name}.weight{end}": part for end, part in parts.items()}
+        save_file(tensors, folder / f"{number}.safetensors")
     return [split(path) for path in sorted(folder.iterdir())]
 
 
@@ -298,12 +336,19 @@ def _parts(raw):
     return json.loads(raw[8 : 8 + length]), raw[8 + length :]
 
 
-def test_mutated_shapes_become_a_model_or_are_refused(tmp_path):
+@pytest.mark.parametrize("family", ["Flux.1", *SMALL])
+def test_mutated_shapes_become_a_model_or_are_refused(family, tmp_path, monkeypatch):
     """ComfyUI's detection and model, on the meta device, of shapes that nobody has checked."""
+    small = SMALL.get(family)
+    if small is not None and not small.is_known:
+        pytest.skip(f"this ComfyUI has no {small.supported}")
+    if small is not None:
+        use_small_defaults(small, monkeypatch)
+    whole = shapes_of_diffusers(small) if small is not None else layout.flux(1, 1, guidance=True)
     path, messages = tmp_path / "flux.safetensors", set()
     for seed in range(FIRST, FIRST + FILES // 20):
         chance = random.Random(seed)
-        shapes = layout.flux(1, 1, guidance=True)
+        shapes = dict(whole)
         for name in chance.sample(list(shapes), chance.choice((0, 1, 1, 2))):
             shape = list(shapes.pop(name))
             shape[chance.randrange(len(shape))] = chance.choice((1, 2, 63, 64, 128, 3071, 6144, 9216))
@@ -311,7 +356,8 @@ def test_mutated_shapes_become_a_model_or_are_refused(tmp_path):
                 shapes[chance.choice((name, name, name.replace("0", "1")))] = tuple(shape)
         tensors = {}
         for name, shape in shapes.items():
-            if name.endswith(".weight") and chance.random() < 0.9:
+            is_linear = len(shape) == 2 and not name.startswith("embed")
+            if name.endswith(".weight") and chance.random() < (0.9 if is_linear else 0.01):
                 tensors |= packed_tensors(name, shape, "nf4", 64)
             else:
                 tensors[name] = ("BF16", shape, None)

@@ -586,7 +586,7 @@ def test_the_command_says_what_a_wrong_file_is(tmp_path, monkeypatch):
     monkeypatch.setattr(
         sys, "argv", ["quantise.py", str(tmp_path / "ae.safetensors"), str(tmp_path / "made.safetensors")]
     )
-    with pytest.raises(SystemExit, match=r"^ae\.safetensors: it is a VAE, not a transformer of Chroma, Flux 2 or Flux"):
+    with pytest.raises(SystemExit, match=r"^ae\.safetensors: it is a VAE, not a transformer of Chroma, Flux 2, Flux"):
         quantise_command.main()
     assert not (tmp_path / "made.safetensors").exists()
 

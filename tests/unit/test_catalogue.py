@@ -23,6 +23,7 @@ LINEARS = {
 }
 NORM = "double_blocks.0.img_attn.norm.query_norm"
 PREFIX = "model.diffusion_model."
+KNOWN = "Chroma, Flux 2, Flux.1, Ideogram 4, Krea 2 or Qwen-Image"
 QUANT_STATE = ".quant_state.bitsandbytes__"
 ENCODERS = {
     "text_encoders.clip_l.transformer.text_model.embeddings.position_embedding.weight": torch.ones(7, 8).half(),
@@ -271,7 +272,7 @@ def renamed(tensors, old, new):
 def test_4bit_of_another_model_is_refused_with_its_names(make_tensors, refusal):
     tensors = {n: t for n, t in make_tensors("", rest={}).items() if n.startswith("double_blocks")}
     message = refusal(renamed(tensors, "double_blocks.0", "model.layers.10") | {"model.layers.2.a": torch.ones(1)})
-    assert "a bitsandbytes 4-bit file, but not of a model that this node loads (Chroma, Flux 2 or Flux.1)" in message
+    assert f"a bitsandbytes 4-bit file, but not of a model that this node loads ({KNOWN})" in message
     assert "its first names are model.layers.2.a, model.layers.10." in message
 
 
@@ -352,7 +353,10 @@ OTHERS = {
         ),
         ("in a format of ComfyUI's own", "Load it with 'DualCLIPLoader' (type flux), of a ComfyUI that is new enough"),
     ),
-    "a language model": (of_other_models("model.layers.0.mlp.up_proj.weight"), ("it is a language model",)),
+    "a language model": (
+        of_other_models("model.layers.0.mlp.up_proj.weight"),
+        ("it is a language model (a text encoder)", "'Load CLIP' (folder text_encoders)"),
+    ),
 }
 
 
@@ -367,7 +371,6 @@ def test_another_file_is_refused_with_what_it_is_and_its_loader(refusal, tensors
     ("place", "mark", "kind"),
     [
         ("single_transformer_blocks.0.proj_mlp", "distilled_guidance_layer.in_proj.weight", "a Chroma model"),
-        ("transformer_blocks.0.attn.to_q", "double_stream_modulation_img.linear.weight", "a Flux 2 model"),
     ],
 )
 def test_a_relative_in_the_layout_of_diffusers_is_refused_with_the_one_that_is_loaded(
@@ -392,19 +395,22 @@ def test_scaled_fp8_beside_4bit_is_refused_and_not_taken_for_plain_fp8(make_tens
         ("model.diffusion_model.input_blocks.0", "a Stable Diffusion or SDXL model", "a loader for that model"),
         ("joint_blocks.0", "a Stable Diffusion 3 model", "a loader for that model"),
         ("transformer_blocks.0", "a model in the layout of diffusers", "a loader for that model"),
+        ("model.layers.0.self_attn", "a language model", "'Load 4-bit Text Encoder (streamed)'"),
+        ("model.language_model.layers.0.mlp", "a language model", "'Load 4-bit Text Encoder (streamed)'"),
+        ("text_model.encoder.layers.0.mlp", "a CLIP text encoder", "a loader for that model"),
         ("encoder.block.0.layer.0.SelfAttention", "a T5 text encoder", "'Load Flux NF4 Dual CLIP'"),
     ],
 )
 def test_4bit_of_another_model_is_refused_with_what_it_is(make_tensors, refusal, name, kind, loader):
     tensors = {n: t for n, t in make_tensors("", rest={}).items() if n.startswith("double_blocks")}
     message = refusal(renamed(tensors, "double_blocks.0", name))
-    assert f"4-bit file, but not of a model that this node loads (Chroma, Flux 2 or Flux.1): it is {kind}" in message
+    assert f"4-bit file, but not of a model that this node loads ({KNOWN}): it is {kind}" in message
     assert loader in message
 
 
 @pytest.mark.parametrize("tensors", [{"a.weight": torch.ones(4, 4)}, {}])
 def test_a_file_without_a_flux_transformer_is_refused(refusal, tensors):
-    assert "it holds no transformer of Chroma, Flux 2 or Flux.1 (such as 'double_blocks.0.*')" in refusal(tensors)
+    assert f"it holds no transformer of {KNOWN} (such as 'double_blocks.0.*')" in refusal(tensors)
 
 
 def test_4bit_text_encoders_do_not_make_a_dense_flux_4bit(make_tensors, refusal):

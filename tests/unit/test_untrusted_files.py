@@ -100,6 +100,11 @@ def dense(*names):
 
 
 CHROMA = dense(QKV, "distilled_guidance_layer.in_proj.weight")
+FLUX2 = dense("double_stream_modulation_img.linear.weight", "single_transformer_blocks.0.attn.to_qkv_mlp_proj.weight")
+QWEN = dense(
+    "txt_norm.weight",
+    *(f"transformer_blocks.0.{name}.weight" for name in ("attn.add_q_proj", "img_mod.1", "img_mlp.net.0.proj")),
+)
 HUNYUAN = dense(
     "double_blocks.0.img_attn_qkv.weight", "txt_in.individual_token_refiner.blocks.0.norm1.weight", "img_in.proj.weight"
 )
@@ -108,7 +113,9 @@ HUNYUAN = dense(
 @pytest.mark.parametrize(
     ("tensors", "says", "never"),
     [
-        (CHROMA, ("it is a Chroma model with dense BF16", "commands/quantise.py"), "Quantise Flux"),
+        (CHROMA, ("it is a Chroma model with dense BF16", "'Quantise Flux to NF4 and Save'"), "commands/quantise.py"),
+        (FLUX2, ("it is a Flux 2 model with dense BF16", "in the names of diffusers: make an NF4"), "Load Diffusion"),
+        (QWEN, ("it is a Qwen-Image model with dense BF16", "'Load Diffusion Model'", "'Quantise Flux"), "command"),
         (HUNYUAN, ("it is a HunyuanVideo model with dense", "'Stream Model Blocks'."), "NF4 file"),
         (
             dense("single_transformer_blocks.0.proj_mlp.weight", "distilled_guidance_layer.in_proj.weight"),
@@ -122,7 +129,15 @@ HUNYUAN = dense(
         ),
         (dense(f"net.{QKV}", "encoder.block.0.layer.0.SelfAttention.q.weight"), ("begin with 'net.'",), "T5"),
     ],
-    ids=["Chroma", "HunyuanVideo", "Chroma of diffusers", "a doubled prefix", "another prefix"],
+    ids=[
+        "Chroma",
+        "FLUX.2 of diffusers",
+        "Qwen-Image",
+        "HunyuanVideo",
+        "Chroma of diffusers",
+        "a doubled prefix",
+        "another prefix",
+    ],
 )
 def test_the_advice_is_for_the_model_that_it_is(tensors, says, never, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")

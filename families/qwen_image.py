@@ -1,0 +1,18 @@
+"""Qwen-Image and Qwen-Image-Edit: one list of blocks, under the names of diffusers, which are ComfyUI's, too."""
+
+from .family import Family, Layout
+
+QWEN_IMAGE = Family(
+    "Qwen-Image",
+    frozenset({"qwen_image"}),
+    {"transformer_blocks": "transformer_blocks"},
+    (
+        Layout(
+            "diffusers",
+            ("txt_norm.", "transformer_blocks.0.attn.add_q_proj.", "transformer_blocks.0.img_mod."),
+            "transformer_blocks.0.img_mlp.net.0.proj",
+        ),
+    ),
+    ("img_in.weight", "proj_out.weight"),
+    embeddings=frozenset({"time_text_embed.addition_t_embedding.weight"}),
+)
