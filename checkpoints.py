@@ -5,8 +5,9 @@ Who uses a file is who holds a MODEL, CLIP or VAE made from it, or what `load_al
 
 import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Thread
 from typing import Any
 from weakref import WeakValueDictionary
@@ -150,7 +151,7 @@ def _read(model: comfy.model_base.BaseModel, catalogue: Catalogue, source: _Sour
         attach_streaming(model, groups, map_blocks(blocks, source.in_file), arena=source.arena)
         materialise(model.diffusion_model)
         file = model.streaming.streamer.file
-        is_room = file.bytes_to_bring_in <= _free_ram()
+        is_room = file.bytes_to_bring_in <= free_ram()
         progress = comfy.utils.ProgressBar(
             catalogue.transformer_bytes - _bytes_of(source.in_file) + (file.bytes_to_bring_in if is_room else 0)
         )
@@ -194,13 +195,13 @@ def _source_for(
         in_file = tensors_in_file(model, catalogue)
     needed = catalogue.transformer_ram - _bytes_of(in_file) if model is not None and twin is None else 0
     needed += sum(entry.nbytes for entry in others) if with_others else 0
-    free = _free_ram()
+    free = free_ram()
     if needed > free or pinned_by_all():
         gc.collect()  # an earlier model that only cycles keep alive must not count against this one
-        free = _free_ram()
+        free = free_ram()
     if needed > free:
         give_back_host_memory()
-        free = _free_ram()
+        free = free_ram()
     if needed > free and model is not None and twin is None and not in_file:
         in_file = tensors_in_file(model, catalogue)
         _say_that_ram_is_short(catalogue, needed, free, _bytes_of(in_file))
@@ -225,11 +226,15 @@ def _twin_of(model: comfy.model_base.BaseModel, place: Place) -> Streamer | None
 
 
 def _why_read(catalogue: Catalogue, device: torch.device) -> str:
-    """Why the weights have to be read, as a clause; "" if ``device`` can copy them from the file's own memory."""
+    return why_read((entry.path for part in catalogue.parts for entry in _entries(part)), device)
+
+
+def why_read(paths: Iterable[Path], device: torch.device) -> str:
+    """Why weights have to be read, as a clause; "" if ``device`` can copy them from the memory of these files."""
     limit, shortfall = pin_limit(0)
     if not limit:
         return shortfall.reason
-    paths = dict.fromkeys(entry.path for part in catalogue.parts for entry in _entries(part))
+    paths = dict.fromkeys(paths)
     return next(filter(None, (why_not_pinned(path, device) for path in paths)), "")
 
 
@@ -267,7 +272,8 @@ def _say_that_ram_is_short(catalogue: Catalogue, needed: int, free: int, in_file
     )
 
 
-def _free_ram() -> int:
+def free_ram() -> int:
+    """Bytes of RAM that ComfyUI and the system count as free."""
     return min(int(comfy.model_management.get_free_memory(_CPU)), free_ram_bytes())
 
 

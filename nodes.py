@@ -29,6 +29,7 @@ from .nodes_shared import (
     say_what_is_too_many,
     stream,
 )
+from .nodes_text_encoders import Load4BitTextEncoderStreamed, StreamTextEncoder
 from .offload.comfyui.encoders import leave_unpinned, leave_without_copies
 
 _SETTINGS = RESIDENCY | COMPUTE
@@ -209,6 +210,8 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "FluxNF4UNETLoaderStreamed": FluxNF4UNETLoaderStreamed,
     "FluxNF4DualCLIPLoader": FluxNF4DualCLIPLoader,
     "StreamModelBlocks": StreamModelBlocks,
+    "Load4BitTextEncoderStreamed": Load4BitTextEncoderStreamed,
+    "StreamTextEncoder": StreamTextEncoder,
     "FluxNF4QuantiseSave": FluxNF4QuantiseSave,
     "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload": FluxNF4CheckpointLoader,
     "MZ_Flux1PartialLoad_Patch": OldPartialLoad,
@@ -220,6 +223,8 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "FluxNF4UNETLoaderStreamed": "Load Flux NF4 UNet (streamed)",
     "FluxNF4DualCLIPLoader": "Load Flux NF4 Dual CLIP",
     "StreamModelBlocks": "Stream Model Blocks",
+    "Load4BitTextEncoderStreamed": "Load 4-bit Text Encoder (streamed)",
+    "StreamTextEncoder": "Stream Text Encoder",
     "FluxNF4QuantiseSave": "Quantise Flux to NF4 and Save",
     "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload": "Load Flux NF4 Checkpoint (old)",
     "MZ_Flux1PartialLoad_Patch": "Stream Flux Blocks (old)",

@@ -3,15 +3,19 @@
 import asyncio
 import functools
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..memory import GIB
 from ..nf4_loader.checkpoint.catalogue import read_catalogue
+from ..nf4_loader.checkpoint.encoder_file import read_encoder_file
 from ..nf4_loader.checkpoint.errors import CheckpointError, reason
 from ..nf4_loader.checkpoint.require import require_all_in_one, require_transformer
+from ..nf4_loader.models.streamed_encoders import encoder_dtype, require_4bit
 from ..nf4_loader.models.transformers import model_dtype
 from ..offload.plan import BlockSize, BudgetTooSmallError, Residency, least_device_bytes
+from .encoder_plan import encoder_other_bytes, encoder_sizes
 from .file_plan import Advice, Measured, advise, block_sizes, make_plan, other_bytes, predict_ms
 
 Version = tuple[int, int]
@@ -54,18 +58,18 @@ class Problem:
 
 
 async def answer_for(
-    path: Path, is_all_in_one: bool, wanted: Residency, measured: Measured | None, version: Version | None = None
+    path: Path, folder: str, wanted: Residency, measured: Measured | None, version: Version | None = None
 ) -> str:
     """JSON of the `Answer` for a file, or of a `Problem` where the node cannot load it.
 
     Args:
-        path: The file. It has to hold CLIP, T5 and VAE, too, if ``is_all_in_one``.
-        is_all_in_one: As its node wants it.
+        path: The file.
+        folder: The models folder that its node takes files of, which tells what has to be in it.
         wanted: What its widgets say.
         measured: What runs of the file have shown.
         version: Its `version_of` now; None reads it again.
     """
-    file = await _file_at(path, is_all_in_one, version)
+    file = await _file_at(path, folder, version)
     # Not in a thread: that costs more than the answer, and a prompt that runs has to share Python's lock with it.
     return json.dumps(file, default=vars) if isinstance(file, Problem) else _answer(file, wanted, measured)
 
@@ -79,7 +83,8 @@ class _File:
     all_host_bytes: int | None
 
 
-_Key = tuple[Path, bool]
+_Key = tuple[Path, str]
+"""A file, and the models folder that it is wanted from."""
 
 _files: dict[_Key, tuple[Version, _File]] = {}
 """Each file that was asked about and can be loaded, as it was in this version."""
@@ -88,8 +93,8 @@ _under_way: dict[_Key, "asyncio.Future[_File | Problem]"] = {}
 """Files that are being looked at: who asks meanwhile waits for the same look."""
 
 
-async def _file_at(path: Path, is_all_in_one: bool, version: Version | None) -> _File | Problem:
-    key = (path, is_all_in_one)
+async def _file_at(path: Path, folder: str, version: Version | None) -> _File | Problem:
+    key = (path, folder)
     known = _files.get(key)
     if known is not None and known[0] == version:
         return known[1]
@@ -121,15 +126,39 @@ def _look_at(key: _Key) -> _File | Problem:
     return found
 
 
-def _read_file(path: Path, is_all_in_one: bool) -> _File | Problem:
+def _read_file(path: Path, folder: str) -> _File | Problem:
     try:
-        catalogue = read_catalogue(path)
-        (require_all_in_one if is_all_in_one else require_transformer)(catalogue)
-        dtype = model_dtype(catalogue)
+        return _READ[folder](path)
     except CheckpointError as error:
         return Problem(str(error))
-    all_host_bytes = catalogue.ram_bytes if is_all_in_one else None
-    return _File(block_sizes(catalogue, dtype), other_bytes(catalogue, dtype), all_host_bytes)
+
+
+def _read_all_in_one(path: Path) -> _File:
+    catalogue = read_catalogue(path)
+    require_all_in_one(catalogue)
+    dtype = model_dtype(catalogue)
+    return _File(block_sizes(catalogue, dtype), other_bytes(catalogue, dtype), catalogue.ram_bytes)
+
+
+def _read_transformer(path: Path) -> _File:
+    catalogue = read_catalogue(path)
+    require_transformer(catalogue)
+    dtype = model_dtype(catalogue)
+    return _File(block_sizes(catalogue, dtype), other_bytes(catalogue, dtype), None)
+
+
+def _read_encoder(path: Path) -> _File:
+    file = read_encoder_file(path)
+    require_4bit([file])
+    dtype = encoder_dtype(file)
+    return _File(encoder_sizes(file, dtype), encoder_other_bytes(file, dtype), None)
+
+
+_READ: Mapping[str, Callable[[Path], _File]] = {
+    "checkpoints": _read_all_in_one,
+    "diffusion_models": _read_transformer,
+    "text_encoders": _read_encoder,
+}
 
 
 @functools.lru_cache(maxsize=1024)

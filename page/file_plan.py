@@ -52,8 +52,8 @@ def block_sizes(catalogue: Catalogue, dtype: torch.dtype) -> tuple[BlockSize, ..
             block = blocks.setdefault((order.index(found.blocks), found.index), {})
             module, _, end = found.name.rpartition(".")
             fields = block.setdefault(module, [])
-            fields += [_field(module, end, nbytes) for nbytes in _tensor_bytes(tensor, dtype)]
-    return tuple(_size_of(family.kinds[of], owners) for (of, _), owners in sorted(blocks.items()))
+            fields += [field_of(module, end, nbytes) for nbytes in _tensor_bytes(tensor, dtype)]
+    return tuple(size_of(family.kinds[of], owners) for (of, _), owners in sorted(blocks.items()))
 
 
 def _family(catalogue: Catalogue) -> Family:
@@ -61,12 +61,14 @@ def _family(catalogue: Catalogue) -> Family:
     return catalogue.found.family
 
 
-def _size_of(kind: str, owners: Mapping[str, Sequence[Field]]) -> BlockSize:
+def size_of(kind: str, owners: Mapping[str, Sequence[Field]]) -> BlockSize:
+    """The size of a block whose modules have these tensors."""
     layout = layout_from(owners)
     return BlockSize(kind, tuple(tile.nbytes for tile in layout.tiles), layout.small.nbytes)
 
 
-def _field(module: str, name: str, nbytes: int) -> Field:
+def field_of(module: str, name: str, nbytes: int) -> Field:
+    """A tensor of a block, of which only the size counts."""
     return Field(module, name, False, torch.uint8, (nbytes,), 0, nbytes)
 
 

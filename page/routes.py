@@ -115,7 +115,7 @@ async def _answer_plan(request: web.Request, reports: Reports) -> web.Response:
         return web.json_response({"problem": problem}, status=404)
     device = str(comfy.model_management.get_torch_device())
     measured = reports.measured(device, path, question.node)
-    return web.json_response(text=await answer_for(path, folder == "checkpoints", question.wanted, measured, version))
+    return web.json_response(text=await answer_for(path, folder, question.wanted, measured, version))
 
 
 def parse_question(query: Mapping[str, str]) -> Question:

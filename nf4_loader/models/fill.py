@@ -50,14 +50,16 @@ def _destinations(
         module = modules.get(path)
         have = there.get(module, ()) if module is not None else ()
         if isinstance(module, Linear4bit) and kind == "weight":
-            yield from _of_linear(module, tensor, have)
+            yield from parts_to_read(module, tensor, have)
         elif name in parameters and kind not in have:  # else not of this model: `build_flux` has logged it
             yield from _of_parameter(parameters[name], tensor)
 
 
-def _of_linear(
+def parts_to_read(
     linear: Linear4bit, tensor: TransformerTensor, have: Collection[str]
 ) -> Iterator[PackedMemory | DenseMemory]:
+    """Each part of ``tensor``, which is the weight of ``linear``, with the memory there that it goes to. What the layer
+    has already, by the names of its buffers, is not wanted."""
     for i, part in enumerate(memory_of(tensor, linear.tensors)):
         if isinstance(part, DenseMemory):
             if f"dense_{i}" not in have:

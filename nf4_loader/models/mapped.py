@@ -30,9 +30,13 @@ def tensors_in_file(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> 
         path, _, kind = name.rpartition(".")
         module = modules.get(path)
         if kind == "weight" and module in in_blocks and isinstance(module, torch.nn.Linear):
-            found = _of_linear(module, catalogue.transformer[source])
-            in_file[module] = {name: entry for name, (entry, width) in found if entry.offset % width == 0}
+            in_file[module] = parts_in_file(module, catalogue.transformer[source])
     return {module: named for module, named in in_file.items() if named}
+
+
+def parts_in_file(linear: torch.nn.Linear, tensor: TransformerTensor) -> dict[str, TensorEntry]:
+    """As `tensors_in_file`, of one layer whose weight is ``tensor``."""
+    return {name: entry for name, (entry, width) in _of_linear(linear, tensor) if entry.offset % width == 0}
 
 
 def _of_linear(linear: torch.nn.Linear, tensor: TransformerTensor) -> Iterator[tuple[str, tuple[TensorEntry, int]]]:

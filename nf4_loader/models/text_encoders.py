@@ -38,7 +38,7 @@ _READ_BY_ALL = "bf16, fp16 or plain fp8 (t5xxl_fp8_e4m3fn.safetensors)"
 State = dict[str, torch.Tensor]
 
 
-class _Operations(comfy.ops.manual_cast):
+class LayersWithoutMemory(comfy.ops.manual_cast):
     """ComfyUI's layers for an encoder with some Linears in 4 bits. A Linear has no memory before its weight comes: a
     dense T5 would take four times what the file has."""
 
@@ -191,7 +191,7 @@ def require_computable(path: Path, state: Iterable[str], weights: Mapping[str, W
     Args:
         path: Of their file.
         state: Their tensors' names.
-        weights: All that is packed in the encoders that are loaded together, for which the layers are `_Operations`.
+        weights: All that is packed in the encoders that are loaded together, which have `LayersWithoutMemory`.
 
     Raises:
         CheckpointError: saying what is in the way.
@@ -217,7 +217,7 @@ def options_for(weights: Mapping[str, Weight4bit], t5_layers: int) -> dict[str, 
     options: dict[str, Any] = {"t5xxl_model_config": {"num_layers": t5_layers}}
     if weights:
         offload_device = comfy.model_management.text_encoder_offload_device()
-        options |= {"custom_operations": _Operations, "initial_device": offload_device}
+        options |= {"custom_operations": LayersWithoutMemory, "initial_device": offload_device}
     return options
 
 
@@ -234,7 +234,7 @@ def adopt_4bit(clip: comfy.sd.CLIP, weights: Mapping[str, Weight4bit]) -> None:
         for name, weight in weights.items():
             path = name.removesuffix(".weight")
             replaced = modules.get(path)
-            if not isinstance(replaced, _Operations.Linear):
+            if not isinstance(replaced, LayersWithoutMemory.Linear):
                 raise CheckpointError(weight.packed.path, f"{weight.name}: this text encoder has no such Linear.")
             tensor = TransformerTensor((weight,))
             linear = Linear4bit(tensor.held, bias=False, dtype=replaced.weight.dtype)

@@ -6,7 +6,8 @@ may be sampled too. The values of both are in host memory once.
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ... import families
 from ...memory import GIB
 from ..plan import Residency
+from .block_lists import lists_of_blocks
 from .node_names import QUANTISE, STREAM
 from .patcher import StreamedModelPatcher
 from .requires import UnknownComfyUIError, require_comfyui
@@ -25,17 +27,41 @@ from .streaming import attach_streaming
 
 logger = logging.getLogger(__name__)
 
-_LISTS = (nn.ModuleList, nn.ModuleDict)
-
-_LEAST_PART = 0.5
-"""Of a transformer's weights that its blocks must have: with fewer, streaming them would gain little."""
-
 _ROOT = "streamed_by_flux_nf4"
 """Where a dense model keeps its streamed one, so that other settings copy nothing again: both share their values."""
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What differs between kinds of models.
+
+    Attributes:
+        patcher: The class of their patchers.
+        lists_in: The blocks of a model by list; raises ValueError where it has none.
+        attach: Makes a model with these blocks a streamed one; the last argument is called with the index of each block
+            that has moved.
+        node: The node that does it, for errors.
+    """
+
+    patcher: type[StreamedModelPatcher]
+    lists_in: Callable[[Any], dict[str, list[nn.Module]]]
+    attach: Callable[[Any, Mapping[str, list[nn.Module]], Callable[[int], None]], None]
+    node: str
+
+
+def _attach(model: Any, lists: Mapping[str, list[nn.Module]], each: Callable[[int], None]) -> None:
+    image_model = model.model_config.unet_config.get("image_model")
+    attach_streaming(model, {families.kind_of(name, image_model): of for name, of in lists.items()}, each=each)
+
+
+DIFFUSION_MODEL = Kind(StreamedModelPatcher, lists_of_blocks, _attach, STREAM)
+
+
 def stream_model(
-    patcher: comfy.model_patcher.ModelPatcher, residency: Residency, node_id: str | None
+    patcher: comfy.model_patcher.ModelPatcher,
+    residency: Residency,
+    node_id: str | None,
+    kind: Kind = DIFFUSION_MODEL,
 ) -> comfy.model_patcher.ModelPatcher:
     """A clone of ``patcher``, with its patches and options, that is streamed as ``residency`` says.
 
@@ -51,43 +77,43 @@ def stream_model(
     except UnknownComfyUIError as error:
         logger.error("Streaming: %s The model is not streamed: ComfyUI moves it as it moves others.", error)
         return patcher
-    clone = patcher.clone() if isinstance(patcher, StreamedModelPatcher) else _adopt(patcher)
+    clone = patcher.clone() if isinstance(patcher, StreamedModelPatcher) else _adopt(patcher, kind)
     clone.residency, clone.node_id = residency, node_id
     clone.require_budget()
     return clone
 
 
-def _adopt(patcher: comfy.model_patcher.ModelPatcher) -> StreamedModelPatcher:
-    _refuse_what_is_bound_to_modules(patcher)
+def _adopt(patcher: comfy.model_patcher.ModelPatcher, kind: Kind) -> StreamedModelPatcher:
+    _refuse_what_is_bound_to_modules(patcher, kind)
     root = patcher.model.__dict__.get(_ROOT)
     if root is None:
-        _lists_of_blocks(patcher.model)  # refused before a file is read for it
+        kind.lists_in(patcher.model)  # refused before a file is read for it
         _unload(patcher)
     clone = _without_dynamic(patcher, root)
     if root is None:
-        root = patcher.model.__dict__[_ROOT] = _make_root(clone)
+        root = patcher.model.__dict__[_ROOT] = _make_root(clone, kind)
     clone.model, clone.parent = root.model, root
     # What another class's clone took over is right for this one, but for what it shares with patchers of that class.
-    clone.__class__ = StreamedModelPatcher
+    clone.__class__ = kind.patcher
     clone.backup, clone.object_patches_backup, clone.hook_backup = {}, {}, {}
     clone.backup_buffers, clone.pinned = {}, set()
-    clone.cached_patcher_init = _init_of_streamed(patcher)
+    clone.cached_patcher_init = _init_of_streamed(patcher, kind)
     clone.retry_with_less_resident()
     return clone
 
 
-def _init_of_streamed(patcher: Any) -> tuple[Any, tuple[Any, ...]] | None:
+def _init_of_streamed(patcher: Any, kind: Kind) -> tuple[Any, tuple[Any, ...]] | None:
     """How ComfyUI loads the streamed model once more, for another GPU; None where it cannot load ``patcher`` so."""
     init = getattr(patcher, "cached_patcher_init", None)
-    return (_stream_anew, (init,)) if init is not None else None
+    return (_stream_anew, (init, kind)) if init is not None else None
 
 
-def _stream_anew(init: Sequence[Any], **_: Any) -> StreamedModelPatcher:
+def _stream_anew(init: Sequence[Any], kind: Kind, **_: Any) -> StreamedModelPatcher:
     """A streamed model of its own, of the file that ``init`` (factory, arguments and perhaps an index) loads."""
     factory, arguments, *index = init
     # Only ComfyUIs whose factories know this word set them; the model has to be of the kind that can be adopted.
     loaded = factory(*arguments, disable_dynamic=True)
-    return _adopt(loaded[index[0]] if index else loaded)
+    return _adopt(loaded[index[0]] if index else loaded, kind)
 
 
 def _without_dynamic(patcher: Any, root: StreamedModelPatcher | None) -> Any:
@@ -104,24 +130,19 @@ def _without_dynamic(patcher: Any, root: StreamedModelPatcher | None) -> Any:
     return patcher.clone(disable_dynamic=True)
 
 
-def _make_root(patcher: Any) -> StreamedModelPatcher:
+def _make_root(patcher: Any, kind: Kind) -> StreamedModelPatcher:
     """A streamed model of the same values as that of ``patcher``."""
-    lists = _lists_of_blocks(patcher.model)
+    lists = kind.lists_in(patcher.model)
     _refuse_what_is_no_plain_tensor(lists)
     _say_what_is_short(lists)
     model = _with_own_modules(patcher.model)
-    blocks = _lists_of_blocks(model)
-    image_model = model.model_config.unet_config.get("image_model")
+    blocks = kind.lists_in(model)
     originals, streamed = ([block for of in each.values() for block in of] for each in (lists, blocks))
-    attach_streaming(
-        model,
-        {families.kind_of(name, image_model): of for name, of in blocks.items()},
-        each=lambda index: _share_host_memory(originals[index], streamed[index]),
-    )
-    return StreamedModelPatcher(model, patcher.load_device, patcher.offload_device)
+    kind.attach(model, blocks, lambda index: _share_host_memory(originals[index], streamed[index]))
+    return kind.patcher(model, patcher.load_device, patcher.offload_device)
 
 
-def _refuse_what_is_bound_to_modules(patcher: Any) -> None:
+def _refuse_what_is_bound_to_modules(patcher: Any, kind: Kind) -> None:
     """The streamed model has other modules: what was made for those of ``patcher`` would compute beside it."""
     bound = [
         *(["a LoRA by bypass, or another injection"] if any(patcher.injections.values()) else []),
@@ -134,49 +155,9 @@ def _refuse_what_is_bound_to_modules(patcher: Any) -> None:
     ]
     if bound:
         raise ValueError(
-            f"the model has {bound[0]}, made for layers that are not streamed. Put the node {STREAM} before the one "
+            f"the model has {bound[0]}, made for layers that are not streamed. Put the node {kind.node} before the one "
             "that does that, right after the loader."
         )
-
-
-def _lists_of_blocks(model: Any) -> dict[str, list[nn.Module]]:
-    """The model's blocks by the name of their list, in order of registration, which is that of use.
-
-    These are the lists that the transformer itself has; where most of its weights are elsewhere, also those of its
-    parts (Stable Audio has all blocks in ``transformer.layers``).
-    """
-    transformer = model.diffusion_model
-    for is_deep in (False, True):
-        lists = dict(_lists_in(transformer, is_deep))
-        in_blocks = sum(_count(block) for blocks in lists.values() for block in blocks)
-        if lists and in_blocks >= _count(transformer) * _LEAST_PART:
-            return lists
-    raise ValueError(
-        f"a {type(model).__name__} is not built of blocks one after the other, so its blocks cannot be streamed. "
-        "Take this node out: ComfyUI moves such a model's parts by itself where VRAM is short."
-    )
-
-
-def _lists_in(module: nn.Module, is_deep: bool, prefix: str = "") -> Iterator[tuple[str, list[nn.Module]]]:
-    for name, child in module.named_children():
-        if not isinstance(child, _LISTS):
-            yield from _lists_in(child, is_deep, f"{prefix}{name}.") if is_deep else ()
-        elif blocks := list(_blocks_in(child)):
-            yield prefix + name, blocks
-
-
-def _blocks_in(blocks: nn.Module) -> Iterator[nn.Module]:
-    """Those with weights, also of a list in a list (Stable Cascade has one for each resolution)."""
-    for block in blocks.children():
-        if isinstance(block, _LISTS):
-            yield from _blocks_in(block)
-        elif _count(block):
-            yield block
-
-
-def _count(module: nn.Module) -> int:
-    """Of weights, whatever each takes."""
-    return sum(tensor.numel() for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _nbytes(module: nn.Module) -> int:
@@ -219,7 +200,9 @@ def _unload(patcher: Any) -> None:
 def _with_own_modules(model: nn.Module) -> Any:
     """A copy of ``model`` that shares its memory."""
     # The configuration is nobody's own: it answers to any name, so that it cannot be copied.
-    memo: dict[int, Any] = {id(model.current_patcher): None, id(model.model_config): model.model_config}
+    memo: dict[int, Any] = {id(getattr(model, "current_patcher", None)): None}
+    if hasattr(model, "model_config"):
+        memo[id(model.model_config)] = model.model_config
     with torch.inference_mode(False), torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             memo[id(tensor)] = _alias(tensor, tensor)

@@ -2,3 +2,4 @@
 
 QUANTISE = "Quantise Flux to NF4 and Save"
 STREAM = "Stream Model Blocks"
+STREAM_ENCODER = "Stream Text Encoder"

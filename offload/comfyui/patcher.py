@@ -206,11 +206,14 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     def cleanup(self) -> None:
         """The end of a sampling."""
         super().cleanup()
+        self.report_forwards()
+
+    def report_forwards(self) -> None:
+        """Log and tell the observers what the forwards so far have cost: more may be long in coming."""
         streamer = self._streaming.streamer
         if streamer.telemetry is not None:
             streamer.telemetry.rest()
-        summary = summarise(streamer.telemetry, streamer.all_pinned)
-        if summary:
+        if summary := summarise(streamer.telemetry, streamer.all_pinned):
             logger.info("Streaming: %s", summary)
         tell_observers(self)
 
@@ -303,6 +306,10 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         )
 
     @property
+    def _compute_dtype(self) -> torch.dtype:
+        return self.model.manual_cast_dtype or self.model.get_dtype()
+
+    @property
     def _computes_from_host(self) -> bool:
         return self.load_device.type == "cpu"
 
@@ -338,7 +345,6 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         compute: str | None,
     ) -> None:
         """Have the model compute on ``device``, by ``compute``, with ``patches``, then with ComfyUI's ``wrappers``."""
-        dtype = self.model.manual_cast_dtype or self.model.get_dtype()
-        patching, casts = self._streaming.patching, self.force_cast_weights
+        patching, casts, dtype = self._streaming.patching, self.force_cast_weights, self._compute_dtype
         with lasting_allocations():
             self._streaming.give(patching.apply(patches, wrappers, device, dtype, casts=casts, compute=compute))

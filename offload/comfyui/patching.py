@@ -66,12 +66,18 @@ class ChoosesCompute(Protocol):
 
 
 class Patching:
-    """The patches that are in effect on a model and on all its clones."""
+    """The patches that are in effect on a model and on all its clones.
 
-    def __init__(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
+    With ``in_weights`` they are applied to a dense copy of each weight, as ComfyUI does it, and never beside it: that
+    is slower, and gives ComfyUI's bits.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Iterable[nn.Module], *, in_weights: bool = False) -> None:
         self._model_of = weakref.ref(model)  # the model holds this: a cycle would delay the release of its memory
         self._in_blocks = {module for block in blocks for module in block.modules()}
-        self._beside = {module: LowRankBeside(module) for module in model.modules() if is_quantised_linear(module)}
+        self._in_weights = in_weights
+        quantised = [module for module in model.modules() if is_quantised_linear(module)] if not in_weights else []
+        self._beside = {module: LowRankBeside(module) for module in quantised}
         self._takers: set[TakesPatches] = set()
         in_blocks: list[Any] = list(self._in_blocks)
         self._choosing: list[ChoosesCompute] = [layer for layer in in_blocks if hasattr(type(layer), "compute_by")]
@@ -155,7 +161,7 @@ class Patching:
         self, module: Any, name: str, patches: Sequence[Patch], dtype: torch.dtype, takers: set[TakesPatches]
     ) -> Mapping[str, torch.Tensor] | None:
         taker: Any = self._beside.get(module, module)
-        if name != "weight" or not hasattr(taker, "take_patches"):
+        if name != "weight" or self._in_weights or not hasattr(taker, "take_patches"):
             return None
         self._takers.add(taker)  # even if an error follows, it must be told when its patches go
         tensors: Mapping[str, torch.Tensor] | None = taker.take_patches(patches, dtype)

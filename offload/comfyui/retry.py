@@ -1,5 +1,6 @@
 """A forward that runs out of the device's memory: it gives the resident blocks up and runs once more."""
 
+from collections.abc import Callable
 from typing import Any
 
 from ...memory import is_out_of_memory
@@ -10,11 +11,15 @@ from .streaming import Streaming
 
 def retry_with_less(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """ComfyUI's wrapper of a forward (``WrappersMP.APPLY_MODEL``)."""
-    model = executor.class_obj
+    return with_less(executor.class_obj, lambda: executor(*args, **kwargs))
+
+
+def with_less(model: Any, forward: Callable[[], Any]) -> Any:
+    """What ``forward`` of a streamed model gives, if need be of a second run with no block resident."""
     streaming: Streaming = model.streaming
     streamer = streaming.streamer
     try:
-        return executor(*args, **kwargs)
+        return forward()
     except Exception as error:
         if not is_out_of_memory(error) or streamer.plan is None or not streamer.plan.resident:
             raise
@@ -31,4 +36,4 @@ def retry_with_less(executor: Any, *args: Any, **kwargs: Any) -> Any:
         f"Streaming: out of memory, so the {given_up} resident blocks were given up and the forward runs again. It is "
         "slower where the bus is; a lower budget or fewer resident blocks avoid the first attempt."
     )
-    return executor(*args, **kwargs)
+    return forward()

@@ -147,17 +147,20 @@ def attach_streaming(
     mapped: Mapping[nn.Module, Mapping[str, torch.Tensor]] | None = None,
     each: Callable[[int], None] = lambda _: None,
     arena: HostArena | None = None,
+    *,
+    patch_in_weights: bool = False,
 ) -> None:
     """Move the blocks of ``model`` (by kind, in execution order) into a host arena, ready to be streamed.
 
     Blocks on the meta device take what is in the arena, or get uninitialised memory; others keep their values. For
-    ``mapped``, ``each`` and ``arena`` see `Streamer`.
+    ``mapped``, ``each`` and ``arena`` see `Streamer`, for ``patch_in_weights`` `Patching`.
     """
     leave_out_half_pairs()
     streamer = Streamer(groups, mapped, each, arena)
     total = sum(tensor.nbytes for tensor in _tensors(model))
     in_blocks = sum(tensor.nbytes for group in groups.values() for block in group for tensor in _tensors(block))
-    patching = Patching(model, [block for group in groups.values() for block in group])
+    blocks = [block for group in groups.values() for block in group]
+    patching = Patching(model, blocks, in_weights=patch_in_weights)
     model.streaming = Streaming(streamer, patching, other_bytes=total - in_blocks)  # type: ignore[assignment]
     model.state_dict_for_saving = refuse_to_save  # type: ignore[assignment]
 

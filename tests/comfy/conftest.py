@@ -14,6 +14,7 @@ from flux_nf4.nf4_loader.checkpoint.require import require_transformer
 from flux_nf4.nf4_loader.models.fill import fill
 from flux_nf4.nf4_loader.models.transformers import build_flux, materialise
 from flux_nf4.offload import record
+from flux_nf4.offload.comfyui import large_layers
 from flux_nf4.offload.comfyui import streaming as streaming_module
 from flux_nf4.offload.comfyui.patcher import StreamedModelPatcher
 from flux_nf4.offload.copies import InlineCopies
@@ -106,6 +107,14 @@ def copies(monkeypatch):
     monkeypatch.setattr(StreamedModelPatcher, "_computes_from_host", False)
     monkeypatch.setattr(streaming_module, "copies_to", lambda device: counting)
     return counting
+
+
+@pytest.fixture
+def clip_copies(copies, monkeypatch):
+    """As ``copies``, of text encoders. Their embeddings are large."""
+    monkeypatch.setattr(large_layers, "LARGE_BYTES", 50_000)
+    monkeypatch.setattr(StreamedModelPatcher, "staging_bytes", 100_000)
+    return copies
 
 
 def conditioning(seed=0):

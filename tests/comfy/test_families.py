@@ -185,7 +185,7 @@ def test_the_plan_from_the_header_is_that_of_the_loaded_model(file):
 
 
 def test_the_bar_gets_its_kinds(file):
-    question = answer_for(file, False, Residency((), 300_000), Measured(0.001, 1.0))
+    question = answer_for(file, "diffusion_models", Residency((), 300_000), Measured(0.001, 1.0))
     with ThreadPoolExecutor(1) as thread:  # Playwright, which other tests use, leaves a loop running in this one
         answer = json.loads(thread.submit(asyncio.run, question).result())
     assert [block["kind"] for block in answer["blocks"]] == ["layer"] * LAYERS + ["refining"] * REFINERS

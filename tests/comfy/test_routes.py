@@ -40,7 +40,7 @@ def answers(path, budgets):
 
     async def ask():
         return [
-            json.loads(await answer_for(path, True, Residency((), budget), MEASURED, version_if_any(path)))
+            json.loads(await answer_for(path, "checkpoints", Residency((), budget), MEASURED, version_if_any(path)))
             for budget in budgets
         ]
 
@@ -60,10 +60,10 @@ def test_a_question_that_was_answered_is_not_worked_out_again(full_size, monkeyp
         answers(full_size, [3 << 30])
 
 
-@pytest.mark.parametrize(("is_all_in_one", "gib"), [(True, 11.06), (False, None)])
-def test_the_ram_in_total_is_that_of_all_that_the_node_loads(is_all_in_one, gib, full_size):
+@pytest.mark.parametrize(("folder", "gib"), [("checkpoints", 11.06), ("diffusion_models", None)])
+def test_the_ram_in_total_is_that_of_all_that_the_node_loads(folder, gib, full_size):
     with ThreadPoolExecutor(1) as thread:
-        question = answer_for(full_size, is_all_in_one, Residency((), None), None)
+        question = answer_for(full_size, folder, Residency((), None), None)
         found = json.loads(thread.submit(asyncio.run, question).result())["all_host_bytes"]
     assert found == (gib and pytest.approx(gib * 2**30, rel=1e-3))
 
@@ -92,7 +92,9 @@ def test_who_asks_while_a_file_is_read_waits_for_that(full_size, monkeypatch):
     monkeypatch.setattr(answers_module, "_read_file", lambda *given: reads.append(given) or read(*given))
 
     async def ask():
-        return await asyncio.gather(*(answer_for(full_size, True, Residency((), None), None) for _ in range(8)))
+        return await asyncio.gather(
+            *(answer_for(full_size, "checkpoints", Residency((), None), None) for _ in range(8))
+        )
 
     with ThreadPoolExecutor(1) as thread:
         given = thread.submit(asyncio.run, ask()).result()

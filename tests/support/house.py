@@ -15,9 +15,10 @@ MAY_IMPORT = {
     "nf4_loader": BELOW_ALL,
     "offload": BELOW_ALL,
     "checkpoints": BELOW_ALL | PACKAGES,
-    "nodes": BELOW_ALL | PACKAGES | {"checkpoints"},
-    "page": BELOW_ALL | PACKAGES | {"checkpoints", "nodes"},
-    "__init__": BELOW_ALL | PACKAGES | {"checkpoints", "nodes", "page"},
+    "encoders": BELOW_ALL | PACKAGES | {"checkpoints"},
+    "nodes": BELOW_ALL | PACKAGES | {"checkpoints", "encoders"},
+    "page": BELOW_ALL | PACKAGES | {"checkpoints", "encoders", "nodes"},
+    "__init__": BELOW_ALL | PACKAGES | {"checkpoints", "encoders", "nodes", "page"},
 }
 """What each part at the root may import beside itself. ``nodes`` are all files whose names begin so."""
 

@@ -1,0 +1,200 @@
+"""A CLIP of ComfyUI's whose text encoders are streamed, layer by layer, within a budget of their own."""
+
+import math
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import comfy.sd
+import torch
+from torch import nn
+
+from ...memory import is_out_of_memory
+from ..plan import Residency, ResidencyPlan, plan_for
+from .adopt import Kind, stream_model
+from .block_lists import lists_of_encoders
+from .large_layers import LargeLayers
+from .node_names import STREAM_ENCODER
+from .patcher import StreamedModelPatcher
+from .retry import with_less
+from .streaming import attach_streaming, refuse_to_save
+
+
+class StreamedEncoders(nn.Module):
+    """Before the class of ``CLIP.cond_stage_model``: what encoding a prompt has around it.
+
+    A prompt that runs out of memory is encoded once more with no layer resident. Raises FileMapError where somebody has
+    written to the file that the weights are in.
+    """
+
+    streaming: Any
+    patcher_of: Callable[[], Any] = staticmethod(lambda: None)
+    """A weak reference to the patcher that has loaded it."""
+
+    @property
+    def current_patcher(self) -> Any:
+        """What ComfyUI's diffusion models have."""
+        return self.patcher_of()
+
+    def encode_token_weights(self, *args: Any, **kwargs: Any) -> Any:
+        """ComfyUI's."""
+        encode: Any = super().encode_token_weights  # type: ignore[misc]
+        return self._run(lambda: encode(*args, **kwargs))
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """ComfyUI's, where it has it."""
+        generate: Any = super().generate  # type: ignore[misc]
+        return self._run(lambda: generate(*args, **kwargs))
+
+    def _run(self, forward: Callable[[], Any]) -> Any:
+        self.streaming.streamer.file.require_unchanged()
+        try:
+            return with_less(self, forward)
+        finally:
+            if self.current_patcher is not None:
+                self.current_patcher.report_forwards()
+
+
+def stream_encoders(model: nn.Module) -> None:
+    """Make the text encoders ``model``, which went through `attach_streaming`, those of a `StreamedEncoderPatcher`."""
+    streaming: Any = model.streaming
+    large = LargeLayers(model, [block.module for block in streaming.streamer.blocks])
+    streaming.other_bytes -= large.nbytes
+    model.large_layers = large  # type: ignore[assignment]
+    model.__class__ = type(f"Streamed{type(model).__name__}", (StreamedEncoders, type(model)), {})
+
+
+class StreamedEncoderPatcher(StreamedModelPatcher):
+    """Of the text encoders of one CLIP. The model must have gone through `attach_streaming` and have ``large_layers``.
+
+    It asks ComfyUI only for what it needs with every layer streamed, so that a prompt pushes off the device only what
+    it cannot do without. Of what is free beyond that it takes as much as its settings allow.
+    """
+
+    def retry_with_less_resident(self) -> None:
+        """Nothing: ComfyUI runs no wrapper around text encoders, so `StreamedEncoders` does it."""
+
+    def model_size(self) -> int:
+        """Bytes that must be on the load device, or are there."""
+        if self._computes_from_host:
+            return super().model_size()
+        streaming = self._streaming
+        needed = streaming.other_bytes + streaming.patching.device_bytes + self._all_streamed.device_bytes
+        held: int = getattr(self.model, "model_loaded_weight_memory", 0)
+        return max(needed, held)
+
+    def load(
+        self, device_to: torch.device | None = None, lowvram_model_memory: float = 0, *args: Any, **kwargs: Any
+    ) -> None:
+        """As of any streamed model; and if all of it has room, the large layers come along."""
+        device = self.load_device if device_to is None else device_to
+        self._place_large_layers(device, lowvram_model_memory or math.inf)
+        super().load(device_to, lowvram_model_memory, *args, **kwargs)
+        self.model.patcher_of = weakref.ref(self)
+
+    def partially_unload(self, device_to: torch.device, memory_to_free: float = 0, *args: Any, **kwargs: Any) -> int:
+        """As of any streamed model; the large layers go first."""
+        freed = 0
+        if self._large.is_on_device:
+            freed = self._large.nbytes
+            self._give_large_layers_up()
+            self.residency_changed()
+        if freed >= memory_to_free:
+            return freed
+        return freed + super().partially_unload(device_to, memory_to_free - freed, *args, **kwargs)
+
+    def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
+        """ComfyUI's; with the weights, everything leaves the device."""
+        if unpatch_weights:
+            self._give_large_layers_up()
+        super().unpatch_model(device_to, unpatch_weights)
+
+    def _place_large_layers(self, device: torch.device, room: float) -> None:
+        """Have them on ``device`` if the whole model has ``room`` there (bytes), else in host memory."""
+        if self._computes_from_host:
+            return
+        sizes, budget = self._sizes, self.residency.budget_bytes
+        taken = self._streaming.patching.device_bytes + plan_for(sizes, range(len(sizes))).device_bytes
+        is_room = self._bytes_of_all_others + taken <= min(room, math.inf if budget is None else budget)
+        if not is_room:
+            self._give_large_layers_up()
+        elif not self._large.is_on_device:
+            try:
+                self._large.bring_to(device)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            else:
+                self._streaming.other_bytes += self._large.nbytes
+
+    def _give_large_layers_up(self) -> None:
+        if self._large.is_on_device:
+            self._large.take_back()
+            self._streaming.other_bytes -= self._large.nbytes
+
+    @property
+    def _bytes_of_all_others(self) -> int:
+        """Of what is in no block."""
+        return self._streaming.other_bytes + (0 if self._large.is_on_device else self._large.nbytes)
+
+    @property
+    def _all_streamed(self) -> ResidencyPlan:
+        """The least of what runs at full speed: every layer streamed, or what there is if that is less."""
+        plan = self.plan
+        streamed = plan_for(self._sizes, (), plan.staging_bytes or self.staging_bytes)
+        return min(plan, streamed, key=lambda either: either.device_bytes)
+
+    @property
+    def _compute_dtype(self) -> torch.dtype:
+        return torch.float32  # ComfyUI's text encoders bring everything there
+
+    @property
+    def _large(self) -> LargeLayers:
+        large: LargeLayers = self.model.large_layers
+        return large
+
+
+class StreamedClip(comfy.sd.CLIP):
+    """ComfyUI's CLIP with a `StreamedEncoderPatcher`."""
+
+    patcher: StreamedEncoderPatcher
+    cond_stage_model: Any
+    cloned_from: "StreamedClip | None" = None
+    """The CLIP that was loaded: it lives as long as a clone does."""
+
+    def clone(self, *args: Any, **kwargs: Any) -> "StreamedClip":
+        other: Any = super().clone(*args, **kwargs)
+        other.__class__ = StreamedClip
+        other.cloned_from = self.cloned_from or self
+        return other
+
+    def get_sd(self) -> None:
+        """Refuse: raises ValueError."""
+        refuse_to_save()
+
+    state_dict_for_saving = get_sd
+
+
+def clip_with(clip: comfy.sd.CLIP, patcher: StreamedEncoderPatcher) -> StreamedClip:
+    """``clip`` with its settings and tokenizer, and ``patcher`` in the place of its own."""
+    other: Any = clip.clone()
+    other.__class__ = StreamedClip
+    other.patcher, other.cond_stage_model = patcher, patcher.model
+    return other
+
+
+def _attach(model: nn.Module, lists: Mapping[str, list[nn.Module]], each: Callable[[int], None]) -> None:
+    attach_streaming(model, lists, each=each, patch_in_weights=True)
+    stream_encoders(model)
+
+
+_ENCODERS = Kind(StreamedEncoderPatcher, lists_of_encoders, _attach, STREAM_ENCODER)
+
+
+def stream_clip(clip: comfy.sd.CLIP, residency: Residency, node_id: str | None) -> comfy.sd.CLIP:
+    """A clone of ``clip``, with its patches and options, whose layers are streamed as ``residency`` says.
+
+    See `stream_model`, also for errors.
+    """
+    patcher = stream_model(clip.patcher, residency, node_id, _ENCODERS)
+    return clip_with(clip, patcher) if isinstance(patcher, StreamedEncoderPatcher) else clip

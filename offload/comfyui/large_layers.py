@@ -1,0 +1,79 @@
+"""Large layers beside the blocks: the token embedding of a text encoder, and its output layer.
+
+An embedding of Mistral 3 takes 1.3 GB, of which a prompt needs a few hundred rows; an output layer is used only to
+write text. So they stay in host memory, unless all of the model has room on the device. An embedding looks its rows up
+in host memory and brings only those to the device. A Linear of ComfyUI's brings its weight there when it is called.
+"""
+
+import copy
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..record import keep_in_place
+
+LARGE_BYTES = 32 << 20
+
+
+class LargeLayers:
+    """The large layers of ``model`` that are in none of ``blocks``. From now on ``to`` leaves them where they are."""
+
+    def __init__(self, model: nn.Module, blocks: Collection[nn.Module]) -> None:
+        in_blocks = {module for block in blocks for module in block.modules()}
+        self._host = {
+            layer: layer.get_parameter("weight")
+            for layer in model.modules()
+            if layer not in in_blocks and _is_large(layer)
+        }
+        for layer in self._host:
+            keep_in_place(layer)
+            if isinstance(layer, nn.Embedding):
+                layer.__class__ = type("HostEmbedding", (HostEmbedding, type(layer)), {})
+        self.is_on_device = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that they would take on the device."""
+        return sum(weight.nbytes for weight in self._host.values())
+
+    def bring_to(self, device: torch.device) -> None:
+        """Have a copy on ``device``."""
+        try:
+            for layer, weight in self._host.items():
+                layer._parameters["weight"] = nn.Parameter(weight.to(device), requires_grad=False)
+        except BaseException:
+            self.take_back()
+            raise
+        self.is_on_device = bool(self._host)
+
+    def take_back(self) -> None:
+        """Give what is on the device up. Idempotent."""
+        for layer, weight in self._host.items():
+            layer._parameters["weight"] = weight
+        self.is_on_device = False
+
+
+class HostEmbedding(nn.Embedding):
+    """Before a class of embeddings: looks the rows up where the weight is, and has the class compute with these."""
+
+    def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        weight = self.weight
+        if weight.device == input.device:
+            return super().forward(input, *args, **kwargs)
+        ids, places = torch.unique(input.to(weight.device), return_inverse=True)
+        # By bytes: torch does not index every dtype that weights are kept in.
+        rows = weight.detach().view(torch.uint8).index_select(0, ids.flatten()).view(weight.dtype)
+        small = copy.copy(self)
+        small._parameters = {**self._parameters, "weight": nn.Parameter(rows.to(input.device), requires_grad=False)}
+        small.num_embeddings, small.padding_idx = len(rows), None
+        return super(HostEmbedding, small).forward(places.to(input.device), *args, **kwargs)
+
+
+def _is_large(layer: nn.Module) -> bool:
+    weight = layer._parameters.get("weight")
+    if not isinstance(layer, (nn.Embedding, nn.Linear)) or weight is None or weight.nbytes < LARGE_BYTES:
+        return False
+    # Only what ComfyUI casts when it is called may be elsewhere, and only plain tensors have rows.
+    return bool(getattr(layer, "comfy_cast_weights", False)) and type(weight) is nn.Parameter

@@ -1,0 +1,47 @@
+"""4-bit text encoders of transformers, streamed: the bits of ComfyUI's own on the dense twin, whatever is resident."""
+
+import comfy.sd
+import pytest
+import torch
+from tiny_encoders import TINY, dense_twin, for_comfyui, make_small, save, tokens_of
+
+from flux_nf4.encoders import load_encoders, streamed_clip
+from flux_nf4.nf4_loader.checkpoint.encoder_file import read_encoder_file
+from flux_nf4.offload.comfyui.large_layers import HostEmbedding
+from flux_nf4.offload.plan import Residency
+
+KNOWN = [tiny for tiny in TINY if tiny.is_known]
+each_tiny = pytest.mark.parametrize("tiny", KNOWN, ids=lambda tiny: f"{tiny.name} for {tiny.clip_type}")
+
+
+def stock(tiny, state):
+    """ComfyUI's own CLIP."""
+    return comfy.sd.load_text_encoder_state_dicts(
+        [for_comfyui(tiny, state)], clip_type=getattr(comfy.sd.CLIPType, tiny.clip_type.upper(), comfy.sd.CLIPType.SD3)
+    )
+
+
+def encoded(clip, tiny):
+    with torch.inference_mode():
+        return clip.encode_from_tokens(tokens_of(tiny.key), return_dict=True)
+
+
+def same(got, wanted):
+    assert wanted["cond"].std() > 0.01
+    assert got.keys() == wanted.keys()
+    return all(torch.equal(got[name], value) for name, value in wanted.items() if isinstance(value, torch.Tensor))
+
+
+@each_tiny
+def test_it_encodes_as_comfyui_on_the_dense_twin(tiny, tmp_path, monkeypatch, clip_copies):
+    make_small(monkeypatch, tiny)
+    wanted = encoded(stock(tiny, dense_twin(save(tiny, tmp_path, double_quant=tiny.layers > 30))), tiny)
+    loaded = load_encoders([read_encoder_file(tmp_path)], tiny.clip_type)
+    streamer = loaded.patcher.model.streaming.streamer
+    assert any(isinstance(module, HostEmbedding) for module in loaded.cond_stage_model.modules())
+    least = loaded.patcher.model_size()
+    for budget in (least, (least + streamer.host_bytes) // 2, None):
+        clip = streamed_clip(loaded, Residency(budget_bytes=budget), None)
+        assert same(encoded(clip, tiny), wanted)
+        streamed = len(streamer.plan.streamed)
+        assert (streamed == len(streamer.blocks)) if budget == least else (budget is None) == (streamed == 0)
