@@ -32,7 +32,7 @@ def _rotated(  # type: ignore[no-untyped-def]  # Triton would look for the names
     return tl.reshape(tl.permute(tl.reshape(turned, (ROWS, 16, 16)), (0, 2, 1)), (ROWS, 256))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["start"])  # type: ignore[untyped-decorator]
 def scales_kernel(  # type: ignore[no-untyped-def]
     packed,
     absmax,
@@ -64,7 +64,7 @@ def scales_kernel(  # type: ignore[no-untyped-def]
     tl.store(row_scale + start + tile * ROWS + tl.arange(0, ROWS), most / 127.0)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["start"])  # type: ignore[untyped-decorator]
 def rows_kernel(  # type: ignore[no-untyped-def]
     packed,
     absmax,

@@ -59,12 +59,17 @@ def int8_is_faster(
     """Whether to multiply in int8 (arguments as in `Case`). The first call for a case measures it."""
     case = Case(shape, rows, dtype, device, by_kernel)
     if case not in timings:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return False  # a CUDA graph: nothing can be measured, and what is captured has run before
+        if is_captured(device):
+            return False  # nothing can be measured, and what is captured has run before
         with _measuring:
             if case not in timings:
                 timings[case] = measure(case)
     return timings[case].int8_is_faster
+
+
+def is_captured(device: torch.device) -> bool:
+    """Whether launches now become a CUDA graph, which runs later, and again."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def measure(case: Case) -> Timing:
