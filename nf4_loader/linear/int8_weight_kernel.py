@@ -93,8 +93,8 @@ def rows_kernel(  # type: ignore[no-untyped-def]
         packed, absmax, code, hadamard, up, down, scale, start, tile, group, RANKS, GROUPS, BLOCK_BYTES, ROWS, MOST
     )
     row = start + tile * ROWS + tl.arange(0, ROWS)
-    # Near 1.5 * 2**23 floats are whole numbers, so the sum is rounded, and its lowest byte is the int8: two instructions
-    # in place of seven. The scale keeps the number within 127.
+    # Near 1.5 * 2**23 floats are whole numbers: the sum is rounded, and its lowest byte is the int8. That takes two
+    # instructions in place of seven. The scale keeps the number within 127.
     turned = turned * (1.0 / tl.load(row_scale + row))[:, None] + 12582912.0
     column = group * 256 + tl.arange(0, 256)
     tl.store(out + row[:, None] * (GROUPS * 256) + column[None, :], turned.to(tl.int32, bitcast=True).to(tl.int8))

@@ -11,7 +11,7 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.dlpack import to_dlpack
+from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]  # it is public, but not in the stubs
 
 from ...memory import is_out_of_memory
 
