@@ -10,7 +10,7 @@ as long (measured on an H100).
 
 import functools
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 

@@ -51,9 +51,11 @@ def log_problem(problem: str, consequence: str) -> None:
 
 def current(device: torch.device) -> AbstractContextManager[Any]:
     """Makes ``device`` the current one: Triton launches there, wherever the tensors are."""
-    if device.type == "cpu" or torch.accelerator.current_device_index() == device.index:
-        return nullcontext()  # nearly always, and this takes the host a tenth of the time
-    return torch.get_device_module(device.type).device(device)
+    if device.type == "cpu":
+        return nullcontext()
+    module = torch.get_device_module(device.type)
+    # Nearly always it is the current one, and to ask takes the host a tenth of the time.
+    return nullcontext() if module.current_device() == device.index else module.device(device)
 
 
 class RandomNumbers:
