@@ -41,6 +41,8 @@ CONTENDERS = (
     Contender("streamed-12-24", "streamed", "12/24", "this package, 12 double and 24 single blocks stay"),
     Contender("streamed-auto", "streamed", "auto", "this package, as many blocks stay as there is room for"),
     Contender("streamed-resident", "streamed", "19/38", "this package, all in VRAM"),
+    Contender("streamed-0-0-int8", "streamed", "0/0 int8", "this package, no block stays, int8 where faster"),
+    Contender("streamed-resident-int8", "streamed", "19/38 int8", "this package, all in VRAM, int8 where faster"),
     Contender("streamed-0-0-compiled", "streamed", "0/0 compiled", "this package, no block stays, blocks compiled"),
     Contender("streamed-resident-compiled", "streamed", "19/38 compiled", "this package, all in VRAM, blocks compiled"),
     Contender(DENSE_RESIDENT, "comfy-bf16", "automatic", "ComfyUI's loader, bf16, in VRAM as far as it has room"),

@@ -53,7 +53,8 @@ def with_residency(
 
 
 class Streamed:
-    """One model in host memory; a setting is "double/single" blocks that stay, or "auto", and may end in "compiled"."""
+    """One model in host memory; a setting is "double/single" blocks that stay, or "auto", and may end in "compiled", or
+    in "int8": then Linears compute in int8 where that is faster."""
 
     def __init__(self, path: Path) -> None:
         self._patcher = load(path)
@@ -63,7 +64,11 @@ class Streamed:
         residency, *rest = setting.split()
         counts = [] if residency == "auto" else [int(count) for count in residency.split("/")]
         patcher = with_residency(self._patcher, *counts)
-        if rest:
+        if "int8" in rest:
+            from flux_nf4.nodes_compute import choose
+
+            choose(patcher, "int8 where faster")
+        if "compiled" in rest:
             if case.bus_gbps:
                 raise Unavailable("blocks cannot be compiled while copies are padded")
             compile_blocks(patcher)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from . import int8_weight, kitchen
-from .measured import int8_is_faster
+from .measured import int8_is_faster, is_captured
 
 if TYPE_CHECKING:
     from ...low_rank.branch import LowRank
@@ -32,11 +32,13 @@ class Int8:
 
     ``row_scale``, fp32 (out,) on the device that computes, are the scales of the rotated weight with the LoRA that is
     in it; 0 where they are not known yet. Without it (None) rows are made through a dense weight.
+    ``scales_are_known`` says that there is no 0 in it.
     """
 
     device: torch.device
     dtype: torch.dtype
     row_scale: torch.Tensor | None
+    scales_are_known: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -61,6 +63,7 @@ def forget_scales(layer: "Linear4bit") -> None:
     """The LoRA in the weight has changed."""
     if layer.int8 is not None and layer.int8.row_scale is not None:
         layer.int8.row_scale.zero_()
+        layer.int8.scales_are_known = False
 
 
 def takes(layer: "Linear4bit", rows: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -97,11 +100,17 @@ def _is_in_the_weight(layer: "Linear4bit") -> bool:
 
 def _weight(layer: "Linear4bit", dtype: torch.dtype, low_rank: "LowRank | None") -> tuple[torch.Tensor, torch.Tensor]:
     """As `kitchen.linear` takes it."""
-    assert layer.int8 is not None
-    row_scale = layer.int8.row_scale
+    int8 = layer.int8
+    assert int8 is not None
+    row_scale = int8.row_scale
     if row_scale is None:
         return kitchen.quantise(layer.dequantise(dtype))
     rows = torch.empty(layer.shape, dtype=torch.int8, device=row_scale.device)
     patches = [] if low_rank is None else list(low_rank.patches(layer._buffers))
-    int8_weight.write_int8_rows(*layer.packed_weight(), dtype, patches, row_scale, rows)
+    weight = (*layer.packed_weight(), dtype, patches, row_scale, rows)
+    if torch.compiler.is_compiling() or is_captured(row_scale.device):  # it runs later, when the LoRA may have changed
+        int8_weight.write_int8_rows(*weight)
+    else:
+        int8_weight.write_int8_rows(*weight, scales_are_known=int8.scales_are_known)
+        int8.scales_are_known = True
     return rows, row_scale

@@ -10,7 +10,7 @@ as long (measured on an H100).
 
 import functools
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -49,6 +49,8 @@ def write_int8_rows(
     patches: Sequence[Patch],
     row_scale: torch.Tensor,
     rows: torch.Tensor,
+    *,
+    scales_are_known: bool = False,
 ) -> None:
     """Write a 4-bit weight (arguments as in `kernels.dequantise`) with ``patches`` in it as int8 ``rows`` (out, in).
 
@@ -57,13 +59,14 @@ def write_int8_rows(
         patches: Low-rank ones that cover every row once, or none.
         row_scale: fp32, (out,). Zeros in it are replaced by the scales; what is not zero is taken for the scale, so
             whoever changes the patches writes zeros. ``rows * row_scale[:, None]`` is the rotated weight.
+        scales_are_known: There are no zeros in ``row_scale``: it saves a launch. Compiled code does not look at it.
     """
     weight = (packed, absmax, row_scale, rows, state.quant_type, state.blocksize, dtype)
     if torch.compiler.is_compiling():
         columns = ([patch[i] for patch in patches] for i in range(4))
         torch.ops.flux_nf4.write_int8_rows(*weight, *columns)
     else:
-        _launch(*weight, patches)
+        _launch(*weight, patches, scales_are_known)
 
 
 def _launch(
@@ -75,23 +78,42 @@ def _launch(
     blocksize: int,
     dtype: torch.dtype,
     patches: Sequence[Patch],
+    scales_are_known: bool,
 ) -> None:
     groups = rows.shape[1] // GROUP
     code, hadamard = code_table(quant_type, packed.device), _hadamard(dtype, packed.device)
     with current(packed.device):
         for start, up, down, scale in patches or (Patch(0, rows, rows, row_scale),):
-            tiles = up.shape[0] // ROWS
-            sizes = {
-                "RANKS": up.shape[1] if patches else 0,
-                "GROUPS": groups,
-                "BLOCK_BYTES": blocksize // 2,
-                "ROWS": ROWS,
-                "MOST": MAX_RANK,
-                "num_warps": WARPS,
-            }
+            tiles, ranks = up.shape[0] // ROWS, up.shape[1] if patches else 0
+            sizes = (ranks, groups, blocksize // 2, ROWS, MAX_RANK)
             weight = (packed, absmax, code, hadamard, up, down, scale, row_scale)
-            scales_kernel[(tiles,)](*weight, start, **sizes)
-            rows_kernel[groups, tiles](*weight, rows, start, **sizes)
+            if not scales_are_known:
+                _run(scales_kernel, (tiles, 1, 1), weight, start, sizes)
+            _run(rows_kernel, (groups, tiles, 1), (*weight, rows), start, sizes)
+
+
+_compiled: dict[tuple[object, ...], Any] = {}
+"""Kernels as Triton has compiled them for tensors that begin at multiples of 16 bytes."""
+
+
+def _run(
+    kernel: Any, grid: tuple[int, int, int], tensors: tuple[torch.Tensor, ...], start: int, sizes: tuple[int, ...]
+) -> None:
+    """Launch ``kernel``. The compiled kernel is kept and called from then on, because Triton looks at each argument of
+    each launch to find it, which takes the host longer than the launch."""
+    is_aligned = not any(tensor.data_ptr() % 16 for tensor in tensors)
+    key = (kernel, tensors[0].device, tensors[3].dtype, sizes)
+    compiled = _compiled.get(key) if is_aligned else None
+    if compiled is not None:
+        try:
+            compiled[grid](*tensors, start, *sizes)
+        except TypeError:  # a Triton whose compiled kernels take other arguments: nothing has been launched
+            _compiled[key] = None
+        else:
+            return
+    compiled = kernel[grid](*tensors, start, *sizes, num_warps=WARPS)
+    if is_aligned:
+        _compiled.setdefault(key, compiled)
 
 
 @torch.library.custom_op("flux_nf4::write_int8_rows", mutates_args=("row_scale", "rows"))
@@ -110,7 +132,7 @@ def _write_int8_rows(
 ) -> None:
     """`_launch` for compiled code: one operator, in which the compiler sees neither launches nor tables."""
     patches = [Patch(*patch) for patch in zip(starts, ups, downs, scales, strict=True)]
-    _launch(packed, absmax, row_scale, rows, cast(QuantType, quant_type), blocksize, dtype, patches)
+    _launch(packed, absmax, row_scale, rows, cast(QuantType, quant_type), blocksize, dtype, patches, False)
 
 
 @functools.cache

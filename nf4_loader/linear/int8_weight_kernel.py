@@ -32,7 +32,7 @@ def _rotated(  # type: ignore[no-untyped-def]  # Triton would look for the names
     return tl.reshape(tl.permute(tl.reshape(turned, (ROWS, 16, 16)), (0, 2, 1)), (ROWS, 256))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["start"])  # type: ignore[untyped-decorator]
 def scales_kernel(  # type: ignore[no-untyped-def]
     packed,
     absmax,
@@ -64,7 +64,7 @@ def scales_kernel(  # type: ignore[no-untyped-def]
     tl.store(row_scale + start + tile * ROWS + tl.arange(0, ROWS), most / 127.0)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["start"])  # type: ignore[untyped-decorator]
 def rows_kernel(  # type: ignore[no-untyped-def]
     packed,
     absmax,
@@ -93,7 +93,8 @@ def rows_kernel(  # type: ignore[no-untyped-def]
         packed, absmax, code, hadamard, up, down, scale, start, tile, group, RANKS, GROUPS, BLOCK_BYTES, ROWS, MOST
     )
     row = start + tile * ROWS + tl.arange(0, ROWS)
-    turned *= (1.0 / tl.load(row_scale + row))[:, None]
-    turned = tl.floor(tl.minimum(tl.maximum(turned, -127.0), 127.0) + 0.5)
+    # Near 1.5 * 2**23 floats are whole numbers: the sum is rounded, and its lowest byte is the int8. That takes two
+    # instructions in place of seven. The scale keeps the number within 127.
+    turned = turned * (1.0 / tl.load(row_scale + row))[:, None] + 12582912.0
     column = group * 256 + tl.arange(0, 256)
-    tl.store(out + row[:, None] * (GROUPS * 256) + column[None, :], turned.to(tl.int8))
+    tl.store(out + row[:, None] * (GROUPS * 256) + column[None, :], turned.to(tl.int32, bitcast=True).to(tl.int8))

@@ -9,13 +9,14 @@ from flux_nf4.nf4_loader.checkpoint.quant_state import QuantState
 from flux_nf4.nf4_loader.linear import int8_weight, kernels, kitchen, measured
 
 
-def launch(packed, absmax, row_scale, rows, quant_type, blocksize, dtype, patches):
+def launch(packed, absmax, row_scale, rows, quant_type, blocksize, dtype, patches, scales_are_known):
     """As `int8_weight._launch`."""
     weight = kernels.dequantise_by_table(packed, absmax, QuantState(quant_type, blocksize, rows.shape), torch.float32)
     for start, up, down, scale in patches:
         weight[start : start + len(up)] += (up.float() * scale) @ down.float()
     turned = int8_weight.rotated(weight)
-    row_scale.copy_(torch.where(row_scale == 0, turned.abs().amax(1) / 127, row_scale))
+    if not scales_are_known:
+        row_scale.copy_(torch.where(row_scale == 0, turned.abs().amax(1) / 127, row_scale))
     rows.copy_((turned / row_scale[:, None]).round().clamp(-127, 127))
 
 

@@ -1,6 +1,8 @@
 """int8 as a way to multiply: its errors, who takes it, and what it does with LoRA."""
 
 import logging
+import time
+from types import SimpleNamespace
 
 import comfy_kitchen
 import pytest
@@ -276,16 +278,42 @@ def test_a_strength_that_changes_changes_the_scales(layer_of, by_kernel):
     assert torch.equal(layer(input), plain)
 
 
-def test_scales_are_kept_where_no_strength_changes(layer_of, by_kernel):
-    if not by_kernel:
-        return
-    layer, factor = layer_of(), lora(8)
-    patch(layer, factor)
-    layer(input_of("gaussian"))
-    before = layer.int8.row_scale.clone()
-    patch(layer, factor)
-    assert before.all()
-    assert torch.equal(layer.int8.row_scale, before)
+@pytest.fixture
+def launches():
+    """Whether each launch was told that the scales are known."""
+    told = []
+    with int8_on_cpu(), pytest.MonkeyPatch.context() as patch:
+        launch = int8_weight._launch
+        patch.setattr(int8_weight, "_launch", lambda *args: (told.append(args[-1]), launch(*args))[1])
+        yield told
+
+
+def test_scales_are_computed_once_and_again_when_a_strength_has_changed(layer_of, launches):
+    layer, factor, input = layer_of(), lora(8), input_of("gaussian")
+    for scale in (1.0, 1.0, 0.5, 0.5):
+        patch(layer, Factors(factor.up, factor.down, scale, 0))
+        for _ in range(2):
+            layer(input)
+    assert launches == [False, *3 * [True], False, *3 * [True]]
+    layer.compute_by(None, CPU, DTYPE)
+    layer.compute_by(FASTER, CPU, DTYPE)
+    layer(input)
+    assert launches[-1] is False
+
+
+def test_what_is_captured_computes_them_itself(layer_of, launches, monkeypatch):
+    """A CUDA graph runs later: when it is captured nothing is computed, and when it runs the LoRA may be another."""
+    layer, input = layer_of(), input_of("gaussian")
+    with monkeypatch.context() as capturing:
+        capturing.setattr(int8, "is_captured", lambda device: True)
+        layer(input)
+        layer(input)
+    layer(input)
+    layer(input)
+    with monkeypatch.context() as capturing:
+        capturing.setattr(int8, "is_captured", lambda device: True)
+        layer(input)
+    assert launches == [False, False, False, True, False]
 
 
 # torch.compile
@@ -315,6 +343,20 @@ def test_layers_of_a_kind_are_compiled_once_and_whole(layer_of, by_kernel, rank)
                 if not rank:
                     assert torch.equal(compiled(layer, input), expected)
         stance = "fail_on_recompile"
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_code_notices_that_a_strength_has_changed(layer_of, launches):
+    layer, factor, input = layer_of(), lora(8), input_of("gaussian")
+    compiled = torch.compile(lambda input: layer(input), backend="aot_eager", fullgraph=True)
+    for scale in (1.0, 0.5):
+        patch(layer, Factors(factor.up, factor.down, scale, 0))
+        with torch.inference_mode():
+            compiled(input)
+        fresh = layer_of()
+        patch(fresh, Factors(factor.up, factor.down, scale, 0))
+        fresh(input)
+        torch.testing.assert_close(layer.int8.row_scale, fresh.int8.row_scale)
 
 
 # Where it cannot be used
@@ -397,6 +439,28 @@ def test_the_trial_notices_other_values(monkeypatch):
     assert "other values" in kitchen.trial(CPU, DTYPE)
 
 
+def test_tensors_are_exported_to_comfy_kitchen_without_checks():
+    from comfy_kitchen.backends import cuda
+
+    def slow(tensor):
+        raise AssertionError("exported with checks")
+
+    namespace = {"_wrap_for_dlpack": slow}
+    code = "def own(x, *, scale=2.0):\n    return torch.from_dlpack(_wrap_for_dlpack(x)) * scale"
+    exec(code, {"torch": torch} | namespace, namespace)
+    fast, x = kitchen._with_fast_export(namespace["own"]), torch.ones(3)
+    assert torch.equal(fast(x), 2 * x)
+    assert torch.equal(fast(x, scale=3.0), 3 * x)
+    assert kitchen._with_fast_export(torch.add) is torch.add
+    assert kitchen._with_fast_export(layer_without) is layer_without
+    assert kitchen._EXPORT in vars(cuda)  # if comfy-kitchen has renamed it, all works, and takes the host longer
+    assert kitchen._with_fast_export(cuda.int8_linear) is not cuda.int8_linear
+
+
+def layer_without():
+    """A function that exports nothing."""
+
+
 def test_a_model_that_is_exact_logs_nothing(layer_of, caplog):
     with caplog.at_level(logging.INFO):
         layer_of(compute=None)(input_of("gaussian"))
@@ -460,23 +524,57 @@ def test_a_little_faster_is_not_enough(exact_ms, int8_ms, is_faster):
     assert measured.Timing(exact_ms, int8_ms).int8_is_faster is is_faster
 
 
+def test_where_the_host_is_the_limit_it_is_exact():
+    """However much less the device would have to do."""
+    assert measured.Timing(2.0, 1.0, 0.5).int8_is_faster
+    assert not measured.Timing(2.0, 1.0, 0.51).int8_is_faster
+
+
 @pytest.mark.parametrize("by_kernel", [True, False])
 def test_both_ways_are_timed_in_turns_after_a_first_call(monkeypatch, by_kernel):
     whole = measured.measure
     with int8_on_cpu(by_kernel=by_kernel), monkeypatch.context() as patch:
         ran = []
+        noise = iter([1, 1, 1.5, 1, 1, 3, 1, 1, 1.2, 1, 1, 1])
 
         def elapsed_ms(call, device, count=1):
             ran.append((call.__name__, count))
             assert call().shape == (128, 64)
-            return {"exact": 3.0, "int8": 1.0}[call.__name__] * count
+            times = next(noise)
+            return {"exact": 3.0, "int8": 1.0}[call.__name__] * times, 0.2 * times
 
         patch.setattr(measured, "elapsed_ms", elapsed_ms)
         state = torch.get_rng_state()
         timing = whole(measured.Case((64, 256), 128, DTYPE, CPU, by_kernel))
-    assert timing == (3.0, 1.0)
-    assert ran == [("exact", 1), ("int8", 1), *3 * [("exact", 1), ("int8", 5)]]
+    assert timing == (3.0, 1.0, 0.2)  # the shortest of exact, the medians of int8
+    assert ran == [("exact", 1), ("int8", 1), *5 * [("exact", 1), ("int8", 5)]]
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_host_is_timed_until_it_has_launched(monkeypatch):
+    class Event:
+        """The device needs 3 ms a call."""
+
+        def record(self):
+            self.calls = len(calls)
+
+        def synchronize(self):
+            time.sleep(0.2)  # this does not count as the host's
+
+        def elapsed_time(self, ended):
+            return 3.0 * (ended.calls - self.calls)
+
+    calls = []
+
+    def call():
+        calls.append(1)
+        time.sleep(0.01)
+
+    device = SimpleNamespace(Event=lambda enable_timing: Event())
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: device)
+    on_device, on_host = measured.elapsed_ms(call, GPU, 4)
+    assert on_device == 3.0
+    assert 10 <= on_host < 40
 
 
 def test_the_names_of_the_ways_are_those_that_are_asked_for():
