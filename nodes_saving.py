@@ -77,9 +77,9 @@ class FluxNF4QuantiseSave:
     ]
     DESCRIPTION = (
         "Quantises a model of Flux.1, FLUX.2, Chroma, Qwen-Image, Ideogram 4 or Krea 2 to NF4 or FP4, layer by layer, "
-        "and saves it: the transformer alone, or of Flux.1 an all-in-one file with CLIP and VAE. 4-bit weights without a LoRA keep their values if they are saved in their own type "
-        "(nesting an fp32 absmax changes them a little). Weights of the other type are quantised again, and the log "
-        "says so."
+        "and saves it: the transformer alone, or of Flux.1 an all-in-one file with CLIP and VAE. 4-bit weights without "
+        "a LoRA keep their values if they are saved in their own type (nesting an fp32 absmax changes them a little). "
+        "Weights of the other type are quantised again, and the log says so."
     )
 
     def save(
