@@ -16,6 +16,8 @@ from cases import Case
 from random_lora import LoRA, kohya, linear_shapes
 
 SEED = 0
+FLUX2_CHANNELS = 128
+"""Of a latent of FLUX.2, whose pixels are 16 wide; others have 16 channels and 8."""
 
 
 class ComfyModel:
@@ -26,9 +28,11 @@ class ComfyModel:
         self.case = case
         self.device: torch.device = self.patcher.load_device
         generator = torch.Generator().manual_seed(SEED)
-        side = case.pixels // 8
-        self._noise = torch.randn(case.batch, 16, side, side, generator=generator)
-        text = torch.randn(2, case.text_tokens, 4096, generator=generator)
+        channels = patcher.model.latent_format.latent_channels
+        side = case.pixels // (16 if channels == FLUX2_CHANNELS else 8)
+        self._noise = torch.randn(case.batch, channels, side, side, generator=generator)
+        width = patcher.model.model_config.unet_config["context_in_dim"]
+        text = torch.randn(2, case.text_tokens, width, generator=generator)
         pooled = torch.randn(2, 768, generator=generator)
         self._positive, self._negative = (_cond(text[i : i + 1], pooled[i : i + 1]) for i in range(2))
 
@@ -37,7 +41,7 @@ class ComfyModel:
         comfy.sampler_helpers.prepare_sampling(self.patcher, self._noise.shape, conds, self.patcher.model_options)
 
     def forward(self) -> torch.Tensor:
-        """One call of the transformer in the middle of the schedule, (batch, 16, pixels / 8, pixels / 8)."""
+        """One call of the transformer in the middle of the schedule, (batch, channels, height, width)."""
         return self.patcher.model.apply_model(*self._inputs[:2], **self._inputs[2])
 
     def sample(self, on_step: Callable[[], None], steps: int | None = None) -> torch.Tensor:
