@@ -3,8 +3,9 @@
 import logging
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.lora
@@ -14,68 +15,62 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .unread_lora import why_nothing_was_recognised
-
-logger = logging.getLogger(__name__)
-
 Patch = Sequence[Any]
 
-_SHOWN = 4
 _finite = WeakTensorKeyDictionary()
 """Whether the tensors seen so far are finite: after a change of strength the same ones come again."""
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """Of some patches, by the names that they were given by: ``taken`` are those that fit, ``skipped`` names each other
+    one of this model and says why it does not fit."""
+
+    taken: dict[Any, Any]
+    skipped: tuple[str, ...]
 
 
 def accepted(
     patches: Mapping[Any, Any],
     earlier: Mapping[str, Sequence[Patch]],
-    weights: Mapping[str, torch.Tensor],
+    weight_of: Callable[[str], torch.Tensor | None],
     strength: float,
     strength_model: float,
-) -> dict[Any, Any]:
-    """What of ``patches`` fits the model; the log says how many that are, and which do not fit and why.
+) -> Accepted:
+    """What of ``patches`` fits the model.
+
+    Those of other models are in neither part of the answer: a LoRA file can have patches for the text encoders, too.
 
     Args:
         patches: As ``ModelPatcher.add_patches`` takes them: by name, or by (name, offset[, function]).
         earlier: The patches that the model has already, which come before these.
-        weights: The model's tensors by name. Only shapes are looked at, and have to be the logical ones.
+        weight_of: Gives the model's tensor of a name, or None. Only its shape is looked at, and has to be the logical
+            one.
         strength: What the patches count.
         strength_model: What the weights count.
-
-    Returns:
-        Those that fit, and only those of this model: a LoRA file can have others, for the text encoders.
     """
     fitting: dict[str, list[Patch]] = {}
     taken: dict[Any, Any] = {}
     skipped: list[str] = []
     for name, value in patches.items():
-        key, offset, function = (name, None, None) if isinstance(name, str) else (*name, None)[:3]
-        if key not in weights:
+        key, offset, function = name_and_place(name)
+        weight = weight_of(key)
+        if weight is None:
             continue
         so_far = fitting.setdefault(key, list(earlier.get(key, ())))
         patch = (strength, value, strength_model, offset, function)
-        problem = refusal([*so_far, patch], weights[key], key)
+        problem = refusal([*so_far, patch], weight, key)
         if problem is None:
             so_far.append(patch)
             taken[name] = value
         else:
             skipped.append(f"{key} ({problem})")
-    _report(len(taken), skipped, strength)
-    return taken
+    return Accepted(taken, tuple(skipped))
 
 
-def _report(taken: int, skipped: Sequence[str], strength: float) -> None:
-    if skipped:
-        shown = "; ".join(skipped[:_SHOWN])
-        more = f"; and {len(skipped) - _SHOWN} more" if len(skipped) > _SHOWN else ""
-        logger.warning(
-            "LoRA: %d patches applied at strength %g, %d skipped: %s%s", taken, strength, len(skipped), shown, more
-        )
-    elif taken:
-        logger.info(
-            "LoRA: %d patches applied at strength %g, all that ComfyUI recognised for this model", taken, strength
-        )
-    else:
-        logger.warning("%s", why_nothing_was_recognised())
+def name_and_place(name: Any) -> tuple[str, Any, Any]:
+    """The tensor's name, the offset and the function in what ``ModelPatcher.add_patches`` takes as a name."""
+    return (name, None, None) if isinstance(name, str) else (*name, None)[:3]
 
 
 def refusal(patches: Sequence[Patch], weight: torch.Tensor, key: str) -> str | None:

@@ -6,7 +6,9 @@ model (ComfyUI's own rule); a clone carries only its settings, so two of them ma
 
 import logging
 import math
+import uuid
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import comfy.model_management
@@ -26,13 +28,15 @@ from ..plan import (
     spread,
 )
 from ..telemetry import summarise
+from .compiled import is_compiled
 from .lasting import lasting_allocations
 from .node_names import QUANTISE, STREAM
 from .patch_check import accepted
-from .patching import Patch, patches_under
+from .patch_log import PatchRun
+from .patching import Patch, add, patches_under
 from .retry import retry_with_less
 from .streaming import Streaming, StreamingReport, refuse_to_save, tell_observers
-from .weights import in_logical_shapes, key_patches
+from .weights import in_logical_shapes, key_patches, weight_of
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +56,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     whole_blocks: bool = False
     compute: str | None = None
     node_id: str | None = None
+    patch_run = PatchRun()
     cached_patcher_init: Any = None
     """ComfyUI's (0.18 and later): how it loads the model once more, for a further GPU."""
     current_hooks: Any
@@ -74,6 +79,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def clone(self, *args: Any, **kwargs: Any) -> "StreamedModelPatcher":
         """ComfyUI's, with the settings."""
+        self.patch_run = self.patch_run.tell()
         other = super().clone(*args, **kwargs)
         other.residency = self.residency
         other.staging_bytes = self.staging_bytes
@@ -193,6 +199,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         Raises:
             FileMapError: somebody has written to the file that the weights are in.
         """
+        self.patch_run = self.patch_run.tell()
         self._streaming.streamer.file.require_unchanged()
         super().pre_run()
 
@@ -231,7 +238,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     def add_patches(
         self, patches: Mapping[Any, Any], strength_patch: float = 1.0, strength_model: float = 1.0
     ) -> list[Any]:
-        """ComfyUI's, without the patches that do not fit; the log names these.
+        """As ComfyUI's, without the patches that do not fit; the log names these.
 
         Raises:
             ValueError: the patches are another model's weights, which is what nodes that merge models give.
@@ -242,22 +249,26 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
                 "the second input of the merge, with a dense model as the first one. Save the result in 4 bits (node: "
                 f"{QUANTISE}) or stream it (node: {STREAM})."
             )
-        fitting = accepted(patches, self.patches, self._weights(), strength_patch, strength_model)
-        return super().add_patches(fitting, strength_patch, strength_model)
+        return self._add(self.patches, patches, strength_patch, strength_model)
 
     def add_hook_patches(
         self, hook: Any, patches: Mapping[Any, Any], strength_patch: float = 1.0, strength_model: float = 1.0
     ) -> list[Any]:
         """As `add_patches`."""
-        fitting = accepted(patches, self.patches, self._weights(), strength_patch, strength_model)
-        return super().add_hook_patches(hook, fitting, strength_patch, strength_model)
+        return self._add(self.hook_patches.setdefault(hook.hook_ref, {}), patches, strength_patch, strength_model)
+
+    def _add(self, to: Any, patches: Mapping[Any, Any], strength: float, strength_model: float) -> list[Any]:
+        # ComfyUI's own makes the whole state dict each time, and some nodes add a LoRA's patches one by one.
+        with self.use_ejected():
+            found = accepted(patches, self.patches, partial(weight_of, self.model), strength, strength_model)
+        self.patch_run = self.patch_run.plus(patches, found, strength)
+        self.patches_uuid = uuid.uuid4()
+        return add(to, found.taken, strength, strength_model)
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, list[Any]]:
         """Each weight without its patches, in host memory, and its patches."""
-        return key_patches(self.model, self._weights(filter_prefix), self.patches, self._streaming.streamer)
-
-    def _weights(self, filter_prefix: str | None = None) -> dict[str, torch.Tensor]:
-        return in_logical_shapes(self.model, self.model_state_dict(filter_prefix))
+        weights = in_logical_shapes(self.model, self.model_state_dict(filter_prefix))
+        return key_patches(self.model, weights, self.patches, self._streaming.streamer)
 
     def patch_hooks(self, hooks: Any) -> None:
         """Put the patches of ``hooks`` (a HookGroup or None) into effect, at the strengths that they have now."""
@@ -298,12 +309,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     @property
     def _needs_whole_blocks(self) -> bool:
         """Whether to stream whole blocks: it is asked for, or a node runs blocks or the model through torch.compile."""
-        return (
-            self.whole_blocks
-            or any("torch.compile" in keyed for keyed in self.wrappers.values())
-            or any(type(patch).__name__ == "OptimizedModule" for patch in self.object_patches.values())
-            or any(block.module._compiled_call_impl is not None for block in self._streaming.streamer.blocks)
-        )
+        return self.whole_blocks or is_compiled(self, [block.module for block in self._streaming.streamer.blocks])
 
     @property
     def _compute_dtype(self) -> torch.dtype:

@@ -23,6 +23,7 @@ from torch import nn
 from .. import record
 from .dense_patches import DensePatches, patched_copy
 from .low_rank_beside import LowRankBeside, is_quantised_linear
+from .patch_check import name_and_place
 
 Patch = Sequence[Any]
 Function = Callable[[torch.Tensor], torch.Tensor]
@@ -248,6 +249,14 @@ def _add_functions(module: Any, name: str, functions: Sequence[Function], *, fir
 
 def _own_tensor(module: nn.Module, name: str) -> torch.Tensor | None:
     return module._parameters.get(name, module._buffers.get(name))
+
+
+def add(patches: dict[str, list[Patch]], taken: Mapping[Any, Any], strength: float, strength_model: float) -> list[Any]:
+    """Add ``taken`` to ``patches`` as ``ModelPatcher.add_patches`` does. Returns the names of what was added."""
+    for name, value in taken.items():
+        key, offset, function = name_and_place(name)
+        patches.setdefault(key, []).append((strength, value, strength_model, offset, function))
+    return list(taken)
 
 
 def patches_under(

@@ -20,6 +20,21 @@ def in_logical_shapes(model: nn.Module, state: Mapping[str, torch.Tensor]) -> di
     return {key: own.get(key, tensor) for key, tensor in state.items()}
 
 
+def weight_of(model: nn.Module, key: str) -> torch.Tensor | None:
+    """Tensor ``key`` of the model's state dict, as `in_logical_shapes` gives it; None if there is none.
+
+    It makes the state dict of the module that has the tensor, and not of the whole model.
+    """
+    path, _, name = key.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return None
+    tensor: torch.Tensor | None = module.state_dict(prefix=f"{path}." if path else "").get(key)
+    own = module._parameters.get(name, module._buffers.get(name))
+    return tensor if tensor is None or own is None else own
+
+
 def key_patches(
     model: nn.Module,
     weights: Mapping[str, torch.Tensor],

@@ -30,6 +30,12 @@ def with_value(value):
 
 
 @pytest.fixture
+def with_lora(with_lora):
+    """And the next node: the log tells of a single patch when the model goes on."""
+    return lambda *given: with_lora(*given).clone()
+
+
+@pytest.fixture
 def log(caplog):
     """A function: what this package has said at a level and above."""
     caplog.set_level(logging.INFO)
@@ -176,6 +182,7 @@ def test_what_comfyui_does_not_take_for_a_patch_it_names_and_the_others_work(
 def test_a_kind_that_comfyui_does_not_know_is_skipped_and_named(load, log):
     patcher = load().clone()
     assert patcher.add_patches({f"{BAD}.weight": ("rotation", (torch.ones(SHAPE),))}) == []
+    patcher.clone()
     (message,) = log(logging.WARNING)
     assert f"{BAD}.weight (patch type not recognized rotation)" in message
 
