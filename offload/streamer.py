@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..memory import is_out_of_memory
+from . import pinning_ahead
 from .arena import HostArena
 from .block import Block, Extras, HostRecord, blocks_in, extras_in, layouts_of, split
 from .call_order import CallOrders
@@ -134,6 +135,7 @@ class Streamer:
 
         ``first``: indices of the blocks that matter most: the streamed ones.
         """
+        pinning_ahead.wait()
         for arena in self._arenas:
             arena.pin(limit_bytes, device, limited_by, first)
         for index, block in enumerate(self.blocks):
