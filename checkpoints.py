@@ -5,7 +5,7 @@ Who uses a file is who holds a MODEL, CLIP or VAE made from it, or what `load_al
 
 import gc
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -29,13 +29,14 @@ from .nf4_loader.linear.kernels import warm_up
 from .nf4_loader.models.fill import There, fill
 from .nf4_loader.models.mapped import InFile, tensors_in_file
 from .nf4_loader.models.transformers import block_groups, build_flux, load_clip_and_vae, materialise
+from .offload import pinning_ahead
 from .offload.arena import HostArena
 from .offload.comfyui.encoders import leave_unpinned, leave_without_copies
 from .offload.comfyui.patcher import StreamedModelPatcher
 from .offload.comfyui.pins import pin_limit
 from .offload.comfyui.requires import require_comfyui
 from .offload.comfyui.streaming import attach_streaming
-from .offload.file_arena import map_blocks, why_not_pinned
+from .offload.file_arena import FileArena, map_blocks, why_not_pinned
 from .offload.file_map import FileMapError
 from .offload.host_memory import give_back_host_memory
 from .offload.pinning import pinned_by_all
@@ -80,11 +81,11 @@ def load_all_in_one(catalogue: Catalogue) -> AllInOne:
     if clip is None or vae is None:
         new = build_flux(catalogue) if model is None else None
         source = _source_for(new, catalogue, place, with_others=True)
+        model = _read(new, catalogue, source) if new is not None else model
         clip, vae = load_clip_and_vae(catalogue, folder_paths.get_folder_paths("embeddings"))
         leave_without_copies(clip.patcher)
         leave_without_copies(vae.patcher)
         leave_unpinned(clip.patcher)
-        model = _read(new, catalogue, source) if new is not None else model
     assert clip is not None
     assert vae is not None
     model = load_transformer(catalogue) if model is None else model
@@ -148,7 +149,9 @@ def _read(model: comfy.model_base.BaseModel, catalogue: Catalogue, source: _Sour
     warming_up = Thread(target=warm_up, args=(device,))
     warming_up.start()
     try:
-        attach_streaming(model, groups, map_blocks(blocks, source.in_file), arena=source.arena)
+        mapped = map_blocks(blocks, source.in_file)
+        _pin_ahead(blocks, mapped, device)
+        attach_streaming(model, groups, mapped, arena=source.arena)
         materialise(model.diffusion_model)
         file = model.streaming.streamer.file
         is_room = file.bytes_to_bring_in <= free_ram()
@@ -158,14 +161,29 @@ def _read(model: comfy.model_base.BaseModel, catalogue: Catalogue, source: _Sour
         if is_room:
             file.bring_in(progress.update)
         fill(model, catalogue, progress.update, source.in_file if source.arena is None else _all_tensors(blocks))
-    except FileMapError as error:
-        raise CheckpointError(error.path, error.problem) from error
+    except BaseException as error:
+        pinning_ahead.stop()
+        if isinstance(error, FileMapError):
+            raise CheckpointError(error.path, error.problem) from error
+        raise
     finally:
         warming_up.join()
     offload_device = comfy.model_management.unet_offload_device()
     patcher = StreamedModelPatcher(model, load_device=device, offload_device=offload_device)
     patcher.cached_patcher_init = _read_again, (catalogue,)
     return patcher
+
+
+def _pin_ahead(
+    blocks: Sequence[torch.nn.Module],
+    mapped: Mapping[torch.nn.Module, Mapping[str, torch.Tensor]],
+    device: torch.device,
+) -> None:
+    """Begin to pin what is ``mapped``: that takes as long as all else that is to be done before the first forward."""
+    by_block = [[tensor for part in block.modules() for tensor in mapped.get(part, {}).values()] for block in blocks]
+    file = FileArena(by_block)
+    limit_bytes, _ = pin_limit(file.nbytes - file.pinned_bytes)
+    file.pin_ahead(limit_bytes, device)
 
 
 def _read_again(catalogue: Catalogue, **_: Any) -> StreamedModelPatcher:

@@ -202,6 +202,9 @@ class Block:
 Names = Mapping[tuple[str, str], torch.Tensor]
 """Host bytes (uint8, flat) by module and name of the tensor that they are."""
 
+Split = tuple[RecordLayout, RecordLayout]
+"""A block's layout in two: its own record, and what is mapped."""
+
 
 def layouts_of(modules: Sequence[nn.Module]) -> list[RecordLayout]:
     """The layout of each block.
@@ -213,16 +216,23 @@ def layouts_of(modules: Sequence[nn.Module]) -> list[RecordLayout]:
     return [layout_of(module) for module in modules]
 
 
-def arena_for(layouts: Sequence[RecordLayout], mapped: Sequence[Names]) -> HostArena:
-    """Host memory for blocks of these layouts, without what is ``mapped``."""
-    return HostArena([_own(layout, names).nbytes for layout, names in zip(layouts, mapped, strict=True)])
+def split(layouts: Sequence[RecordLayout], mapped: Sequence[Names]) -> list[Split]:
+    """What of each block gets a record of its own, and what is ``mapped``."""
+    found: dict[tuple[int, frozenset[tuple[str, str]]], Split] = {}  # blocks of one structure share their layout
+    splits = []
+    for layout, names in zip(layouts, mapped, strict=True):
+        key = id(layout), frozenset(names)
+        if key not in found:
+            found[key] = set_apart(layout, names)
+        splits.append(found[key])
+    return splits
 
 
 def blocks_in(
     arena: HostArena,
     modules: Sequence[nn.Module],
     kinds: Sequence[str],
-    layouts: Sequence[RecordLayout],
+    splits: Sequence[Split],
     mapped: Sequence[Names],
     each: Callable[[int], None],
 ) -> tuple[Block, ...]:
@@ -233,27 +243,22 @@ def blocks_in(
     Raises:
         ValueError: the records are of other sizes.
     """
-    needed = [_own(layout, names).nbytes for layout, names in zip(layouts, mapped, strict=True)]
+    needed = [own.nbytes for own, _ in splits]
     found = [record.nbytes for record in arena.records]
     if needed != found:
         raise ValueError(
             f"the host memory has {len(found)} records of {sum(found):,} bytes, and the model has {len(needed)} blocks "
             f"of {sum(needed):,} bytes: it is another model's"
         )
-    for module, layout, names in zip(modules, layouts, mapped, strict=True):
-        give(module, layout, names)  # small ones are copied from there
+    for module, (own, _), names in zip(modules, splits, mapped, strict=True):
+        give(module, own, names)  # they are copied from there
     blocks = []
-    for index, (module, kind, layout, names) in enumerate(zip(modules, kinds, layouts, mapped, strict=True)):
-        own, in_file = set_apart(layout, names)
+    for index, (module, kind, (own, in_file), names) in enumerate(zip(modules, kinds, splits, mapped, strict=True)):
         blocks.append(
             Block(module, kind, own, arena.records[index], MappedRecord(module, in_file, names) if names else None)
         )
         each(index)
     return tuple(blocks)
-
-
-def _own(layout: RecordLayout, mapped: Names) -> RecordLayout:
-    return set_apart(layout, mapped)[0]
 
 
 def extras_in(extras: Extras, layout: RecordLayout) -> Extras:
@@ -267,7 +272,8 @@ def _refuse_shared(blocks: Sequence[nn.Module]) -> None:
     """Raises ValueError where a block has a tensor of another one."""
     owner: dict[int, int] = {}
     for index, block in enumerate(blocks):
-        for tensor in (*block.parameters(), *block.buffers()):
+        own = ((*module._parameters.values(), *module._buffers.values()) for module in block.modules())
+        for tensor in (tensor for tensors in own for tensor in tensors if tensor is not None):
             other = owner.setdefault(id(tensor), index)
             if other != index:
                 raise ValueError(

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from . import pinning_ahead
 from .arena import PAGE, whole_pages
 from .file_map import FileMapError, FilePart, bring_in, map_parts, range_of
 from .pinning import THE_LIMIT, Piece, PinnableMemory, Registrar, Shortfall, pinned_by_all, registrar_for
@@ -78,8 +79,24 @@ class FileArena(PinnableMemory):
         limit_bytes, limited_by = min((limit_bytes, limited_by), (room, _NO_ROOM), key=lambda limit: limit[0])
         super().pin(limit_bytes, device, limited_by, first)
 
+    def pin_ahead(self, limit_bytes: int, device: torch.device) -> None:
+        """Begin to pin on another thread, in order, if all may be pinned: else `pin` has to choose what matters most.
+
+        ``limit_bytes`` as for `pin`.
+        """
+        registrar = self._registrar_for(device)
+        pieces = [piece for piece in self._in_order() if not piece.is_pinned]
+        room = min(limit_bytes - pinned_by_all(), _room_for_pins())
+        if registrar is None or sum(piece.nbytes for piece in pieces) > room:
+            return
+        for item in self._ranges:
+            item.users.add(self)
+            item.pins.registrars.setdefault(device, registrar)
+        pinning_ahead.start(self, pieces, registrar)
+
     def unpin(self) -> None:
         """Give back what nobody else has pinned, once no copy from it is under way. Idempotent."""
+        pinning_ahead.wait()
         for item in self._ranges:
             item.users.discard(self)
             if not item.users:

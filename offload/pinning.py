@@ -105,11 +105,13 @@ class Pins:
     def nbytes(self) -> int:
         return sum(self.sizes.values())
 
-    def register(self, registrar: Registrar, pointer: int, nbytes: int) -> int:
+    def register(self, registrar: Registrar, pointer: int, nbytes: int, *, tell: bool = True) -> int:
+        """The driver's error code. Without ``tell``, somebody else has to call `pins_changed`."""
         error = registrar.register(pointer, nbytes, read_only=self.read_only)
         if not error:
             self.sizes[pointer] = nbytes
-            pins_changed()
+            if tell:
+                pins_changed()
         return error
 
     def release(self) -> None:

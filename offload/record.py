@@ -94,12 +94,23 @@ def layout_from(owners: Mapping[str, Sequence[Field]]) -> RecordLayout:
     Each layer with large tensors gets a tile. If it contains another layer with large tensors, the whole block is one
     tile.
     """
-    large = {path: [field for field in fields if field.nbytes >= SMALL_BYTES] for path, fields in owners.items()}
+    of_modules = tuple((path, tuple(fields)) for path, fields in owners.items())
+    if any(field.wrapper is not None for _, fields in of_modules for field in fields):
+        return _laid_out(of_modules, SMALL_BYTES)  # equal ones may differ in the context of what they wrap
+    return _kept_layout(of_modules, SMALL_BYTES)
+
+
+def _laid_out(owners: tuple[tuple[str, tuple[Field, ...]], ...], small_bytes: int) -> RecordLayout:
+    large = {path: [field for field in fields if field.nbytes >= small_bytes] for path, fields in owners}
     large = {path: fields for path, fields in large.items() if fields}
     nested = any(inner != outer and _contains(outer, inner) for outer in large for inner in large)
     if nested:
         large = {"": [field for fields in large.values() for field in fields]}
-    return _in_a_row(large.items(), [f for fields in owners.values() for f in fields if f.nbytes < SMALL_BYTES])
+    return _in_a_row(large.items(), [field for _, fields in owners for field in fields if field.nbytes < small_bytes])
+
+
+_kept_layout = functools.lru_cache(maxsize=16)(_laid_out)
+"""The same for all blocks of one structure."""
 
 
 def set_apart(layout: RecordLayout, names: Collection[tuple[str, str]]) -> tuple[RecordLayout, RecordLayout]:
@@ -205,7 +216,7 @@ def tile_of(module: str, offset: int, fields: Sequence[Field]) -> Tile:
     """Lay out the fields one after the other. ``offset`` is the tile's first byte in its record."""
     placed, end = [], 0
     for field in fields:
-        placed.append(replace(field, offset=end))
+        placed.append(field if field.offset == end else replace(field, offset=end))
         end += -(-field.nbytes // ALIGNMENT) * ALIGNMENT
     return Tile(module, offset, end, tuple(placed))
 
@@ -233,8 +244,8 @@ def _view(field: Field, memory: torch.Tensor) -> torch.Tensor:
 
 
 def give(block: nn.Module, layout: RecordLayout, tensors: Mapping[tuple[str, str], torch.Tensor]) -> None:
-    """Put these bytes (uint8, flat) in the place of tensors of ``block``, by module and name."""
-    for field in (field for tile in (*layout.tiles, layout.small) for field in tile.fields):
+    """Make modules of ``block`` use these bytes (uint8, flat; by module and name) for their small tensors."""
+    for field in layout.small.fields:
         if (field.module, field.name) in tensors:
             piece = tile_of(field.module, 0, (field,))
             (view,) = views_of(piece, tensors[field.module, field.name])
@@ -253,7 +264,7 @@ class BoundTile:
         """Copy the values of the tensors into ``record``, and bind ``tile`` of ``block`` to its bytes there."""
         self.tile = tile
         self.module = block.get_submodule(tile.module)
-        modules = {field.module: block.get_submodule(field.module) for field in tile.fields}
+        modules = {path: block.get_submodule(path) for path in {field.module for field in tile.fields}}
         self._targets: tuple[tuple[dict[str, Any], str], ...] = tuple(
             (modules[field.module]._parameters if field.is_parameter else modules[field.module]._buffers, field.name)
             for field in tile.fields
@@ -265,11 +276,16 @@ class BoundTile:
         """Make ``record`` the host record, and copy ``values`` into it, except those on the meta device."""
         self.source = record[self.tile.offset : self.tile.offset + self.tile.nbytes]
         self.home = views_of(self.tile, self.source)
-        with torch.inference_mode(False), torch.no_grad():
-            for tensor, home in zip(values, self.home, strict=True):
-                for value, view in zip(_plain(tensor), _plain(home), strict=True):
-                    if not value.is_meta and value.data_ptr() != view.data_ptr():
-                        view.copy_(value)
+        pairs = [
+            (value, view)
+            for tensor, home in zip(values, self.home, strict=True)
+            for value, view in zip(_plain(tensor), _plain(home), strict=True)
+            if not value.is_meta and value.data_ptr() != view.data_ptr()
+        ]
+        if pairs:
+            with torch.inference_mode(False), torch.no_grad():
+                for value, view in pairs:
+                    view.copy_(value)
 
     def bind(self, views: Views) -> None:
         """Make the modules use ``views``."""

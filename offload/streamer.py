@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from ..memory import is_out_of_memory
+from . import pinning_ahead
 from .arena import HostArena
-from .block import Block, Extras, HostRecord, arena_for, blocks_in, extras_in, layouts_of
+from .block import Block, Extras, HostRecord, blocks_in, extras_in, layouts_of, split
 from .call_order import CallOrders
 from .conveyor import Conveyor, tensors_replaced
 from .copies import Copies, InlineCopies
@@ -60,8 +61,9 @@ class Streamer:
             {(path, name): tensor for path, named in tensors.items() for name, tensor in named.items()}
             for tensors in self._places.by_block(mapped or {})
         ]
-        self.arena = arena_for(layouts, apart) if arena is None else arena
-        self.blocks = blocks_in(self.arena, modules, kinds, layouts, apart, each)
+        splits = split(layouts, apart)
+        self.arena = HostArena([own.nbytes for own, _ in splits]) if arena is None else arena
+        self.blocks = blocks_in(self.arena, modules, kinds, splits, apart, each)
         self.file = FileArena([list(names.values()) for names in apart])
         self.arena.keep_pinned_for(self)
         self.file.keep_pinned_for(self)
@@ -133,6 +135,7 @@ class Streamer:
 
         ``first``: indices of the blocks that matter most: the streamed ones.
         """
+        pinning_ahead.wait()
         for arena in self._arenas:
             arena.pin(limit_bytes, device, limited_by, first)
         for index, block in enumerate(self.blocks):

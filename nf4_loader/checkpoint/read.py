@@ -42,11 +42,10 @@ def read_slices(slices: Sequence[FileSlice], progress: Callable[[int], None]) ->
     Raises:
         CheckpointError: a file ended early or could not be read.
     """
-    chunks = [chunk for item in slices for chunk in _chunks(item)]
-    chunks.sort(key=lambda chunk: chunk[:2])
+    chunks = sorted((chunk for item in slices for chunk in _chunks(item)), key=lambda chunk: chunk[:2])
     pool = ThreadPoolExecutor(THREADS, thread_name_prefix="nf4-read")
     try:
-        for done in as_completed([pool.submit(_read_chunk, *chunk) for chunk in chunks]):
+        for done in as_completed([pool.submit(_read_batch, batch) for batch in _batches(chunks)]):
             progress(done.result())
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -79,12 +78,29 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def _read_chunk(path: Path, offset: int, view: memoryview, then: Callable[[], None] | None) -> int:
+def _batches(chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
+    """Neighbours in a file, as many as make up a whole chunk: a file has a thousand small tensors beside the large."""
+    for _, of_file in itertools.groupby(chunks, key=lambda chunk: chunk[0]):
+        batch: list[Chunk] = []
+        nbytes = 0
+        for chunk in of_file:
+            if batch and nbytes + chunk[2].nbytes > CHUNK_BYTES:
+                yield batch
+                batch, nbytes = [], 0
+            batch.append(chunk)
+            nbytes += chunk[2].nbytes
+        yield batch
+
+
+def _read_batch(batch: Sequence[Chunk]) -> int:
+    """The number of bytes that were read."""
+    path = batch[0][0]
     with _opened(path) as file:
-        _read_into(file, path, offset, view)
-    if then is not None:
-        then()
-    return view.nbytes
+        for _, offset, view, then in batch:
+            _read_into(file, path, offset, view)
+            if then is not None:
+                then()
+    return sum(view.nbytes for _, _, view, _ in batch)
 
 
 @contextlib.contextmanager

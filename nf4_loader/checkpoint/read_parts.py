@@ -178,10 +178,12 @@ def torch_dtype(entry: TensorEntry) -> torch.dtype:
 
 
 def _check_code_tables(weights: Sequence[Weight4bit]) -> None:
-    tables = [torch.empty(16, dtype=torch.float32) for _ in weights]
+    tables = torch.empty((len(weights), 16), dtype=torch.float32)
     _read_fp32([(weight.quant_map, table) for weight, table in zip(weights, tables, strict=True)])
-    for weight, table in zip(weights, tables, strict=True):
-        if not torch.allclose(table, torch.tensor(CODES[weight.state.quant_type]), rtol=0, atol=1e-6):
+    expected = torch.tensor([CODES[weight.state.quant_type] for weight in weights]).view_as(tables)
+    is_right = torch.isclose(tables, expected, rtol=0, atol=1e-6).all(dim=1).tolist()
+    for weight, table, is_its_own in zip(weights, tables, is_right, strict=True):
+        if not is_its_own:
             raise CheckpointError(
                 weight.quant_map.path,
                 f"{weight.name}.quant_map: it is not the {weight.state.quant_type} code table ({table.tolist()}). "

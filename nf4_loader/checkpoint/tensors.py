@@ -1,5 +1,6 @@
 """The tensors of a checkpoint: a 4-bit weight with all that bitsandbytes wrote for it, and a tensor made of parts."""
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -56,7 +57,7 @@ class TransformerTensor:
     halves_swapped: bool = False
     flattened: bool = False
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, ...]:
         """The logical shape."""
         if self.flattened:
@@ -64,11 +65,11 @@ class TransformerTensor:
         first = self.parts[0].shape
         return (sum(part.shape[0] for part in self.parts), *first[1:]) if len(self.parts) > 1 else first
 
-    @property
+    @functools.cached_property
     def weights4bit(self) -> tuple[Weight4bit, ...]:
         return tuple(part for part in self.parts if isinstance(part, Weight4bit))
 
-    @property
+    @functools.cached_property
     def fused(self) -> QuantState | None:
         """How the parts are read as one 4-bit weight, which is exact: bytes beside bytes, absmax beside absmax (in
         fp32, or as `nested`). None where they differ in type or blocksize, one is dense, or one ends inside a block."""
@@ -80,7 +81,7 @@ class TransformerTensor:
         rows, columns = self.shape
         return QuantState(states[0].quant_type, states[0].blocksize, (rows, columns))
 
-    @property
+    @functools.cached_property
     def nested(self) -> tuple[NestedAbsmax, ...]:
         """The nested absmax of each part, or () if the model expands it to fp32.
 
@@ -92,7 +93,7 @@ class TransformerTensor:
         is_kept = self.fused is not None and len(nested) == len(self.parts) and is_aligned and not self.halves_swapped
         return nested if is_kept else ()
 
-    @property
+    @functools.cached_property
     def held(self) -> tuple[QuantState | DensePart, ...]:
         """How a model holds it: as one 4-bit weight if it is ``fused``, else part by part with absmax in fp32."""
         if self.fused is not None:

@@ -35,6 +35,9 @@ class Linear4bit(nn.Linear):
     bias: nn.Parameter | None  # type: ignore[assignment]
     weight_function: list[Callable[[torch.Tensor], torch.Tensor]]
     bias_function: list[Callable[[torch.Tensor], torch.Tensor]]
+    low_rank: LowRank | None = None
+    computes_on: torch.device | None = None
+    """Where the forward runs, which for a streamed layer is not where its weight is now."""
 
     def __init__(
         self,
@@ -51,11 +54,8 @@ class Linear4bit(nn.Linear):
         self.dtype = dtype
         self.weight_function = []
         self.bias_function = []
-        self.low_rank: LowRank | None = None
         self.int8: int8.Int8 | None = None
         """What it has to multiply in int8; None if it is to be exact."""
-        self.computes_on: torch.device | None = None
-        """Where the forward runs, which for a streamed layer is not where its weight is now."""
         self.patched_shape: tuple[int, ...] = self.shape
         """The shape of the weight after all that ``weight_function`` does to it."""
         self.is_one_weight = len(self.parts) == 1 and isinstance(self.parts[0], QuantState)

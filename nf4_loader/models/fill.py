@@ -42,7 +42,6 @@ def _destinations(
     model: comfy.model_base.BaseModel, catalogue: Catalogue, there: There
 ) -> Iterator[PackedMemory | DenseMemory]:
     """Every part of every tensor that the model has, with the memory that it goes to."""
-    parameters = dict(model.diffusion_model.named_parameters())
     modules = dict(model.diffusion_model.named_modules())
     for name, source in model_names(model, catalogue).items():
         tensor = catalogue.transformer[source]
@@ -51,8 +50,10 @@ def _destinations(
         have = there.get(module, ()) if module is not None else ()
         if isinstance(module, Linear4bit) and kind == "weight":
             yield from parts_to_read(module, tensor, have)
-        elif name in parameters and kind not in have:  # else not of this model: `build_flux` has logged it
-            yield from _of_parameter(parameters[name], tensor)
+        elif module is not None and kind not in have:
+            parameter = module._parameters.get(kind)
+            if parameter is not None:  # else not of this model: `build_flux` has logged it
+                yield from _of_parameter(parameter, tensor)
 
 
 def parts_to_read(
@@ -79,11 +80,12 @@ def _of_parameter(parameter: torch.Tensor, tensor: TransformerTensor) -> Iterato
 
 def _swap_halves(model: comfy.model_base.BaseModel, catalogue: Catalogue, there: There) -> None:
     """Swap the halves of the tensors whose halves the file has the other way round."""
-    modules = dict(model.diffusion_model.named_modules())
-    for name, source in model_names(model, catalogue).items():
+    swapped = {name for name, tensor in catalogue.transformer.items() if tensor.halves_swapped}
+    for name in (name for name, source in model_names(model, catalogue).items() if source in swapped):
         path, _, kind = name.rpartition(".")
-        if catalogue.transformer[source].halves_swapped and modules[path] not in there:
-            for memory in _memory(modules[path], kind):
+        module = model.diffusion_model.get_submodule(path)
+        if module not in there:
+            for memory in _memory(module, kind):
                 swap_halves(memory)
 
 

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import comfy.model_base
@@ -57,9 +57,9 @@ def build_flux(catalogue: Catalogue) -> comfy.model_base.BaseModel:
     with torch.inference_mode(False), torch.no_grad():
         with _refusing_what_comfyui_cannot_take(catalogue):
             model = config.get_model({}, "", device=torch.device("meta"))
-        _adopt_4bit_weights(model, catalogue, dtype)
+        modules = _adopt_4bit_weights(model, catalogue, dtype)
     model.device = management.unet_offload_device()
-    _check_complete(model, catalogue)
+    _check_complete(model, modules, catalogue)
     return model
 
 
@@ -130,10 +130,13 @@ def model_names(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> dict
     return model.model_config.process_unet_state_dict({name: name for name in catalogue.transformer})
 
 
-def _adopt_4bit_weights(model: comfy.model_base.BaseModel, catalogue: Catalogue, dtype: torch.dtype) -> None:
+def _adopt_4bit_weights(
+    model: comfy.model_base.BaseModel, catalogue: Catalogue, dtype: torch.dtype
+) -> dict[str, nn.Module]:
+    """Put a `Linear4bit` in the place of each Linear whose weight is packed. Returns all modules by name."""
     modules = dict(model.diffusion_model.named_modules())
     without_bias: list[str] = []
-    for path, module in modules.items():
+    for path, module in list(modules.items()):
         if not isinstance(module, nn.Linear):
             continue
         bias = f"{path}.bias" in catalogue.transformer
@@ -149,8 +152,8 @@ def _adopt_4bit_weights(model: comfy.model_base.BaseModel, catalogue: Catalogue,
                     "The file is damaged or of another model.",
                 )
             parent, _, name = path.rpartition(".")
-            linear = Linear4bit(tensor.held, bias=bias, dtype=dtype, device=torch.device("meta"))
-            setattr(modules[parent], name, linear)
+            modules[path] = Linear4bit(tensor.held, bias=bias, dtype=dtype, device=torch.device("meta"))
+            modules[parent]._modules[name] = modules[path]
         elif not bias:
             module.bias = None  # type: ignore[assignment]
     if without_bias and any(name.endswith(".bias") for name in catalogue.transformer):
@@ -160,13 +163,13 @@ def _adopt_4bit_weights(model: comfy.model_base.BaseModel, catalogue: Catalogue,
             len(without_bias),
             ", ".join(without_bias[:4]),
         )
+    return modules
 
 
-def _check_complete(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> None:
+def _check_complete(model: comfy.model_base.BaseModel, modules: Mapping[str, nn.Module], catalogue: Catalogue) -> None:
     names = model_names(model, catalogue)
     shapes = catalogue.logical_shapes
-    wanted = _tensor_shapes(model.diffusion_model)
-    linears = {path for path, module in model.diffusion_model.named_modules() if isinstance(module, Linear4bit)}
+    wanted = _tensor_shapes(modules)
     missing = sorted(wanted.keys() - names.keys(), key=natural_key)
     if missing:
         raise CheckpointError(
@@ -176,7 +179,7 @@ def _check_complete(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> 
         )
     for name in wanted:
         tensor = catalogue.transformer[names[name]]
-        if tensor.weights4bit and name.removesuffix(".weight") not in linears:
+        if tensor.weights4bit and not isinstance(modules.get(name.removesuffix(".weight")), Linear4bit):
             raise CheckpointError(
                 catalogue.path,
                 f"{names[name]}: it is packed in 4 bits, which only the weight of a Linear may be. The file is damaged "
@@ -193,11 +196,13 @@ def _check_complete(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> 
         logger.warning("NF4: %s: %d tensors not used: %s", catalogue.path.name, len(unknown), ", ".join(unknown[:4]))
 
 
-def _tensor_shapes(diffusion_model: nn.Module) -> dict[str, tuple[int, ...]]:
-    shapes = {name: tuple(parameter.shape) for name, parameter in diffusion_model.named_parameters()}
-    for path, module in diffusion_model.named_modules():
+def _tensor_shapes(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, module in modules.items():
+        prefix = f"{path}." if path else ""
+        shapes |= {prefix + name: tuple(own.shape) for name, own in module._parameters.items() if own is not None}
         if isinstance(module, Linear4bit):
-            shapes[f"{path}.weight"] = module.shape
+            shapes[f"{prefix}weight"] = module.shape
     return shapes
 
 
@@ -212,13 +217,13 @@ def materialise(module: nn.Module) -> None:
     """Give every tensor of ``module`` that is still on the meta device uninitialised host memory."""
     with torch.inference_mode(False), torch.no_grad():
         for child in module.modules():
-            for name, parameter in child.named_parameters(recurse=False):
-                if parameter.is_meta:
+            for name, parameter in child._parameters.items():
+                if parameter is not None and parameter.is_meta:
                     memory = torch.empty_like(parameter, device="cpu")
-                    setattr(child, name, nn.Parameter(memory, requires_grad=False))
-            for name, buffer in child.named_buffers(recurse=False):
-                if buffer.is_meta:
-                    setattr(child, name, torch.empty_like(buffer, device="cpu"))
+                    child._parameters[name] = nn.Parameter(memory, requires_grad=False)
+            for name, buffer in child._buffers.items():
+                if buffer is not None and buffer.is_meta:
+                    child._buffers[name] = torch.empty_like(buffer, device="cpu")
 
 
 def load_clip_and_vae(catalogue: Catalogue, embedding_directory: Sequence[str]) -> tuple[comfy.sd.CLIP, comfy.sd.VAE]:

@@ -157,11 +157,10 @@ def attach_streaming(
     """
     leave_out_half_pairs()
     streamer = Streamer(groups, mapped, each, arena)
-    total = sum(tensor.nbytes for tensor in _tensors(model))
-    in_blocks = sum(tensor.nbytes for group in groups.values() for block in group for tensor in _tensors(block))
     blocks = [block for group in groups.values() for block in group]
+    in_blocks = sum(_nbytes(block) for block in blocks)
     patching = Patching(model, blocks, in_weights=patch_in_weights)
-    model.streaming = Streaming(streamer, patching, other_bytes=total - in_blocks)  # type: ignore[assignment]
+    model.streaming = Streaming(streamer, patching, other_bytes=_nbytes(model) - in_blocks)  # type: ignore[assignment]
     model.state_dict_for_saving = refuse_to_save  # type: ignore[assignment]
 
 
@@ -169,8 +168,9 @@ def _by_name(extras: Extras) -> dict[tuple[nn.Module, str], int]:
     return {(module, name): id(tensor) for module, tensors in extras.items() for name, tensor in tensors.items()}
 
 
-def _tensors(module: nn.Module) -> list[torch.Tensor]:
-    return [*module.parameters(), *module.buffers()]
+def _nbytes(module: nn.Module) -> int:
+    own = ((*part._parameters.values(), *part._buffers.values()) for part in module.modules())
+    return sum(tensor.nbytes for tensors in own for tensor in tensors if tensor is not None)
 
 
 def refuse_to_save(*_: Any, **__: Any) -> None:

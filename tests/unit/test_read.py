@@ -141,10 +141,10 @@ def test_what_progress_raises_ends_the_reading_and_is_raised(path, monkeypatch, 
     monkeypatch.setattr(read, "THREADS", 1)
     chunks_read = []
 
-    def counted(path, *chunk, read_chunk=read._read_chunk):
-        chunks_read.append(chunk[0])
+    def counted(batch, read_batch=read._read_batch):
+        chunks_read.extend(batch)
         interrupted.wait(0.01)  # the rest is still to come when the first is reported
-        return read_chunk(path, *chunk)
+        return read_batch(batch)
 
     interrupted = threading.Event()
 
@@ -152,7 +152,7 @@ def test_what_progress_raises_ends_the_reading_and_is_raised(path, monkeypatch, 
         interrupted.set()
         raise error
 
-    monkeypatch.setattr(read, "_read_chunk", counted)
+    monkeypatch.setattr(read, "_read_batch", counted)
     with pytest.raises(type(error)) as caught:
         read_slices([FileSlice(path, 0, torch.zeros(250 * CHUNK, dtype=torch.uint8))], interrupt)
     assert caught.value is error
