@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ... import families
+from ...families.encoders import has_encoder
 from .header import Header, natural_key
 from .quant_state import QUANT_STATE
 
@@ -111,7 +112,11 @@ _OTHER_MODELS = (
     (r"^transformer_blocks\.0\.", "a model in the layout of diffusers", "a loader for that model"),
     (r"^(vae\.)?encoder\.down_blocks\.", *_VAE),
     (r"(^|\.)(input_blocks|down_blocks)\.", "a Stable Diffusion or SDXL model", "'Load Checkpoint'"),
-    (r"^model\.layers\.0\.", "a language model", "a loader for that model"),
+    (
+        r"^((language_)?model\.)*layers\.0\.(self_attn|mlp)\.",
+        "a language model",
+        "'CLIPLoader', if it is a text encoder",
+    ),
     (r"(^|\.)encoder\.block\.0\.layer\.0\.SelfAttention\.", "a T5 text encoder", "'DualCLIPLoader' (type flux)"),
     (r"(^|\.)text_model\.encoder\.layers\.0\.", "a CLIP text encoder", "'DualCLIPLoader' (type flux)"),
     (r"(^|\.)decoder\.conv_in\.weight$", *_VAE),
@@ -203,6 +208,13 @@ def _another_prefix(facts: _Facts) -> str:
     )
 
 
+def _4bit_encoder(_: _Facts) -> str:
+    return (
+        "it is a text encoder in 4 bits, and no transformer. Put it into models/text_encoders and load it with 'Load "
+        "4-bit Text Encoder (streamed)'."
+    )
+
+
 def _4bit_of_another_model(facts: _Facts) -> str:
     what = facts.kind or (f"a {facts.family} model" if facts.found else "")
     sample = ", ".join(sorted(facts.names, key=natural_key)[:3])
@@ -246,6 +258,7 @@ _RULES = (
     _Rule(lambda facts: facts.is_read or (facts.is_native and not facts.is_4bit), _dense_of_a_family),
     _Rule(lambda facts: facts.is_known and not facts.is_4bit, _dense_in_unread_layout),
     _Rule(lambda facts: facts.is_known, _4bit_in_unread_layout),
+    _Rule(lambda facts: facts.is_4bit and has_encoder(facts.names), _4bit_encoder),
     _Rule(lambda facts: facts.is_4bit, _4bit_of_another_model),
     _Rule(lambda facts: bool(facts.kind), _another_model),
     _Rule(lambda _: True, _nothing_known),
