@@ -6,7 +6,7 @@ Files of transformers call the tensors in several ways: by its version, a langua
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 _Shapes = Mapping[str, tuple[int, ...]]
@@ -140,6 +140,12 @@ def encoder_name(name: str) -> str | None:
         if name.startswith(beginning):
             return ours + name.removeprefix(beginning)
     return f"model.{name}" if name.startswith(_BARE) else name
+
+
+def has_encoder(names: Iterable[str]) -> bool:
+    """Whether a file with these names of tensors may be a text encoder of the table."""
+    ours = {encoder_name(name) for name in names}
+    return any(encoder.first_layer in ours for encoder in ENCODERS)
 
 
 def detect_encoder(shapes: _Shapes) -> Encoder | None:

@@ -1,7 +1,7 @@
 """A text encoder in a file of its own: which one it is, and its tensors by the names of `families.encoders`."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +13,6 @@ from .header import Header, TensorEntry
 from .identify import of_another_kind, what_else_it_is
 from .shards import read_checkpoint_header
 from .tensors import Weight4bit
-
-LOADER = "'Load 4-bit Text Encoder (streamed)'"
 
 
 @dataclass(frozen=True)
@@ -90,12 +88,6 @@ def encoder_in(header: Header) -> EncoderFile:
     if encoder is None:
         raise CheckpointError(path, _refusal(header))
     return EncoderFile(header, encoder, {name: tensor for name, tensor in tensors.items() if encoder.is_read(name)})
-
-
-def has_encoder(names: Iterable[str]) -> bool:
-    """Whether these names of tensors may be of a text encoder in a file of its own."""
-    ours = {encoder_name(name) for name in names}
-    return any(encoder.first_layer in ours for encoder in families.encoders.ENCODERS)
 
 
 def _wanted(tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ... import families
+from ...families.encoders import has_encoder
 from .header import Header, natural_key
 from .quant_state import QUANT_STATE
 
@@ -210,6 +211,13 @@ def _another_prefix(facts: _Facts) -> str:
     )
 
 
+def _4bit_encoder(_: _Facts) -> str:
+    return (
+        "it is a text encoder in 4 bits, and no transformer. Put it into models/text_encoders and load it with 'Load "
+        "4-bit Text Encoder (streamed)'."
+    )
+
+
 def _4bit_of_another_model(facts: _Facts) -> str:
     what = facts.kind or (f"a {facts.family} model" if facts.found else "")
     sample = ", ".join(sorted(facts.names, key=natural_key)[:3])
@@ -253,6 +261,7 @@ _RULES = (
     _Rule(lambda facts: facts.is_read or (facts.is_native and not facts.is_4bit), _dense_of_a_family),
     _Rule(lambda facts: facts.is_known and not facts.is_4bit, _dense_in_unread_layout),
     _Rule(lambda facts: facts.is_known, _4bit_in_unread_layout),
+    _Rule(lambda facts: facts.is_4bit and has_encoder(facts.names), _4bit_encoder),
     _Rule(lambda facts: facts.is_4bit, _4bit_of_another_model),
     _Rule(lambda facts: bool(facts.kind), _another_model),
     _Rule(lambda _: True, _nothing_known),

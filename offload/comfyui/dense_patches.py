@@ -18,6 +18,7 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
 from .patch_check import trial
@@ -39,15 +40,23 @@ class DensePatches:
 
     OFT and BOFT fail in 16 bits. Where one of them is among the patches, all are computed in fp32, as ComfyUI patches a
     model that fits. ``tensors`` are the host tensors that the patches need.
+
+    With ``as_if_it_fits`` all of them are applied as ComfyUI patches a model that fits (``patch_weight_to_device``): in
+    the dtype that it takes for that, and the result is rounded to the dtype that the weight is kept in.
     """
 
-    def __init__(self, key: str, patches: Sequence[Sequence[Any]], module: torch.nn.Module) -> None:
+    def __init__(
+        self, key: str, patches: Sequence[Sequence[Any]], module: torch.nn.Module, *, as_if_it_fits: bool = False
+    ) -> None:
         self._key = key
         self._functions = _functions_of(module, key)
         self._prefix = f"{key.rpartition('.')[2]}_patch"
         self.tensors: dict[str, torch.Tensor] = {}
         self._patches = [(strength, _mapped(self._take, value), *rest) for strength, value, *rest in patches]
         self._is_in_fp32 = any(getattr(value, "name", None) in _FAIL_IN_16_BITS for _, value, *_ in patches)
+        kept: Any = module._parameters.get(key.rpartition(".")[2])  # a 4-bit weight is none of these
+        self._rounds_to: torch.dtype | None = kept.dtype if as_if_it_fits and kept is not None else None
+        self._as_if_it_fits = as_if_it_fits
         self._needs_original = any(isinstance(p[1], tuple) and p[1][0] == "model_as_lora" for p in patches)
 
     def _take(self, value: Any) -> Any:
@@ -67,19 +76,39 @@ class DensePatches:
             return tensors[value.name] if isinstance(value, _Slot) else value
 
         patches = [(strength, _mapped(given, value), *rest) for strength, value, *rest in self._patches]
-        return self._patched(weight.to(self.math_dtype(weight.dtype)), patches).to(weight.dtype)
+        patched = self._patched(weight.to(self.math_dtype(weight.dtype, weight.device)), patches)
+        return patched.to(weight.dtype)
 
-    def math_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype in which a weight of ``dtype`` is patched."""
+    def math_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        """The dtype in which a weight of ``dtype`` on ``device`` is patched."""
+        if self._as_if_it_fits:
+            return _dtype_for_patching(device)
         return torch.float32 if self._is_in_fp32 and dtype in (torch.bfloat16, torch.float16) else dtype
 
     def _patched(self, weight: torch.Tensor, patches: Sequence[Any]) -> torch.Tensor:
+        if self._as_if_it_fits:
+            return self._patched_to_fit(weight, patches)
         if not self._needs_original:
             return comfy.model_patcher.LowVramPatch(self._key, {self._key: patches}, *self._functions)(weight)
         original = {self._key: [(weight.clone(), None)]}
         return comfy.lora.calculate_weight(
             patches, weight, self._key, intermediate_dtype=weight.dtype, original_weights=original
         )
+
+    def _patched_to_fit(self, weight: torch.Tensor, patches: Sequence[Any]) -> torch.Tensor:
+        convert, set_to = self._functions
+        weight = convert(weight, inplace=True) if convert is not None else weight
+        original = {self._key: [(weight.clone(), None)]}
+        patched = comfy.lora.calculate_weight(patches, weight, self._key, original_weights=original)
+        if patched.is_meta:
+            return patched
+        if set_to is not None:
+            stored: Any = set_to(patched, seed=_seed_of(self._key), return_weight=True)
+            is_packed = bool(is_traceable_wrapper_subclass(stored))
+            patched = stored.dequantize() if is_packed else stored
+        elif self._rounds_to is not None:
+            patched = comfy.float.stochastic_rounding(patched, self._rounds_to, seed=_seed_of(self._key))
+        return patched
 
     def shape_of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of a weight of ``shape`` after patching."""
@@ -101,10 +130,21 @@ def patched_copy(
         weight = convert(weight, inplace=True)
     original = {key: [(weight.clone(), None)]}
     patched = comfy.lora.calculate_weight(patches, weight, key, original_weights=original)
-    string_to_seed = getattr(comfy.utils, "string_to_seed", None) or comfy.model_patcher.string_to_seed
     if set_to is not None:
-        return set_to(patched, seed=string_to_seed(key), return_weight=True)
-    return comfy.float.stochastic_rounding(patched, tensor.dtype, seed=string_to_seed(key))
+        return set_to(patched, seed=_seed_of(key), return_weight=True)
+    return comfy.float.stochastic_rounding(patched, tensor.dtype, seed=_seed_of(key))
+
+
+def _seed_of(key: str) -> int:
+    string_to_seed = getattr(comfy.utils, "string_to_seed", None) or comfy.model_patcher.string_to_seed
+    seed: int = string_to_seed(key)
+    return seed
+
+
+def _dtype_for_patching(device: torch.device) -> torch.dtype:
+    """In which ComfyUI patches a model that fits: fp32, in newer versions fp16 where the device is fast at it."""
+    chosen = getattr(comfy.model_management, "lora_compute_dtype", None)
+    return torch.float32 if chosen is None or device.type == "meta" else chosen(device)
 
 
 def _functions_of(module: torch.nn.Module, key: str) -> tuple[Any, Any]:

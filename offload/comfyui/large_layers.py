@@ -59,9 +59,13 @@ class HostEmbedding(nn.Embedding):
     """Before a class of embeddings: looks the rows up where the weight is, and has the class compute with these."""
 
     def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        weight = self.weight
-        if weight.device == input.device:
+        if self.weight.device == input.device:
             return super().forward(input, *args, **kwargs)
+        return self.look_up(input, *args, **kwargs)
+
+    def look_up(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As `forward`, with the rows that are needed brought from where the weight is."""
+        weight = self.weight
         ids, places = torch.unique(input.to(weight.device), return_inverse=True)
         # By bytes: torch does not index every dtype that weights are kept in.
         rows = weight.detach().view(torch.uint8).index_select(0, ids.flatten()).view(weight.dtype)

@@ -128,7 +128,7 @@ class Patching:
                 self._shadow(module, name, key, active, device)
                 continue
             if tensors is None:
-                tensors = self._dense(module, name, key, active, dtype)
+                tensors = self._dense(module, name, key, active, dtype, device)
             if module in self._in_blocks:
                 extras.setdefault(module, {}).update(tensors)
             else:
@@ -171,13 +171,13 @@ class Patching:
         return tensors
 
     def _dense(
-        self, module: Any, name: str, key: str, patches: Sequence[Patch], dtype: torch.dtype
+        self, module: Any, name: str, key: str, patches: Sequence[Patch], dtype: torch.dtype, device: torch.device
     ) -> Mapping[str, torch.Tensor]:
         """Have ``module`` patch a fresh dense copy in each forward. Returns the tensors that it needs for that."""
         if not patches:
             return {}
-        dense, buffers = DensePatches(key, patches, module), module._buffers
-        scratch = getattr(module, name).numel() * dense.math_dtype(dtype).itemsize * _COPIES_TO_PATCH
+        dense, buffers = DensePatches(key, patches, module, as_if_it_fits=self._in_weights), module._buffers
+        scratch = getattr(module, name).numel() * dense.math_dtype(dtype, device).itemsize * _COPIES_TO_PATCH
         self.scratch_bytes = max(self.scratch_bytes, scratch)
         _add_functions(module, name, [lambda weight: dense.apply(weight, buffers)], first=True)
         if name == "weight" and hasattr(module, "patched_shape"):

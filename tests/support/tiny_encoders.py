@@ -20,6 +20,7 @@ import torch
 import transformers
 from bitsandbytes import functional as bnb
 from bitsandbytes.nn import Linear4bit as BnbLinear4bit
+from safetensors.torch import save_file
 from transformers import BitsAndBytesConfig
 
 from flux_nf4.families import encoders as table
@@ -224,9 +225,31 @@ def save(tiny: Tiny, folder: Any, *, double_quant: bool = False, quant_type: str
     return model
 
 
+def save_t5(folder: Any) -> Any:
+    """As `save`, of a T5."""
+    torch.manual_seed(0)
+    config = transformers.T5Config(**T5, num_layers=2, feed_forward_proj="gated-gelu", is_encoder_decoder=False)
+    kind, dense = transformers.T5EncoderModel, folder / "t5 dense"
+    kind(config).save_pretrained(dense)
+    quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["wo"])
+    model = kind.from_pretrained(dense, quantization_config=quantisation, dtype=torch.float32, device_map={"": "cpu"})
+    model.save_pretrained(folder / "t5")
+    return model
+
+
+def save_clip_l(folder: Any) -> Any:
+    """A dense CLIP-L. Returns its file."""
+    torch.manual_seed(1)
+    state = transformers.CLIPTextModel(transformers.CLIPTextConfig(**CLIP_L)).state_dict()
+    named = {name if name.startswith("text_model.") else f"text_model.{name}": state[name] for name in state}
+    save_file(named, folder / "clip_l.safetensors")
+    return folder / "clip_l.safetensors"
+
+
 def dense_twin(model: Any) -> dict[str, torch.Tensor]:
     """The values of a quantised model as bitsandbytes dequantises them, in fp32, by the names of ComfyUI's model."""
     state = {name: tensor for name, tensor in model.state_dict().items() if ".weight." not in name}
+    state.pop("encoder.embed_tokens.weight", None)  # T5's, which is the same as ``shared``
     for name, module in model.named_modules():
         if isinstance(module, BnbLinear4bit):
             module.weight.quant_state.dtype = torch.float32

@@ -408,6 +408,24 @@ def test_4bit_of_another_model_is_refused_with_what_it_is(make_tensors, refusal,
     assert loader in message
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.q_norm",
+        "language_model.model.layers.0.post_attention_layernorm",
+        "encoder.block.0.layer.0.SelfAttention.q",
+        "text_model.encoder.layers.0.mlp.fc1",
+    ],
+)
+def test_a_4bit_text_encoder_is_refused_with_its_node(make_tensors, refusal, name):
+    layer = "double_blocks.0.img_attn.qkv"
+    tensors = {n: t for n, t in make_tensors("", rest={}).items() if n.startswith(layer)}
+    message = refusal(renamed(tensors, layer, name))
+    assert "it is a text encoder in 4 bits, and no transformer" in message
+    assert "models/text_encoders" in message
+    assert "'Load 4-bit Text Encoder (streamed)'" in message
+
+
 @pytest.mark.parametrize("tensors", [{"a.weight": torch.ones(4, 4)}, {}])
 def test_a_file_without_a_flux_transformer_is_refused(refusal, tensors):
     assert f"it holds no transformer of {KNOWN} (such as 'double_blocks.0.*')" in refusal(tensors)

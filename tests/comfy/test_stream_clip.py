@@ -1,0 +1,219 @@
+"""The nodes that stream text encoders: any CLIP, with all that ComfyUI's nodes do to one, gives ComfyUI's bits."""
+
+import comfy.hooks
+import comfy.model_management
+import comfy.sd
+import pytest
+import torch
+from comfy_extras.nodes_hooks import SetClipHooks
+from nodes import CLIPSetLastLayer
+from safetensors.torch import load_file
+from tiny_encoders import CLIP_L, T5, TINY, dense_twin, for_comfyui, make_small, save, save_clip_l, save_t5, tokens_of
+
+from flux_nf4.offload.comfyui.clip import StreamedClip, stream_clip
+from flux_nf4.offload.comfyui.large_layers import HostEmbedding
+from flux_nf4.offload.plan import Residency
+
+QWEN3 = next((tiny for tiny in TINY if tiny.clip_type == "lumina2"), None)
+DUAL = {"l": [[(1, 1.0)] * 77], "t5xxl": [[(3, 1.0), (14, 1.2), (159, 1.0), (1, 1.0)]]}
+
+
+@pytest.fixture(params=["fp32", "bf16", "fp8"])
+def dtype(request):
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}[request.param]
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory):
+    """A dense Qwen3 4B by ComfyUI's names."""
+    assert QWEN3 is not None
+    return dense_twin(save(QWEN3, tmp_path_factory.mktemp("qwen3")))
+
+
+@pytest.fixture
+def clip(twin, dtype, monkeypatch):
+    """ComfyUI's own CLIP with one text encoder."""
+    make_small(monkeypatch, QWEN3)
+    state = {name: tensor.to(dtype) for name, tensor in for_comfyui(QWEN3, twin).items()}
+    return comfy.sd.load_text_encoder_state_dicts([state], clip_type=comfy.sd.CLIPType.LUMINA2)
+
+
+@pytest.fixture
+def dual(tmp_path, monkeypatch):
+    """ComfyUI's own CLIP with CLIP-L and T5."""
+    monkeypatch.setattr("comfy.model_management.text_encoder_dtype", lambda *_, **__: torch.float32)
+    options = {"t5xxl_model_config": dict(T5, num_layers=2), "model_config": dict(CLIP_L)}
+    options["clip_l_model_config"] = dict(CLIP_L)
+    states = [load_file(save_clip_l(tmp_path)), dense_twin(save_t5(tmp_path))]
+    return comfy.sd.load_text_encoder_state_dicts(states, clip_type=comfy.sd.CLIPType.FLUX, model_options=options)
+
+
+def lora_for(clip):
+    """For every large weight of its first layers."""
+    generator = torch.Generator().manual_seed(3)
+    lora = {}
+    for name, tensor in clip.patcher.model_state_dict().items():
+        if tensor.dim() == 2 and name.endswith(".weight") and ".0." in name:
+            rows, columns = tensor.shape
+            path = f"text_encoders.{name.removesuffix('.weight')}"
+            lora[f"{path}.lora_up.weight"] = torch.randn(rows, 4, generator=generator) / 10
+            lora[f"{path}.lora_down.weight"] = torch.randn(4, columns, generator=generator) / 10
+    assert lora
+    return lora
+
+
+def with_lora(clip):
+    return comfy.sd.load_lora_for_models(None, clip, lora_for(clip), 0, 0.7)[1]
+
+
+def with_hook(clip):
+    hooks = comfy.hooks.create_hook_lora(lora_for(clip), 0, 0.6)
+    return SetClipHooks().apply_hooks(clip, schedule_clip=False, apply_to_conds=False, hooks=hooks)[0]
+
+
+def with_last_layer(clip):
+    is_dual = hasattr(clip.cond_stage_model, "t5xxl")
+    return CLIPSetLastLayer().set_last_layer(clip, -2 if is_dual else -3)[0]
+
+
+ACTS = {"nothing": lambda clip: clip, "LoRA": with_lora, "hook": with_hook, "last layer": with_last_layer}
+
+
+def encoded(clip, tokens=None):
+    with torch.inference_mode():
+        got = clip.encode_from_tokens(tokens or tokens_of("qwen3_4b"), return_dict=True)
+    return {name: value.clone() for name, value in got.items() if isinstance(value, torch.Tensor)}
+
+
+def same(got, wanted):
+    assert wanted["cond"].std() > 0.01
+    return got.keys() == wanted.keys() and all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+def streamed(clip, budget):
+    """Within the least budget (0), or automatic (None)."""
+    found = stream_clip(clip, Residency(), None)
+    return found if budget is None else stream_clip(found, Residency(budget_bytes=found.patcher.model_size()), None)
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("budget", [0, None])
+def test_what_nodes_do_to_it_before_or_after_is_the_same(act, budget, clip, clip_copies):
+    do = ACTS[act]
+    plain, wanted = encoded(clip), encoded(do(clip))
+    assert same(plain, wanted) == (act == "nothing")
+    for order in (lambda: do(streamed(clip, budget)), lambda: streamed(do(clip), budget)):
+        ours = order()
+        assert isinstance(ours, StreamedClip)
+        got = encoded(ours)
+        assert same(got, wanted)
+        streaming = ours.patcher.model.streaming.streamer
+        assert bool(streaming.plan.streamed) == (budget is not None)
+    assert same(encoded(clip), plain), "the CLIP that it came from stays as it was"
+    assert not isinstance(clip, StreamedClip)
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_of_several_encoders_all_are_streamed(act, dual, clip_copies):
+    do = ACTS[act]
+    wanted = encoded(do(dual), DUAL)
+    ours = do(streamed(dual, 0))
+    assert same(encoded(ours, DUAL), wanted)
+    streamer = ours.patcher.model.streaming.streamer
+    assert {size.kind for size in streamer.sizes()} == {"clip_l", "t5xxl"}
+    assert len(streamer.plan.streamed) == 4
+    assert same(encoded(do(dual), DUAL), wanted)
+
+
+@pytest.mark.skipif(not hasattr(comfy.sd.CLIP, "generate"), reason="this ComfyUI's CLIP writes no text")
+@pytest.mark.parametrize("budget", [0, None])
+def test_it_writes_the_same_text(budget, clip, clip_copies):
+    def written(clip):
+        with torch.inference_mode():
+            return clip.generate(tokens_of("qwen3_4b"), do_sample=False, max_length=4)
+
+    wanted = written(clip)
+    assert len(wanted) == 4
+    assert written(streamed(clip, budget)) == wanted
+
+
+def test_a_change_of_the_budget_reads_and_copies_nothing_anew(clip, clip_copies):
+    first = streamed(clip, 0)
+    wanted = encoded(first)
+    again = stream_clip(clip, Residency(), None)
+    assert again.patcher.model is first.patcher.model
+    assert same(encoded(again), wanted)
+    assert not first.patcher.model.streaming.streamer.plan.streamed
+
+
+def test_out_of_memory_gives_the_residents_up_and_encodes_once_more(clip, clip_copies):
+    ours = streamed(clip, None)
+    wanted = encoded(ours)
+    streamer = ours.patcher.model.streaming.streamer
+    assert streamer.plan.resident
+    failures = [torch.OutOfMemoryError("fake")]
+
+    def fail(*_):
+        if failures:
+            raise failures.pop()
+
+    handle = streamer.blocks[1].module.register_forward_pre_hook(fail)
+    assert same(encoded(ours), wanted)
+    handle.remove()
+    assert not streamer.plan.resident
+
+
+def test_it_is_not_saved_by_nodes_that_would_write_it_wrong(clip, clip_copies):
+    with pytest.raises(ValueError, match="a streamed model cannot be saved by this node"):
+        streamed(clip, 0).get_sd()
+
+
+def test_it_asks_for_what_it_needs_and_takes_what_is_free(clip, clip_copies):
+    ours = stream_clip(clip, Residency(), None)
+    patcher, streamer = ours.patcher, ours.patcher.model.streaming.streamer
+    needed = patcher.model_size()
+    assert needed < streamer.host_bytes / 2
+    patcher.load(torch.device("cpu"), needed + 1)
+    assert patcher.loaded_size() <= needed
+    assert len(streamer.plan.streamed) == len(streamer.blocks)
+    patcher.load(torch.device("cpu"), 0)
+    assert not streamer.plan.streamed
+    whole = patcher.loaded_size()
+    large = patcher.model.large_layers
+    assert large.is_on_device
+    assert patcher.partially_unload(torch.device("cpu"), 1) == large.nbytes
+    assert patcher.loaded_size() == whole - large.nbytes
+    assert not streamer.plan.streamed
+    freed = patcher.partially_unload(torch.device("cpu"), 50_000)
+    assert freed >= 50_000
+    assert patcher.loaded_size() == whole - large.nbytes - freed
+    assert streamer.plan.streamed
+    patcher.detach()
+    assert streamer.plan is None
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_an_embedding_in_host_memory_looks_up_the_same_rows(scaled, dtype):
+    table = comfy_embedding(scaled, dtype)
+    ids = torch.tensor([[5, 5, 0, 399, 17]])
+    wanted = table(ids, out_dtype=torch.float32)
+    table.__class__ = type("Host", (HostEmbedding, type(table)), {})
+    assert torch.equal(table(ids, out_dtype=torch.float32), wanted)
+    assert torch.equal(table.look_up(ids, out_dtype=torch.float32), wanted)
+    assert wanted.abs().sum() > 1
+
+
+def comfy_embedding(scaled, dtype):
+    import comfy.ops
+
+    kind = comfy.ops.manual_cast.Embedding
+    if scaled:
+
+        class Scaled(kind):
+            def forward(self, ids, out_dtype=None):
+                return super().forward(ids, out_dtype=out_dtype) * 8
+
+        kind = Scaled
+    table = kind(400, 64, dtype=dtype)
+    table.weight = torch.nn.Parameter(torch.randn(400, 64).to(dtype), requires_grad=False)
+    return table
