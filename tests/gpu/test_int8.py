@@ -49,6 +49,35 @@ def test_the_rows_are_those_of_comfy_kitchen(shape):
     assert own < 1.02 * theirs < 0.012
 
 
+def test_compiled_kernels_are_kept_and_write_the_same_rows(monkeypatch):
+    """A Triton that calls them otherwise than expected would launch all by its own, slower way."""
+    monkeypatch.setattr(int8_weight, "_compiled", {})
+    layer = layer_of((3072, 3072))
+    scale = torch.zeros(3072, device=DEVICE)
+    found = []
+    for are_known in (False, False, True):
+        rows = torch.empty(layer.shape, dtype=torch.int8, device=DEVICE)
+        int8_weight.write_int8_rows(*layer.packed_weight(), DTYPE, (), scale, rows, scales_are_known=are_known)
+        found.append(rows)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert len(int8_weight._compiled) == 2
+    assert None not in int8_weight._compiled.values()
+
+
+def test_a_weight_that_begins_at_any_byte_gives_the_same_rows():
+    layer = layer_of((48, 512))
+    packed, absmax, state = layer.packed_weight()
+    odd = torch.cat((packed[:1], packed))[1:]
+    found = []
+    for own in (packed, odd):
+        scale, rows = torch.zeros(48, device=DEVICE), torch.empty(layer.shape, dtype=torch.int8, device=DEVICE)
+        int8_weight.write_int8_rows(own, absmax, state, DTYPE, (), scale, rows)
+        found.append(rows)
+    assert odd.data_ptr() % 16
+    assert torch.equal(*found)
+
+
 @pytest.mark.usefixtures("always_faster")
 def test_a_linear_is_near_the_exact_one_and_repeats_its_bits():
     layer = layer_of((9216, 3072))
