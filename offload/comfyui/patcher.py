@@ -28,6 +28,7 @@ from ..plan import (
     spread,
 )
 from ..telemetry import summarise
+from .coming_steps import note_step
 from .compiled import is_compiled
 from .lasting import lasting_allocations
 from .node_names import QUANTISE, STREAM
@@ -69,13 +70,14 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         self.wrappers: dict[str, Any] = {}
         self.object_patches: dict[str, Any] = {}
         super().__init__(model, load_device, offload_device, *args, **kwargs)
-        self.retry_with_less_resident()
+        self.wrap_forwards()
 
-    def retry_with_less_resident(self) -> None:
-        """Have forwards that run out of memory give up the resident blocks and run once more."""
+    def wrap_forwards(self) -> None:
+        """Have forwards tell their step, and run once more without resident blocks where memory runs out."""
         apply_model = comfy.patcher_extension.WrappersMP.APPLY_MODEL
         self.remove_wrappers_with_key(apply_model, __name__)
-        self.add_wrapper_with_key(apply_model, __name__, retry_with_less)
+        for wrapper in (retry_with_less, note_step):
+            self.add_wrapper_with_key(apply_model, __name__, wrapper)
 
     def clone(self, *args: Any, **kwargs: Any) -> "StreamedModelPatcher":
         """ComfyUI's, with the settings."""
@@ -107,17 +109,17 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         """
         budget = self.residency.budget_bytes
         if budget is not None:
-            plan_by_budget(self._sizes, budget, other_bytes=self._streaming.other_bytes)
+            plan_by_budget(self._sizes, budget, other_bytes=self._streaming.other_bytes + self._streaming.kept_bytes)
 
     def model_size(self) -> int:
         """Bytes that the model wants on the load device. ComfyUI makes this much room, so it must not be the whole."""
         if self._computes_from_host:
-            return self._streaming.other_bytes + self._streaming.streamer.ram_bytes
+            return self._streaming.ram_bytes
         return self._streaming.other_bytes + self._streaming.patching.device_bytes + self.plan.device_bytes
 
     def get_ram_usage(self) -> int:
         """Bytes of RAM that go with the model: some ComfyUIs choose by it what to give up when RAM is short."""
-        return self._streaming.other_bytes + self._streaming.streamer.ram_bytes
+        return self._streaming.ram_bytes
 
     def partially_load(
         self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False, **kwargs: Any
@@ -181,7 +183,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
                 patches_under(None, self.patches, self.hook_patches), self.weight_wrapper_patches, device, self.compute
             )
             if self._computes_from_host:
-                self._streaming.streamer.stop()  # another clone may have had it on a device
+                self._streaming.stop()  # another clone may have had it on a device
             else:
                 room = math.inf if full_load or not lowvram_model_memory else lowvram_model_memory
                 self._stream(device, self._plan_within(room))
@@ -200,7 +202,8 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
             FileMapError: somebody has written to the file that the weights are in.
         """
         self.patch_run = self.patch_run.tell()
-        self._streaming.streamer.file.require_unchanged()
+        self._streaming.require_unchanged()
+        self._streaming.forget()
         super().pre_run()
 
     def prepare_state(self, *args: Any, **kwargs: Any) -> None:
@@ -213,14 +216,13 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     def cleanup(self) -> None:
         """The end of a sampling."""
         super().cleanup()
+        self._streaming.forget()
         self.report_forwards()
 
     def report_forwards(self) -> None:
         """Log and tell the observers what the forwards so far have cost: more may be long in coming."""
-        streamer = self._streaming.streamer
-        if streamer.telemetry is not None:
-            streamer.telemetry.rest()
-        if summary := summarise(streamer.telemetry, streamer.all_pinned):
+        self._streaming.rest()
+        if summary := summarise(self._streaming.streamer.telemetry, self._streaming.all_pinned):
             logger.info("Streaming: %s", summary)
         tell_observers(self)
 
@@ -228,7 +230,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         """ComfyUI's; with the weights, everything leaves the device."""
         if unpatch_weights:
             self._apply_patches({}, {}, self.offload_device, compute=None)
-            self._streaming.streamer.stop()
+            self._streaming.stop()
         super().unpatch_model(device_to, unpatch_weights)
 
     def state_dict_for_saving(self, *_: Any, **__: Any) -> None:
@@ -268,7 +270,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, list[Any]]:
         """Each weight without its patches, in host memory, and its patches."""
         weights = in_logical_shapes(self.model, self.model_state_dict(filter_prefix))
-        return key_patches(self.model, weights, self.patches, self._streaming.streamer)
+        return key_patches(self.model, weights, self.patches, self._streaming.in_host_memory)
 
     def patch_hooks(self, hooks: Any) -> None:
         """Put the patches of ``hooks`` (a HookGroup or None) into effect, at the strengths that they have now."""
@@ -322,8 +324,8 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     def _plan_within(self, room: float) -> ResidencyPlan:
         """The best plan for ``room`` bytes of the device within the settings; the least one if nothing fits."""
         budget, counts = self.residency.budget_bytes, self.residency.counts
-        patching = self._streaming.patching
-        taken = self._streaming.other_bytes + patching.device_bytes + patching.scratch_bytes
+        streaming, patching = self._streaming, self._streaming.patching
+        taken = streaming.other_bytes + streaming.kept_bytes + patching.device_bytes + patching.scratch_bytes
         limit = min(room, math.inf if budget is None else budget) - taken
         sizes = self._sizes
         return plan_by_budget(sizes, max(limit, least_device_bytes(sizes)), self.staging_bytes, counts)
@@ -339,9 +341,10 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def _held_bytes(self) -> int:
         """Bytes on the load device now: fewer than `model_size` where it had no room for all residents."""
-        streamer, patching = self._streaming.streamer, self._streaming.patching
-        in_blocks = streamer.ram_bytes if self._computes_from_host else streamer.device_bytes
-        return self._streaming.other_bytes + patching.device_bytes + in_blocks
+        streaming = self._streaming
+        if self._computes_from_host:
+            return streaming.ram_bytes + streaming.patching.device_bytes
+        return streaming.other_bytes + streaming.patching.device_bytes + streaming.streamer.device_bytes
 
     def _apply_patches(
         self,

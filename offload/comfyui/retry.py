@@ -25,6 +25,7 @@ def with_less(model: Any, forward: Callable[[], Any]) -> Any:
             raise
     # Outside of the handler, so that the traceback keeps none of the forward's tensors.
     given_up = len(streamer.plan.resident)
+    streaming.forget()
     try:
         none_stay = plan_for(streamer.sizes(whole_blocks=streamer.whole_blocks), (), streamer.plan.staging_bytes)
         with lasting_allocations():
