@@ -111,7 +111,7 @@ FLUX1 = Family(
     _BESIDE_BLOCKS,
     _RENAMES,
     _flux1_variant,
-    Modulation(
+    modulation=Modulation(
         {"double_blocks": ("img_mod", "txt_mod"), "single_blocks": ("modulation",)},
         timestep="time_in",
         embedding="timestep_embedding",

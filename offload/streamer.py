@@ -170,10 +170,6 @@ class Streamer:
                 remove_staying(block)
             raise
 
-    def has(self, module: nn.Module) -> bool:
-        """Whether a module is in the blocks, and moved by this."""
-        return self._places.of(module) is not None
-
     def in_host_memory(self, module: nn.Module, name: str) -> torch.Tensor | None:
         """Tensor ``name`` of a module of the blocks as it is in host memory; None if there is none."""
         place = self._places.of(module)

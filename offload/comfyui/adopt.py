@@ -98,7 +98,7 @@ def _adopt(patcher: comfy.model_patcher.ModelPatcher, kind: Kind) -> StreamedMod
     clone.backup, clone.object_patches_backup, clone.hook_backup = {}, {}, {}
     clone.backup_buffers, clone.pinned = {}, set()
     clone.cached_patcher_init = _init_of_streamed(patcher, kind)
-    clone.wrap_forwards()
+    clone.retry_with_less_resident()
     return clone
 
 

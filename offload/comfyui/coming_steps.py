@@ -100,11 +100,9 @@ class ComingSteps:
         return vector
 
 
-def note_step(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """ComfyUI's wrapper of a forward (``WrappersMP.APPLY_MODEL``), whose arguments are those of ``_apply_model``."""
-    model = executor.class_obj
+def note_step(model: Any, arguments: Sequence[Any]) -> None:
+    """A forward of a streamed model is called with the ``arguments`` of ComfyUI's ``BaseModel.apply_model``."""
     modulation = model.streaming.modulation
     if modulation is not None:
-        _, sigma, *_, options = args
+        _, sigma, *_, options = arguments
         modulation.steps.note(model.model_sampling, sigma, options)
-    return executor(*args, **kwargs)

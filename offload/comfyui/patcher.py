@@ -28,7 +28,6 @@ from ..plan import (
     spread,
 )
 from ..telemetry import summarise
-from .coming_steps import note_step
 from .compiled import is_compiled
 from .lasting import lasting_allocations
 from .node_names import QUANTISE, STREAM
@@ -70,14 +69,13 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         self.wrappers: dict[str, Any] = {}
         self.object_patches: dict[str, Any] = {}
         super().__init__(model, load_device, offload_device, *args, **kwargs)
-        self.wrap_forwards()
+        self.retry_with_less_resident()
 
-    def wrap_forwards(self) -> None:
-        """Have forwards tell their step, and run once more without resident blocks where memory runs out."""
+    def retry_with_less_resident(self) -> None:
+        """Have forwards that run out of memory give up the resident blocks and run once more."""
         apply_model = comfy.patcher_extension.WrappersMP.APPLY_MODEL
         self.remove_wrappers_with_key(apply_model, __name__)
-        for wrapper in (retry_with_less, note_step):
-            self.add_wrapper_with_key(apply_model, __name__, wrapper)
+        self.add_wrapper_with_key(apply_model, __name__, retry_with_less)
 
     def clone(self, *args: Any, **kwargs: Any) -> "StreamedModelPatcher":
         """ComfyUI's, with the settings."""
@@ -203,7 +201,6 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         """
         self.patch_run = self.patch_run.tell()
         self._streaming.require_unchanged()
-        self._streaming.forget()
         super().pre_run()
 
     def prepare_state(self, *args: Any, **kwargs: Any) -> None:
@@ -216,7 +213,6 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     def cleanup(self) -> None:
         """The end of a sampling."""
         super().cleanup()
-        self._streaming.forget()
         self.report_forwards()
 
     def report_forwards(self) -> None:
@@ -324,9 +320,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     def _plan_within(self, room: float) -> ResidencyPlan:
         """The best plan for ``room`` bytes of the device within the settings; the least one if nothing fits."""
         budget, counts = self.residency.budget_bytes, self.residency.counts
-        streaming, patching = self._streaming, self._streaming.patching
-        taken = streaming.other_bytes + streaming.kept_bytes + patching.device_bytes + patching.scratch_bytes
-        limit = min(room, math.inf if budget is None else budget) - taken
+        limit = min(room, math.inf if budget is None else budget) - self._streaming.taken_bytes
         sizes = self._sizes
         return plan_by_budget(sizes, max(limit, least_device_bytes(sizes)), self.staging_bytes, counts)
 
@@ -341,10 +335,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def _held_bytes(self) -> int:
         """Bytes on the load device now: fewer than `model_size` where it had no room for all residents."""
-        streaming = self._streaming
-        if self._computes_from_host:
-            return streaming.ram_bytes + streaming.patching.device_bytes
-        return streaming.other_bytes + streaming.patching.device_bytes + streaming.streamer.device_bytes
+        return self._streaming.held_bytes(from_host=self._computes_from_host)
 
     def _apply_patches(
         self,

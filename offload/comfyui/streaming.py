@@ -77,6 +77,16 @@ class Streaming:
         return 0 if self.modulation is None else self.modulation.kept_bytes
 
     @property
+    def taken_bytes(self) -> int:
+        """Bytes that the blocks have to leave to all else: what is beside them, patches, and what a sampling takes."""
+        return self.other_bytes + self.kept_bytes + self.patching.device_bytes + self.patching.scratch_bytes
+
+    def held_bytes(self, *, from_host: bool) -> int:
+        """Bytes on the device now; with ``from_host`` it computes from host memory, and all of that counts."""
+        in_all = self.ram_bytes if from_host else self.other_bytes + self.streamer.device_bytes
+        return self.patching.device_bytes + in_all
+
+    @property
     def ram_bytes(self) -> int:
         """Bytes of RAM that the model takes."""
         return self.outside_bytes + sum(streamer.ram_bytes for streamer in self.streamers)
@@ -109,8 +119,10 @@ class Streaming:
         self.forget()
         if _by_name(extras) != _by_name(self.extras):
             self.extras = {}  # what they have if this fails
+            ahead = frozenset() if self.modulation is None else self.modulation.ahead.modules
             for streamer in self.streamers:
-                streamer.set_extras({module: tensors for module, tensors in extras.items() if streamer.has(module)})
+                modules = extras.keys() & ahead if streamer is not self.streamer else extras.keys() - ahead
+                streamer.set_extras({module: tensors for module, tensors in extras.items() if module in modules})
         self.extras = extras
 
     def forget(self) -> None:

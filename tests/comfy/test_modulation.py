@@ -83,8 +83,9 @@ def test_the_blocks_records_and_plan_are_without_it(load):
     assert held == pytest.approx(weights * 0.5625, rel=0.05)
     linears = {module for block in streaming.streamer.blocks for module in block.module.modules()}
     assert streaming.modulation.ahead.modules < linears
-    assert not any(streaming.streamer.has(module) for module in streaming.modulation.ahead.modules)
-    assert all(streaming.modulation.streamer.has(module) for module in streaming.modulation.ahead.modules)
+    for module in streaming.modulation.ahead.modules:
+        assert streaming.streamer._places.of(module) is None
+        assert streaming.modulation.streamer._places.of(module) is not None
 
 
 def test_a_step_that_comes_twice_is_computed_once(load, sample, computed):
