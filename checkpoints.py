@@ -30,19 +30,18 @@ from .nf4_loader.models.fill import There, fill
 from .nf4_loader.models.mapped import InFile, tensors_in_file
 from .nf4_loader.models.transformers import block_groups, build_flux, load_clip_and_vae, materialise
 from .offload import pinning_ahead
-from .offload.arena import HostArena
 from .offload.comfyui.encoders import leave_unpinned, leave_without_copies
+from .offload.comfyui.modulation import modulation_in
 from .offload.comfyui.patcher import StreamedModelPatcher
 from .offload.comfyui.pins import pin_limit
 from .offload.comfyui.requires import require_comfyui
-from .offload.comfyui.streaming import attach_streaming
+from .offload.comfyui.streaming import Streaming, attach_streaming
 from .offload.file_arena import FileArena, map_blocks, why_not_pinned
 from .offload.file_map import FileMapError
 from .offload.host_memory import give_back_host_memory
 from .offload.pinning import pinned_by_all
 from .offload.plan import Residency
 from .offload.ram import free_ram_bytes
-from .offload.streamer import Streamer
 
 logger = logging.getLogger(__name__)
 
@@ -136,10 +135,10 @@ def _place_of(catalogue: Catalogue) -> Place:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where the blocks of a model get their bytes: what stays in the file, and an arena that has the others already."""
+    """Where the blocks of a model get their bytes: what stays in the file, and an equal model that has the others."""
 
     in_file: InFile
-    arena: HostArena | None = None
+    twin: Streaming | None = None
 
 
 def _read(model: comfy.model_base.BaseModel, catalogue: Catalogue, source: _Source) -> StreamedModelPatcher:
@@ -149,18 +148,19 @@ def _read(model: comfy.model_base.BaseModel, catalogue: Catalogue, source: _Sour
     warming_up = Thread(target=warm_up, args=(device,))
     warming_up.start()
     try:
-        mapped = map_blocks(blocks, source.in_file)
+        mapped = map_blocks([*modulation_in(model, blocks), *blocks], source.in_file)
         _pin_ahead(blocks, mapped, device)
-        attach_streaming(model, groups, mapped, arena=source.arena)
+        attach_streaming(model, groups, mapped, twin=source.twin)
         materialise(model.diffusion_model)
-        file = model.streaming.streamer.file
-        is_room = file.bytes_to_bring_in <= free_ram()
+        files = [streamer.file for streamer in model.streaming.streamers]
+        to_bring_in = sum(file.bytes_to_bring_in for file in files)
+        is_room = to_bring_in <= free_ram()
         progress = comfy.utils.ProgressBar(
-            catalogue.transformer_bytes - _bytes_of(source.in_file) + (file.bytes_to_bring_in if is_room else 0)
+            catalogue.transformer_bytes - _bytes_of(source.in_file) + (to_bring_in if is_room else 0)
         )
-        if is_room:
+        for file in files if is_room else ():
             file.bring_in(progress.update)
-        fill(model, catalogue, progress.update, source.in_file if source.arena is None else _all_tensors(blocks))
+        fill(model, catalogue, progress.update, source.in_file if source.twin is None else _all_tensors(blocks))
     except BaseException as error:
         pinning_ahead.stop()
         if isinstance(error, FileMapError):
@@ -209,7 +209,7 @@ def _source_for(
     twin = _twin_of(model, place) if model is not None else None
     why_read = _why_read(catalogue, place[1])
     in_file: InFile = {}
-    if model is not None and (not why_read if twin is None else twin.file.nbytes):
+    if model is not None and (not why_read if twin is None else twin.streamer.file.nbytes):
         in_file = tensors_in_file(model, catalogue)
     needed = catalogue.transformer_ram - _bytes_of(in_file) if model is not None and twin is None else 0
     needed += sum(entry.nbytes for entry in others) if with_others else 0
@@ -233,14 +233,14 @@ def _source_for(
         )
     if model is not None:
         _say_where(catalogue, place[1], in_file, why_read, is_shared=twin is not None)
-    return _Source(in_file, None if twin is None else twin.arena)
+    return _Source(in_file, twin)
 
 
-def _twin_of(model: comfy.model_base.BaseModel, place: Place) -> Streamer | None:
+def _twin_of(model: comfy.model_base.BaseModel, place: Place) -> Streaming | None:
     """What streams the same checkpoint, in the same dtype, to another device: one arena is enough for both."""
     same_files = (other for (key, _), other in list(_models.items()) if key == place[0])
     twins = (other.model for other in same_files if other.model.get_dtype() == model.get_dtype())
-    return next((twin.streaming.streamer for twin in twins), None)
+    return next((twin.streaming for twin in twins), None)
 
 
 def _why_read(catalogue: Catalogue, device: torch.device) -> str:

@@ -16,6 +16,7 @@ from cases import Case
 from random_lora import LoRA, kohya, linear_shapes
 
 SEED = 0
+SIGMA = 0.7
 FLUX2_CHANNELS = 128
 """Of a latent of FLUX.2, whose pixels are 16 wide; others have 16 channels and 8."""
 
@@ -72,15 +73,18 @@ class ComfyModel:
             "guidance": torch.full((batch,), 3.5, device=self.device),
             "transformer_options": self._transformer_options(),
         }
-        timestep = torch.full((batch,), 0.7, device=self.device)
+        timestep = torch.full((batch,), SIGMA, device=self.device)
         return self._noise.to(self.device), timestep, conditioning
 
     def _transformer_options(self) -> dict[str, Any]:
-        """With the wrappers of the patcher in it, as a sampling puts them there."""
+        """With the wrappers of the patcher in it and the sigmas of all steps, as a sampling puts them there.
+
+        So calls after the first are as the later steps of a sampling: what is computed ahead is there.
+        """
         options = comfy.model_patcher.create_model_options_clone(self.patcher.model_options)
         options.setdefault("transformer_options", {})
         comfy.sampler_helpers.prepare_model_patcher(self.patcher, {}, options)
-        return options["transformer_options"]
+        return options["transformer_options"] | {"sample_sigmas": torch.tensor([SIGMA, 0.0])}
 
 
 def _cond(text: torch.Tensor, pooled: torch.Tensor) -> list[Any]:

@@ -8,7 +8,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .family import BlockTensor, Family, Layers, Layout, Place, Shapes
+from .family import BlockTensor, Family, Layers, Layout, Modulation, Place, Shapes
 from .flux import CHROMA, FLUX1, FLUX2, HUNYUAN_VIDEO
 from .ideogram import IDEOGRAM4
 from .krea import KREA2
@@ -23,6 +23,7 @@ __all__ = [
     "Found",
     "Layers",
     "Layout",
+    "Modulation",
     "Place",
     "Shapes",
     "detect",

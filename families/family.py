@@ -91,6 +91,26 @@ class BlockTensor:
     name: str
 
 
+@dataclass(frozen=True)
+class Modulation:
+    """Layers in the blocks that see one small vector, the same for all blocks: their outputs can be known ahead.
+
+    The vector is the sum of what the model's embedders give. One of them sees the timestep alone, the others see what
+    a sampling does not change (guidance, pooled prompt). Names are those of ComfyUI's model.
+
+    Attributes:
+        layers: By list of blocks, the modules of a block that see nothing but the vector.
+        timestep: The embedder of the timestep. The function ``embedding`` in the module of the model's class makes its
+            input: of the timesteps and the width.
+        others: The other embedders.
+    """
+
+    layers: Mapping[str, tuple[str, ...]]
+    timestep: str
+    embedding: str
+    others: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class Family:
     """Models of one architecture.
@@ -106,6 +126,7 @@ class Family:
         variant: What describes one model within the family, from its shapes, such as "dev".
         embeddings: Weights of two dimensions that are no Linear's: they are never in 4 bits.
         since: The version of ComfyUI that first had this model, from its shapes; "" if all that we support have it.
+        modulation: Layers whose outputs are computed ahead; None where the blocks have none.
     """
 
     name: str
@@ -117,6 +138,7 @@ class Family:
     variant: Callable[[Shapes], str] = field(default=lambda _: "")
     embeddings: frozenset[str] = frozenset()
     since: Callable[[Shapes], str] = field(default=lambda _: "")
+    modulation: Modulation | None = None
 
     @property
     def native(self) -> Layout:
@@ -148,3 +170,8 @@ class Family:
         """The block that the tensor ``name`` of ComfyUI's model belongs to; None where it is in no block."""
         match = self._in_block.fullmatch(name)
         return BlockTensor(match["blocks"], int(match["index"]), match["name"]) if match else None
+
+    def is_modulation(self, tensor: BlockTensor) -> bool:
+        """Whether the layer of ``tensor`` is one whose outputs are computed ahead."""
+        layers = self.modulation.layers if self.modulation is not None else {}
+        return tensor.name.split(".")[0] in layers.get(tensor.blocks, ())

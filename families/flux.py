@@ -6,7 +6,7 @@ In diffusers' ``loaders/single_file_utils.py``, ``convert_flux_transformer_check
 ``convert_flux2_transformer_checkpoint_to_diffusers`` are the way there.
 """
 
-from .family import Family, Layers, Layout, Shapes
+from .family import Family, Layers, Layout, Modulation, Shapes
 
 _LISTS = {"double_blocks": "double", "single_blocks": "single"}
 _LISTS_OF_DIFFUSERS = {"transformer_blocks": "double_blocks", "single_transformer_blocks": "single_blocks"}
@@ -111,6 +111,12 @@ FLUX1 = Family(
     _BESIDE_BLOCKS,
     _RENAMES,
     _flux1_variant,
+    modulation=Modulation(
+        {"double_blocks": ("img_mod", "txt_mod"), "single_blocks": ("modulation",)},
+        timestep="time_in",
+        embedding="timestep_embedding",
+        others=("guidance_in", "vector_in"),
+    ),
 )
 
 _FLUX2_SIZES = {6144: "dev", 4096: "klein 9B", 3072: "klein 4B"}

@@ -5,7 +5,7 @@ instance - have records beside it: what is large travels with the layer's tile, 
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -206,14 +206,14 @@ Split = tuple[RecordLayout, RecordLayout]
 """A block's layout in two: its own record, and what is mapped."""
 
 
-def layouts_of(modules: Sequence[nn.Module]) -> list[RecordLayout]:
-    """The layout of each block.
+def layouts_of(modules: Sequence[nn.Module], without: Collection[nn.Module] = ()) -> list[RecordLayout]:
+    """The layout of each block, except for the tensors of the modules ``without``.
 
     Raises:
         ValueError: a block has no tensors, or shares one with itself or another.
     """
     _refuse_shared(modules)
-    return [layout_of(module) for module in modules]
+    return [layout_of(module, without) for module in modules]
 
 
 def split(layouts: Sequence[RecordLayout], mapped: Sequence[Names]) -> list[Split]:

@@ -4,7 +4,7 @@ Large ones travel with their layer's tile, small ones stay on the device.
 """
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -18,12 +18,15 @@ ByModule = Mapping[nn.Module, Mapping[str, torch.Tensor]]
 
 
 class Places:
-    """Where in its block each module is."""
+    """Where in its block each module is, except for the modules ``without``."""
 
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], without: Collection[nn.Module] = ()) -> None:
         self._count = len(blocks)
         self._places = {
-            module: (index, path) for index, block in enumerate(blocks) for path, module in block.named_modules()
+            module: (index, path)
+            for index, block in enumerate(blocks)
+            for path, module in block.named_modules()
+            if module not in without
         }
 
     def of(self, module: nn.Module) -> tuple[int, str] | None:

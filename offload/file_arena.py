@@ -26,12 +26,15 @@ def map_blocks(
 ) -> dict[nn.Module, dict[str, torch.Tensor]]:
     """The ``parts`` of files, which are tensors of modules by name, as memory; those of a block are mapped together.
 
+    What a block shares with an earlier one, which may be a layer of it, is mapped with that.
+
     Raises:
         FileMapError: a file cannot be opened or mapped, or is shorter than a part says.
     """
     mapped: dict[nn.Module, dict[str, torch.Tensor]] = {}
     for block in blocks:
-        of_block = [(module, name) for module in block.modules() for name in parts.get(module, ())]
+        modules = [module for module in block.modules() if module not in mapped]
+        of_block = [(module, name) for module in modules for name in parts.get(module, ())]
         tensors = map_parts([parts[module][name] for module, name in of_block])
         for (module, name), tensor in zip(of_block, tensors, strict=True):
             mapped.setdefault(module, {})[name] = tensor

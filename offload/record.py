@@ -77,13 +77,13 @@ class RecordLayout:
         return RecordLayout(tiles, self.small, self.nbytes)
 
 
-def layout_of(block: nn.Module) -> RecordLayout:
-    """Lay out every parameter and buffer of ``block``.
+def layout_of(block: nn.Module, without: Collection[nn.Module] = ()) -> RecordLayout:
+    """Lay out every parameter and buffer of ``block``, except those of the modules ``without``.
 
     Raises:
         ValueError: the block has no tensors, or two names share one tensor.
     """
-    owners = dict(_owned_fields(block))
+    owners = dict(_owned_fields(block, without))
     _refuse_shared(block)
     return layout_from(owners)
 
@@ -151,9 +151,11 @@ def _extras_layouts(
     return _in_a_row(tiles.items(), ()), _in_a_row((), staying)
 
 
-def _owned_fields(block: nn.Module) -> Iterable[tuple[str, list[Field]]]:
+def _owned_fields(block: nn.Module, without: Collection[nn.Module]) -> Iterable[tuple[str, list[Field]]]:
     found = False
     for path, module in block.named_modules():
+        if module in without:
+            continue
         fields = []
         for is_parameter, tensors in ((True, module._parameters), (False, module._buffers)):
             for name, tensor in tensors.items():

@@ -4,7 +4,7 @@ A `Conveyor` streams the other blocks. It is there only while a plan is in effec
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -41,6 +41,7 @@ class Streamer:
         each: Called with the index of each block that has moved, so that its old memory can go before the next moves.
         arena: The host memory. Streamers over equal models, one for each device, may share the arena of the first;
             None makes a new one.
+        without: Modules in the blocks that another streamer moves.
 
     Raises:
         ValueError: a block has no tensors, or shares one with itself or another, or ``arena`` is of other blocks.
@@ -52,11 +53,12 @@ class Streamer:
         mapped: Mapping[nn.Module, Mapping[str, torch.Tensor]] | None = None,
         each: Callable[[int], None] = lambda _: None,
         arena: HostArena | None = None,
+        without: Collection[nn.Module] = (),
     ) -> None:
         modules = [block for group in groups.values() for block in group]
         kinds = [kind for kind, group in groups.items() for _ in group]
-        layouts = layouts_of(modules)
-        self._places = Places(modules)
+        layouts = layouts_of(modules, without)
+        self._places = Places(modules, without)
         apart = [
             {(path, name): tensor for path, named in tensors.items() for name, tensor in named.items()}
             for tensors in self._places.by_block(mapped or {})

@@ -5,17 +5,18 @@ Nothing is loaded and no model is built, so that the page can ask while a widget
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from ..families import Family
+from ..families import BlockTensor, Family
 from ..memory import GIB
 from ..nf4_loader.checkpoint.catalogue import Catalogue
 from ..nf4_loader.checkpoint.header import TensorEntry
 from ..nf4_loader.checkpoint.tensors import TransformerTensor
-from ..offload.plan import BlockSize, Residency, ResidencyPlan, plan_by_budget, predict_stall_ms
+from ..offload.ahead import AHEAD
+from ..offload.plan import BlockSize, Residency, ResidencyPlan, plan_by_budget, plan_for, predict_stall_ms
 from ..offload.record import Field, layout_from
 from ..offload.telemetry import limit_of
 
@@ -46,14 +47,24 @@ def block_sizes(catalogue: Catalogue, dtype: torch.dtype) -> tuple[BlockSize, ..
     family = _family(catalogue)
     order = list(family.lists)
     blocks: dict[tuple[int, int], dict[str, list[Field]]] = {}
+    for found, tensor in _in_blocks(catalogue):
+        if not family.is_modulation(found):
+            block = blocks.setdefault((order.index(found.blocks), found.index), {})
+            _add(block, found.name, tensor, dtype)
+    return tuple(size_of(family.kinds[of], owners) for (of, _), owners in sorted(blocks.items()))
+
+
+def _in_blocks(catalogue: Catalogue) -> Iterator[tuple[BlockTensor, TransformerTensor]]:
+    family = _family(catalogue)
     for name, tensor in catalogue.transformer.items():
         found = family.block_of(name)
         if found is not None:
-            block = blocks.setdefault((order.index(found.blocks), found.index), {})
-            module, _, end = found.name.rpartition(".")
-            fields = block.setdefault(module, [])
-            fields += [field_of(module, end, nbytes) for nbytes in _tensor_bytes(tensor, dtype)]
-    return tuple(size_of(family.kinds[of], owners) for (of, _), owners in sorted(blocks.items()))
+            yield found, tensor
+
+
+def _add(owners: dict[str, list[Field]], name: str, tensor: TransformerTensor, dtype: torch.dtype) -> None:
+    module, _, end = name.rpartition(".")
+    owners.setdefault(module, []).extend(field_of(module, end, nbytes) for nbytes in _tensor_bytes(tensor, dtype))
 
 
 def _family(catalogue: Catalogue) -> Family:
@@ -61,9 +72,9 @@ def _family(catalogue: Catalogue) -> Family:
     return catalogue.found.family
 
 
-def size_of(kind: str, owners: Mapping[str, Sequence[Field]]) -> BlockSize:
-    """The size of a block whose modules have these tensors."""
-    layout = layout_from(owners)
+def size_of(kind: str, owners: Mapping[str, Sequence[Field]], *, whole: bool = False) -> BlockSize:
+    """The size of a block whose modules have these tensors, in tiles of layers or of the ``whole`` block."""
+    layout = layout_from(owners).whole() if whole else layout_from(owners)
     return BlockSize(kind, tuple(tile.nbytes for tile in layout.tiles), layout.small.nbytes)
 
 
@@ -73,10 +84,25 @@ def field_of(module: str, name: str, nbytes: int) -> Field:
 
 
 def other_bytes(catalogue: Catalogue, dtype: torch.dtype) -> int:
-    """Bytes of the transformer that belong to no block, and are always on the device."""
+    """Bytes that the transformer needs on the device beside its blocks: tensors that belong to no block, and what the
+    modulation needs, which is computed ahead."""
     family = _family(catalogue)
     others = [tensor for name, tensor in catalogue.transformer.items() if family.block_of(name) is None]
-    return sum(sum(_tensor_bytes(tensor, dtype)) for tensor in others)
+    return sum(sum(_tensor_bytes(tensor, dtype)) for tensor in others) + _modulation_bytes(catalogue, dtype)
+
+
+def _modulation_bytes(catalogue: Catalogue, dtype: torch.dtype) -> int:
+    """Bytes on the device to compute the modulation ahead: the ring and small parts of its weights, and outputs."""
+    family = _family(catalogue)
+    layers: dict[tuple[str, int, str], dict[str, list[Field]]] = {}
+    output_bytes = 0
+    for found, tensor in _in_blocks(catalogue):
+        if family.is_modulation(found):
+            layer, _, name = found.name.partition(".")
+            _add(layers.setdefault((found.blocks, found.index, layer), {}), name, tensor, dtype)
+            output_bytes += tensor.shape[0] * dtype.itemsize if name.endswith("weight") else 0
+    sizes = [size_of("modulation", owners, whole=True) for owners in layers.values()]
+    return plan_for(sizes, (), 0).device_bytes + AHEAD * output_bytes
 
 
 def _tensor_bytes(tensor: TransformerTensor, dtype: torch.dtype) -> list[int]:

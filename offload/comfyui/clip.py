@@ -59,7 +59,7 @@ def stream_encoders(model: nn.Module) -> None:
     """Make the text encoders ``model``, which went through `attach_streaming`, those of a `StreamedEncoderPatcher`."""
     streaming: Any = model.streaming
     large = LargeLayers(model, [block.module for block in streaming.streamer.blocks])
-    streaming.other_bytes -= large.nbytes
+    streaming.outside_bytes -= large.nbytes
     model.large_layers = large  # type: ignore[assignment]
     model.__class__ = type(f"Streamed{type(model).__name__}", (StreamedEncoders, type(model)), {})
 
@@ -125,12 +125,12 @@ class StreamedEncoderPatcher(StreamedModelPatcher):
                 if not is_out_of_memory(error):
                     raise
             else:
-                self._streaming.other_bytes += self._large.nbytes
+                self._streaming.outside_bytes += self._large.nbytes
 
     def _give_large_layers_up(self) -> None:
         if self._large.is_on_device:
             self._large.take_back()
-            self._streaming.other_bytes -= self._large.nbytes
+            self._streaming.outside_bytes -= self._large.nbytes
 
     @property
     def _bytes_of_all_others(self) -> int:

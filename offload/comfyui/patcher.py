@@ -107,17 +107,17 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         """
         budget = self.residency.budget_bytes
         if budget is not None:
-            plan_by_budget(self._sizes, budget, other_bytes=self._streaming.other_bytes)
+            plan_by_budget(self._sizes, budget, other_bytes=self._streaming.other_bytes + self._streaming.kept_bytes)
 
     def model_size(self) -> int:
         """Bytes that the model wants on the load device. ComfyUI makes this much room, so it must not be the whole."""
         if self._computes_from_host:
-            return self._streaming.other_bytes + self._streaming.streamer.ram_bytes
+            return self._streaming.ram_bytes
         return self._streaming.other_bytes + self._streaming.patching.device_bytes + self.plan.device_bytes
 
     def get_ram_usage(self) -> int:
         """Bytes of RAM that go with the model: some ComfyUIs choose by it what to give up when RAM is short."""
-        return self._streaming.other_bytes + self._streaming.streamer.ram_bytes
+        return self._streaming.ram_bytes
 
     def partially_load(
         self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False, **kwargs: Any
@@ -181,7 +181,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
                 patches_under(None, self.patches, self.hook_patches), self.weight_wrapper_patches, device, self.compute
             )
             if self._computes_from_host:
-                self._streaming.streamer.stop()  # another clone may have had it on a device
+                self._streaming.stop()  # another clone may have had it on a device
             else:
                 room = math.inf if full_load or not lowvram_model_memory else lowvram_model_memory
                 self._stream(device, self._plan_within(room))
@@ -200,7 +200,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
             FileMapError: somebody has written to the file that the weights are in.
         """
         self.patch_run = self.patch_run.tell()
-        self._streaming.streamer.file.require_unchanged()
+        self._streaming.require_unchanged()
         super().pre_run()
 
     def prepare_state(self, *args: Any, **kwargs: Any) -> None:
@@ -217,10 +217,8 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def report_forwards(self) -> None:
         """Log and tell the observers what the forwards so far have cost: more may be long in coming."""
-        streamer = self._streaming.streamer
-        if streamer.telemetry is not None:
-            streamer.telemetry.rest()
-        if summary := summarise(streamer.telemetry, streamer.all_pinned):
+        self._streaming.rest()
+        if summary := summarise(self._streaming.streamer.telemetry, self._streaming.all_pinned):
             logger.info("Streaming: %s", summary)
         tell_observers(self)
 
@@ -228,7 +226,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         """ComfyUI's; with the weights, everything leaves the device."""
         if unpatch_weights:
             self._apply_patches({}, {}, self.offload_device, compute=None)
-            self._streaming.streamer.stop()
+            self._streaming.stop()
         super().unpatch_model(device_to, unpatch_weights)
 
     def state_dict_for_saving(self, *_: Any, **__: Any) -> None:
@@ -268,7 +266,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, list[Any]]:
         """Each weight without its patches, in host memory, and its patches."""
         weights = in_logical_shapes(self.model, self.model_state_dict(filter_prefix))
-        return key_patches(self.model, weights, self.patches, self._streaming.streamer)
+        return key_patches(self.model, weights, self.patches, self._streaming.in_host_memory)
 
     def patch_hooks(self, hooks: Any) -> None:
         """Put the patches of ``hooks`` (a HookGroup or None) into effect, at the strengths that they have now."""
@@ -322,9 +320,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     def _plan_within(self, room: float) -> ResidencyPlan:
         """The best plan for ``room`` bytes of the device within the settings; the least one if nothing fits."""
         budget, counts = self.residency.budget_bytes, self.residency.counts
-        patching = self._streaming.patching
-        taken = self._streaming.other_bytes + patching.device_bytes + patching.scratch_bytes
-        limit = min(room, math.inf if budget is None else budget) - taken
+        limit = min(room, math.inf if budget is None else budget) - self._streaming.taken_bytes
         sizes = self._sizes
         return plan_by_budget(sizes, max(limit, least_device_bytes(sizes)), self.staging_bytes, counts)
 
@@ -339,9 +335,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def _held_bytes(self) -> int:
         """Bytes on the load device now: fewer than `model_size` where it had no room for all residents."""
-        streamer, patching = self._streaming.streamer, self._streaming.patching
-        in_blocks = streamer.ram_bytes if self._computes_from_host else streamer.device_bytes
-        return self._streaming.other_bytes + patching.device_bytes + in_blocks
+        return self._streaming.held_bytes(from_host=self._computes_from_host)
 
     def _apply_patches(
         self,

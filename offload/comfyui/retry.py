@@ -5,12 +5,14 @@ from typing import Any
 
 from ...memory import is_out_of_memory
 from ..plan import plan_for
+from .coming_steps import note_step
 from .lasting import lasting_allocations
 from .streaming import Streaming
 
 
 def retry_with_less(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """ComfyUI's wrapper of a forward (``WrappersMP.APPLY_MODEL``)."""
+    """ComfyUI's wrapper of a forward (``WrappersMP.APPLY_MODEL``). The modulation learns which step it is."""
+    note_step(executor.class_obj, args)
     return with_less(executor.class_obj, lambda: executor(*args, **kwargs))
 
 
@@ -25,6 +27,7 @@ def with_less(model: Any, forward: Callable[[], Any]) -> Any:
             raise
     # Outside of the handler, so that the traceback keeps none of the forward's tensors.
     given_up = len(streamer.plan.resident)
+    streaming.forget()
     try:
         none_stay = plan_for(streamer.sizes(whole_blocks=streamer.whole_blocks), (), streamer.plan.staging_bytes)
         with lasting_allocations():

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from ...memory import MIB
-from ..arena import HostArena
 from ..bounce import through_bounce_buffers
 from ..copies import copies_to
 from ..plan import ResidencyPlan
@@ -17,6 +16,7 @@ from ..streamer import Streamer
 from ..telemetry import ForwardCost
 from .lasting import lasting_allocations
 from .lora_reader import leave_out_half_pairs
+from .modulation import Modulated, modulated
 from .node_names import QUANTISE
 from .patching import Extras, Patching
 from .pins import pin_limit
@@ -55,16 +55,93 @@ class Streaming:
 
     streamer: Streamer
     patching: Patching
-    other_bytes: int
+    outside_bytes: int
+    """Of the model's tensors that are in no block."""
+    modulation: Modulated | None = None
+    """The layers in the blocks that are computed ahead, which ``streamer`` does not move."""
     said: set[str] = field(default_factory=set)
     extras: Extras = field(default_factory=dict)
 
+    @property
+    def streamers(self) -> tuple[Streamer, ...]:
+        return (self.streamer,) if self.modulation is None else (self.streamer, self.modulation.streamer)
+
+    @property
+    def other_bytes(self) -> int:
+        """Bytes that the model has on the device beside its blocks."""
+        return self.outside_bytes + (0 if self.modulation is None else self.modulation.device_bytes)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the device that a sampling takes to keep outputs that are computed ahead."""
+        return 0 if self.modulation is None else self.modulation.kept_bytes
+
+    @property
+    def taken_bytes(self) -> int:
+        """Bytes that the blocks have to leave to all else: what is beside them, patches, and what a sampling takes."""
+        return self.other_bytes + self.kept_bytes + self.patching.device_bytes + self.patching.scratch_bytes
+
+    def held_bytes(self, *, from_host: bool) -> int:
+        """Bytes on the device now; with ``from_host`` it computes from host memory, and all of that counts."""
+        in_all = self.ram_bytes if from_host else self.other_bytes + self.streamer.device_bytes
+        return self.patching.device_bytes + in_all
+
+    @property
+    def ram_bytes(self) -> int:
+        """Bytes of RAM that the model takes."""
+        return self.outside_bytes + sum(streamer.ram_bytes for streamer in self.streamers)
+
+    @property
+    def host_bytes(self) -> int:
+        """See `Streamer.host_bytes`."""
+        return sum(streamer.host_bytes for streamer in self.streamers)
+
+    @property
+    def pinned_bytes(self) -> int:
+        return sum(streamer.pinned_bytes for streamer in self.streamers)
+
+    @property
+    def all_pinned(self) -> bool:
+        return all(streamer.all_pinned for streamer in self.streamers)
+
+    def require_unchanged(self) -> None:
+        """Raises `FileMapError` where somebody has written to a file that weights are in."""
+        for streamer in self.streamers:
+            streamer.file.require_unchanged()
+
+    def in_host_memory(self, module: nn.Module, name: str) -> torch.Tensor | None:
+        """See `Streamer.in_host_memory`."""
+        found = (streamer.in_host_memory(module, name) for streamer in self.streamers)
+        return next((tensor for tensor in found if tensor is not None), None)
+
     def give(self, extras: Extras) -> None:
         """Give the layers of the blocks ``extras``. Unless they have them already, start the streamer again."""
+        self.forget()
         if _by_name(extras) != _by_name(self.extras):
             self.extras = {}  # what they have if this fails
-            self.streamer.set_extras(extras)
+            ahead = frozenset() if self.modulation is None else self.modulation.ahead.modules
+            for streamer in self.streamers:
+                modules = extras.keys() & ahead if streamer is not self.streamer else extras.keys() - ahead
+                streamer.set_extras({module: tensors for module, tensors in extras.items() if module in modules})
         self.extras = extras
+
+    def forget(self) -> None:
+        """Keep no outputs that were computed ahead. Idempotent."""
+        if self.modulation is not None:
+            self.modulation.forget()
+
+    def stop(self) -> None:
+        """Take everything off the device. Idempotent."""
+        self.forget()
+        for streamer in self.streamers:
+            streamer.stop()
+
+    def rest(self) -> None:
+        """A sampling is over: nothing of it is kept, and the latest forward ends here."""
+        self.forget()
+        for streamer in self.streamers:
+            if streamer.telemetry is not None:
+                streamer.telemetry.rest()
 
     def say_once(self, text: str) -> None:
         """A warning in the log, the first time it is said of this model."""
@@ -80,12 +157,15 @@ class Streaming:
         The log tells a plan that is new, and whether it keeps less than ``wanted``. See `Streamer.start` for errors.
         """
         streamer, before = self.streamer, self.streamer.plan
-        limit_bytes, limited_by = pin_limit(streamer.host_bytes - streamer.pinned_bytes)
-        streamer.pin(limit_bytes, device, limited_by, first=plan.streamed)
+        limit_bytes, limited_by = pin_limit(self.host_bytes - self.pinned_bytes)
+        for each in self.streamers:
+            each.pin(limit_bytes, device, limited_by, first=plan.streamed if each is streamer else ())
         copies = copies_to(device)
-        if not streamer.all_pinned:
+        if not self.all_pinned:
             copies = through_bounce_buffers(copies)
         with lasting_allocations():
+            if self.modulation is not None:
+                self.modulation.start(copies)  # first: where room is short, fewer blocks are resident
             streamer.start(plan, copies, whole_blocks=whole_blocks)
         if streamer.plan is not None and streamer.plan != before:
             self._say_plan(streamer.plan, wanted)
@@ -120,8 +200,8 @@ class Streaming:
             resident=plan.resident if plan is not None else None,
             streamed=plan.streamed if plan is not None else None,
             device_bytes=device_bytes,
-            host_bytes=self.streamer.host_bytes,
-            pinned_bytes=self.streamer.pinned_bytes,
+            host_bytes=self.host_bytes,
+            pinned_bytes=self.pinned_bytes,
             link_gbps=telemetry.link_gbps if telemetry is not None else None,
             cost=(telemetry.last_timed or telemetry.last) if telemetry is not None else None,
         )
@@ -146,21 +226,26 @@ def attach_streaming(
     groups: Mapping[str, Sequence[nn.Module]],
     mapped: Mapping[nn.Module, Mapping[str, torch.Tensor]] | None = None,
     each: Callable[[int], None] = lambda _: None,
-    arena: HostArena | None = None,
+    twin: Streaming | None = None,
     *,
     patch_in_weights: bool = False,
 ) -> None:
     """Move the blocks of ``model`` (by kind, in execution order) into a host arena, ready to be streamed.
 
     Blocks on the meta device take what is in the arena, or get uninitialised memory; others keep their values. For
-    ``mapped``, ``each`` and ``arena`` see `Streamer`, for ``patch_in_weights`` `Patching`.
+    ``mapped`` and ``each`` see `Streamer`, for ``patch_in_weights`` `Patching`. ``twin`` streams an equal model to
+    another device: both share its arenas.
     """
     leave_out_half_pairs()
-    streamer = Streamer(groups, mapped, each, arena)
     blocks = [block for group in groups.values() for block in group]
-    in_blocks = sum(_nbytes(block) for block in blocks)
+    modulation = modulated(model, blocks, mapped or {}, each, None if twin is None else twin.modulation)
+    ahead = modulation.ahead.modules if modulation is not None else frozenset()
+    others = {module: tensors for module, tensors in (mapped or {}).items() if module not in ahead}
+    arena = None if twin is None else twin.streamer.arena
+    streamer = Streamer(groups, others, each, arena, without=ahead)
+    outside_bytes = _nbytes(model) - sum(_nbytes(block) for block in blocks)
     patching = Patching(model, blocks, in_weights=patch_in_weights)
-    model.streaming = Streaming(streamer, patching, other_bytes=_nbytes(model) - in_blocks)  # type: ignore[assignment]
+    model.streaming = Streaming(streamer, patching, outside_bytes, modulation)  # type: ignore[assignment]
     model.state_dict_for_saving = refuse_to_save  # type: ignore[assignment]
 
 

@@ -11,8 +11,6 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..streamer import Streamer
-
 
 def in_logical_shapes(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors of a ``state`` dict of ``model``, each as the parameter or buffer that has its name, if one has."""
@@ -39,10 +37,11 @@ def key_patches(
     model: nn.Module,
     weights: Mapping[str, torch.Tensor],
     patches: Mapping[str, Sequence[Any]],
-    streamer: Streamer,
+    in_host_memory: Callable[[nn.Module, str], torch.Tensor | None],
 ) -> dict[str, list[Any]]:
     """What ``ModelPatcher.get_key_patches`` gives: for each of ``weights`` a pair of it in host memory and of ComfyUI's
-    function that converts it to the values that its layer computes with, and then its patches."""
+    function that converts it to the values that its layer computes with, and then its patches. ``in_host_memory`` gives
+    the tensor of a module that is streamed; None of another."""
     modules = dict(model.named_modules(remove_duplicate=False))
     found = {}
     for key, weight in weights.items():
@@ -52,7 +51,7 @@ def key_patches(
             continue  # a part of a packed weight
         # Nodes that merge models keep these tensors. A view of a resident would keep its block on the device.
         if type(weight) in (torch.Tensor, nn.Parameter) or is_traceable_wrapper_subclass(weight):
-            host = streamer.in_host_memory(module, name)
+            host = in_host_memory(module, name)
             weight = weight.cpu() if host is None else host
         convert: Callable[..., torch.Tensor] = getattr(module, f"convert_{name}", _as_it_is)
         found[key] = [(weight, convert), *patches.get(key, ())]

@@ -10,9 +10,12 @@ from make_checkpoint import Recipe, make_checkpoint
 from safetensors.torch import load_file, save_file
 from sparse_checkpoint import make_sparse_checkpoint
 
+from flux_nf4.checkpoints import load_transformer
+from flux_nf4.families import Family
 from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
 from flux_nf4.nf4_loader.models.transformers import block_groups, build_flux
-from flux_nf4.offload.plan import Residency
+from flux_nf4.offload.comfyui.modulation import modulation_in
+from flux_nf4.offload.plan import STAGING_BYTES, Residency
 from flux_nf4.offload.record import layout_of
 from flux_nf4.offload.streamer import Streamer
 from flux_nf4.page.file_plan import Advice, Measured, advise, block_sizes, make_plan, other_bytes, predict_ms
@@ -66,21 +69,52 @@ def test_sizes_are_those_of_the_loaded_model(recipe, change, tmp_path, tiny_conf
     catalogue = read_catalogue(path)
     model = build_flux(catalogue)
     dtype = model.diffusion_model.dtype
-    assert in_no_order(block_sizes(catalogue, dtype)) == in_no_order(Streamer(block_groups(model)).sizes())
+    assert in_no_order(block_sizes(catalogue, dtype)) == in_no_order(
+        Streamer(block_groups(model), without=_modulation_of(model)).sizes()
+    )
 
 
 def test_sizes_of_a_real_file_are_those_of_comfyuis_model(full_size):
     model = build_flux(full_size)
     dtype = model.diffusion_model.dtype
     groups = block_groups(model)
-    layouts = [layout_of(block) for group in groups.values() for block in group]
+    modulation = _modulation_of(model)
+    layouts = [layout_of(block, modulation) for group in groups.values() for block in group]
     sizes = block_sizes(full_size, dtype)
     assert [size.kind for size in sizes] == ["double"] * 19 + ["single"] * 38
     assert [size.nbytes for size in sizes] == [layout.nbytes for layout in layouts]
     assert [size.small for size in sizes] == [layout.small.nbytes for layout in layouts]
     everything = [*model.diffusion_model.parameters(), *model.diffusion_model.buffers()]
     in_blocks = [t for group in groups.values() for block in group for t in [*block.parameters(), *block.buffers()]]
-    assert other_bytes(full_size, dtype) == sum(t.nbytes for t in everything) - sum(t.nbytes for t in in_blocks)
+    outside = sum(t.nbytes for t in everything) - sum(t.nbytes for t in in_blocks)
+    largest = max(layout_of(module).whole().tiles[0].nbytes for module in modulation if hasattr(module, "lin"))
+    biases = sum(layout_of(module).small.nbytes for module in modulation if hasattr(module, "lin"))
+    outputs = sum(module.out_features for module in modulation if hasattr(module, "out_features"))
+    assert outputs == (19 * 2 * 6 + 38 * 3) * 3072
+    assert other_bytes(full_size, dtype) == outside + 2 * largest + biases + 12 * outputs * dtype.itemsize
+
+
+def _modulation_of(model):
+    blocks = [block for group in block_groups(model).values() for block in group]
+    return {module for layer in modulation_in(model, blocks) for module in layer.modules()}
+
+
+@pytest.mark.parametrize("recipe", [{}, {"nested": True}, {"prefix": ""}], ids=["v2", "v1", "no prefix"])
+def test_the_plan_of_a_file_is_that_of_the_patcher(recipe, tmp_path, tiny_config, copies):
+    path = tmp_path / "flux.safetensors"
+    make_checkpoint(path, Recipe(double_blocks=8, single_blocks=10, hidden=256, unet_only=True, **recipe))
+    catalogue = read_catalogue(path)
+    patcher = load_transformer(catalogue).clone()
+    streaming, dtype = patcher.model.streaming, patcher.model.get_dtype()
+    assert streaming.modulation is not None
+    beside_transformer = sum(tensor.nbytes for tensor in patcher.model.model_sampling.buffers())
+    others = other_bytes(catalogue, dtype)
+    assert others == streaming.other_bytes + streaming.kept_bytes - beside_transformer
+    assert sum(size.nbytes for size in block_sizes(catalogue, dtype)) < 0.8 * catalogue.transformer_ram
+    patcher.staging_bytes = STAGING_BYTES
+    patcher.residency = Residency(budget_bytes=(patcher.model_size() + streaming.other_bytes) // 2)
+    made = make_plan(block_sizes(catalogue, dtype), others + beside_transformer, patcher.residency)
+    assert made.resident == patcher.plan.resident
 
 
 def test_counts_and_budget_are_understood_as_the_patcher_does(blocks):
@@ -99,8 +133,13 @@ def test_without_a_budget_the_free_memory_decides_what_is_not_counted(blocks):
     assert make_plan(blocks, 1000, Residency((("double", 7),))) is None
 
 
-def test_the_prediction_is_what_was_measured(blocks):
-    """docs/measurements.md: 7/7 at 512x512 took 86.7 ms where all resident took 62.5, over a bus of 55 GB/s."""
+def test_the_prediction_is_what_was_measured(full_size, monkeypatch):
+    """docs/measurements.md: 7/7 at 512x512 took 86.7 ms where all resident took 62.5, over a bus of 55 GB/s.
+
+    The modulation was then streamed with its block in each forward.
+    """
+    monkeypatch.setattr(Family, "is_modulation", lambda *_: False)
+    blocks = block_sizes(full_size, torch.bfloat16)
     plan = plan_by_counts(blocks, {"double": 7, "single": 7})
     compute, stall = predict_ms(plan, blocks, Measured(55.0, 62.5 / 57))
     assert compute == pytest.approx(62.5)
@@ -113,7 +152,7 @@ def test_the_prediction_is_what_was_measured(blocks):
         ((19, 38), None, "all_resident"),
         ((7, 7), None, "not_measured"),
         ((7, 7), Measured(55.0, 3.1), "keeps_up"),
-        ((7, 7), Measured(55.0, 1.1, is_pinned=False), "not_pinned"),
+        ((7, 7), Measured(55.0, 0.7, is_pinned=False), "not_pinned"),
         ((7, 7), Measured(6.0, 1.1), "slow_link"),
         ((7, 7), Measured(25.0, 1.1), "bus_is_limit"),
     ],

@@ -45,16 +45,14 @@ class Model:
     def half(self):
         return self.with_counts(self.recipe.double_blocks // 2, self.recipe.single_blocks // 2)
 
-    def sample(self, patcher, seed=1, steps=2):
+    def sample(self, patcher, seed=1, steps=2, sampler="euler", cfg=1.0, batch=1):
         """Latents of a small picture, on the CPU."""
-        generator = torch.Generator().manual_seed(seed)
-        text, pooled = torch.randn(1, 32, 4096, generator=generator), torch.randn(1, 768, generator=generator)
-        positive = [[text, {"pooled_output": pooled}]]
-        latent = torch.zeros(1, 16, self.latent_side, self.latent_side)
+        positive, negative = (_prompt(seed) for seed in (seed, seed + 1))
+        latent = torch.zeros(batch, 16, self.latent_side, self.latent_side)
         noise = comfy.sample.prepare_noise(latent, seed)
         with torch.inference_mode():
             sampled = comfy.sample.sample(
-                patcher, noise, steps, 1.0, "euler", "simple", positive, positive, latent, disable_pbar=True, seed=seed
+                patcher, noise, steps, cfg, sampler, "simple", positive, negative, latent, disable_pbar=True, seed=seed
             ).clone()
         assert sampled.isfinite().all()
         assert sampled.std() > 0.1
@@ -75,3 +73,10 @@ class Model:
         latent, text, pooled = randn(1, 16, self.latent_side, self.latent_side), randn(1, 32, 4096), randn(1, 768)
         timestep, guidance = torch.full((1,), 0.7, device=DEVICE), torch.full((1,), 3.5, device=DEVICE)
         return latent, timestep, {"c_crossattn": text, "y": pooled, "guidance": guidance}
+
+
+def _prompt(seed):
+    """What text encoders give, with random values."""
+    generator = torch.Generator().manual_seed(seed)
+    text, pooled = torch.randn(1, 32, 4096, generator=generator), torch.randn(1, 768, generator=generator)
+    return [[text, {"pooled_output": pooled}]]

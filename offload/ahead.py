@@ -1,0 +1,191 @@
+"""Outputs of layers computed ahead of the forwards that need them, while the layers' weights are on the device.
+
+Some layers see nothing but a small vector that depends on the timestep (Flux.1's modulation: 27 % of its blocks'
+bytes). The vectors of the coming forwards can be foretold, so a layer that is called computes the outputs of all of
+them. Until these are used up, its weights need neither memory of the device nor the bus.
+
+An output is used only for a vector with the same bits as the one that it was computed from, and it was computed in a
+call of its own, of the same shape: so it has the bits that the layer would give now. What was foretold wrongly is never
+used. A layer whose output is missing, after an interrupt for instance, computes it when it is called.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+AHEAD = 12
+"""How many forwards are computed at once, at most. Flux.1's outputs for one are 2.1 MB for each row of the vector."""
+
+MOST_ROWS = 4 * AHEAD
+"""Rows of vectors whose outputs are kept at once, at most: of two batches of 2, for instance."""
+
+Foretell = Callable[[torch.Tensor, int], Sequence[torch.Tensor] | None]
+"""Given the vector of this forward, those of so many coming ones at most; None if nothing is known of this one."""
+
+
+class SeveralInputs(nn.Module):
+    """A layer that is called with several inputs at once, so that its weights are brought to the device once.
+
+    It is the block of a streamer, whose hooks bring the weights. The layer itself stays a part of its model.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self._compute: Callable[[nn.Module, torch.Tensor], Any] = type(layer).forward
+
+    def forward(self, inputs: Sequence[torch.Tensor]) -> list[Any]:
+        """What the layer gives for each input, computed one after the other."""
+        return [self._compute(self.layer, each) for each in inputs]
+
+
+@dataclass(eq=False)
+class _Forward:
+    """A vector (rows, features), and what the layers give for it: by layer, None where it is not computed."""
+
+    vector: torch.Tensor
+    outputs: list[Any]
+
+
+class _Run:
+    """Forwards that follow each other. Those before ``now`` are over: they keep no outputs."""
+
+    def __init__(self, forwards: Sequence[_Forward]) -> None:
+        self.forwards = forwards
+        self.bits = torch.stack([bits_of(forward.vector) for forward in forwards])
+        self.now = 0
+
+    @property
+    def kept_rows(self) -> int:
+        return sum(len(forward.vector) for forward in self.forwards[self.now :])
+
+    @property
+    def is_used_up(self) -> bool:
+        return self.now == len(self.forwards) - 1
+
+    def reach(self, index: int) -> None:
+        """Forward ``index`` is the present one."""
+        self.now = index
+        for forward in self.forwards[:index]:
+            forward.outputs = [None] * len(forward.outputs)
+
+
+class Ahead:
+    """Has ``layers``, each called as ``layer(vector)``, give outputs that were computed ahead where it can.
+
+    It must live as long as the layers are used. `inputs` are what streams: a block for each layer.
+
+    Args:
+        layers: In the order in which a forward calls them.
+        foretell: See `Foretell`.
+        lasting: Within it memory is allocated that outlives a forward.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        foretell: Foretell,
+        lasting: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.blocks = tuple(SeveralInputs(layer) for layer in layers)
+        self.modules = frozenset(module for layer in layers for module in layer.modules())
+        self._foretell = foretell
+        self._lasting = lasting
+        self.forget()
+        for index, layer in enumerate(layers):
+            layer.forward = _diverted(_Place(weakref.ref(self), index))
+
+    def begin(self) -> None:
+        """A forward begins: from here on, one vector is the same object as long as it is the same."""
+        self._vector: torch.Tensor | None = None
+
+    def forget(self) -> None:
+        """Keep no outputs: the weights or what is added to them may change, or a sampling is over. Idempotent."""
+        self._runs: list[_Run] = []
+        self._run: _Run | None = None
+        self.begin()
+
+    def output(self, index: int, vector: torch.Tensor) -> Any:
+        """What layer ``index`` gives for ``vector`` (rows, features)."""
+        if torch.is_grad_enabled() or not vector.is_contiguous():
+            return self.blocks[index]((vector,))[0]
+        if vector is not self._vector:
+            self._run = self._run_of(vector)
+            self._vector = vector
+        run = self._run
+        assert run is not None
+        output = run.forwards[run.now].outputs[index]
+        return self._compute(index, run) if output is None else output
+
+    def _compute(self, index: int, run: _Run) -> Any:
+        """Compute what layer ``index`` gives for the present forward, and for those after it."""
+        missing = [forward for forward in run.forwards[run.now :] if forward.outputs[index] is None]
+        with self._lasting():
+            outputs = self.blocks[index]([forward.vector for forward in missing])
+        for forward, output in zip(missing, outputs, strict=True):
+            forward.outputs[index] = output
+        return outputs[0]
+
+    def _run_of(self, vector: torch.Tensor) -> _Run:
+        """The run that has a forward of ``vector``, at that forward: one that is kept, or a new one."""
+        alike = [run for run in self._runs if _are_alike(run.forwards[0].vector, vector)]
+        if alike:
+            known = torch.cat([run.bits for run in alike])
+            found = (known == bits_of(vector)).all(1).tolist()  # the host waits once a forward, here
+            for run in alike:
+                mine, found = found[: len(run.forwards)], found[len(run.forwards) :]
+                if True in mine:
+                    run.reach(mine.index(True))
+                    return run
+        return self._new_run(vector)
+
+    def _new_run(self, vector: torch.Tensor) -> _Run:
+        self._runs = [run for run in self._runs if not run.is_used_up]
+        room = MOST_ROWS - sum(run.kept_rows for run in self._runs)
+        count = min(AHEAD, room // len(vector))
+        coming = self._foretell(vector, count - 1) if count > 0 else None
+        # The caller's vector may be memory that a captured graph writes again.
+        vectors = [vector.clone(), *(one for one in coming or () if _are_alike(one, vector))]
+        run = _Run([_Forward(one, [None] * len(self.blocks)) for one in vectors])
+        if coming is not None:
+            self._runs.append(run)
+        return run
+
+
+def bits_of(vector: torch.Tensor) -> torch.Tensor:
+    """The bytes of a contiguous tensor, (nbytes,) uint8: equal numbers may have other bits (0.0 and -0.0)."""
+    return vector.view(torch.uint8).view(-1)
+
+
+def _are_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+
+
+class _Place:
+    """Which layer of whose. An object, since compiled code is shared by blocks as long as only this differs."""
+
+    def __init__(self, ahead: "weakref.ref[Ahead]", index: int) -> None:
+        self.ahead = ahead
+        self.index = index
+
+
+def _output(place: _Place, vector: torch.Tensor) -> Any:
+    ahead = place.ahead()
+    assert ahead is not None, "it lives as long as its layers are used"
+    return ahead.output(place.index, vector)
+
+
+_output_uncompiled: Callable[[_Place, torch.Tensor], Any] = torch.compiler.disable(_output)
+
+
+def _diverted(place: _Place) -> Callable[[torch.Tensor], Any]:
+    # Weak: a layer that held whoever holds it would keep its weights until the garbage collector runs.
+    def forward(vec: torch.Tensor) -> Any:
+        return _output_uncompiled(place, vec)
+
+    return forward

@@ -1,0 +1,58 @@
+"""Patches on the modulation, which is computed ahead: whatever changes them, outputs of before are not used."""
+
+import comfy.hooks
+import loras
+import pytest
+import torch
+
+from flux_nf4.offload.ahead import Ahead
+
+
+@pytest.fixture
+def files(shapes):
+    of_modulation = {name: shape for name, shape in shapes.items() if "mod" in name}
+    adapters = [loras.adapters(f"diffusion_model.{name}", shape) for name, shape in of_modulation.items()]
+    return {
+        "low rank": loras.kohya(of_modulation, rank=8),
+        "dense": {key: value for each in adapters for key, value in each["loha"].items()},
+        "biases": {key: value for each in adapters for key, value in each["difference"].items()},
+    }
+
+
+@pytest.fixture
+def as_before(monkeypatch):
+    """A function: what ``make`` gives where nothing is computed ahead."""
+
+    def run(make):
+        with monkeypatch.context() as patched:
+            patched.setattr(Ahead, "output", lambda ahead, index, vector: ahead.blocks[index]((vector,))[0])
+            return make()
+
+    return run
+
+
+@pytest.mark.parametrize("kind", ["low rank", "dense", "biases"])
+def test_a_lora_on_the_modulation_is_as_before(kind, files, load, sample, with_lora, as_before, copies):
+    patcher = load(0, 1)
+    plain = sample(patcher, steps=3)
+    patched = [with_lora(patcher, files[kind], strength) for strength in (0.3, 0.9)]
+    found = [sample(each, steps=3) for each in patched]
+    assert not torch.equal(found[0], plain)
+    assert not torch.equal(found[0], found[1])
+    assert torch.equal(sample(patcher, steps=3), plain)
+    expected = as_before(lambda: [sample(each, steps=3) for each in patched])
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("kind", ["low rank", "dense"])
+def test_a_hook_whose_strength_changes_in_the_midst_is_as_before(kind, files, load, sample, conditioning, as_before):
+    hook = comfy.hooks.create_hook_lora(files[kind], 1.0, 0.0)
+    frames = comfy.hooks.HookKeyframeGroup()
+    for index, strength in enumerate((0.2, 1.0, 0.0)):
+        frames.add(comfy.hooks.HookKeyframe(strength, start_percent=index / 3))
+    hook.set_keyframes_on_hooks(frames)
+    positive = comfy.hooks.set_hooks_for_conditioning(conditioning(1), hook)
+    given = {"positive": positive, "negative": conditioning(2), "cfg": 3.0, "steps": 4}
+    found = sample(load(), **given)
+    assert not torch.equal(found, sample(load(), **{**given, "positive": conditioning(1)}))
+    assert torch.equal(as_before(lambda: sample(load(), **given)), found)
