@@ -9,8 +9,9 @@ Run it with ComfyUI's Python, on Linux. Without a checkpoint it makes one with r
 - Start: a fresh process for each way loads the file again and again, with the page cache warm, and once from the disk.
   Seconds until ComfyUI has the model ready for its first step, and what of the process's memory is its own.
 - Steps: both ways in one process, in turns; medians. Outputs must be bit-identical, or it fails.
-- Processes, where there are two GPUs: one a GPU. By how much the memory of both together grows when they load, against
-  one alone (Pss), and the time of a step while both run.
+- Processes: two that load the same file, each on a GPU of its own, or both on the first where there is one. By how much
+  the memory of both together grows when they load, against one alone (Pss), and the time of a step while both run.
+  ``--part processes`` measures only these.
 - Copies to each GPU from memory that was registered for the first one.
 """
 
@@ -38,6 +39,7 @@ from weights import Files
 
 WAYS = ("file", "arena")
 PIXELS = (1024, 512)
+PARTS = ("start", "steps", "processes")
 GIB = 2**30
 
 
@@ -252,17 +254,37 @@ def measure(path: Path, given: argparse.Namespace) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(),
         "file_gb": path.stat().st_size / 1e9,
-        "start": {way: in_fresh_process("start", *common, "--way", way) for way in WAYS},
-        "steps": in_fresh_process("steps", *common),
-        "processes": [],
     }
-    if torch.cuda.device_count() > 1:
-        groups = [(way, devices) for way in WAYS for devices in ([0], [0, 1])]
-        results["processes"] = [{"way": way} | processes([*common, "--way", way], on) for way, on in groups]
+    if "start" in given.part:
+        results["start"] = {way: in_fresh_process("start", *common, "--way", way) for way in WAYS}
+    if "steps" in given.part:
+        results["steps"] = in_fresh_process("steps", *common)
+    if "processes" in given.part:
+        two = [0, min(1, torch.cuda.device_count() - 1)]
+        results["processes"] = {way: one_and_two([*common, "--way", way], two) for way in WAYS}
     return results
 
 
+def one_and_two(arguments: Sequence[str], two: Sequence[int]) -> dict[str, Any]:
+    one, both = (processes(arguments, devices) for devices in (two[:1], two))
+    ratios = {f"{name}_ratio": both[name] / one[name] for name in ("grown_gib", "pss_gib")}
+    return {"one": one, "two": both} | ratios
+
+
 def report(results: dict[str, Any]) -> str:
+    lines = report_of_start(results) if "start" in results else []
+    lines += [f"{name}: {value}" for name, value in results.get("steps", {}).items()]
+    for way, found in results.get("processes", {}).items():
+        for name in ("one", "two"):
+            lines.append(f"weights in the {way}, {json.dumps(found[name])}")
+        lines.append(
+            f"weights in the {way}: to load, two processes take {found['grown_gib_ratio']:.3f} of the memory of one; "
+            f"in all, {found['pss_gib_ratio']:.3f}"
+        )
+    return "\n".join(lines)
+
+
+def report_of_start(results: dict[str, Any]) -> list[str]:
     size = results["file_gb"]
     lines = [
         "| weights in | load s | ready s | load to first step, s a GB | first step s | first load s | from the disk s "
@@ -275,16 +297,14 @@ def report(results: dict[str, Any]) -> str:
         loads = f"{row['first_load_s']:.2f} | {row['cold_load_s']:.2f}"
         share = row["own_gib"] * GIB / size / 1e9
         lines.append(f"| {way} | {times} | {loads} | {row['own_gib']:.2f} | {share:.3f} |")
-    lines.append("")
-    lines += [f"{name}: {value}" for name, value in results["steps"].items()]
-    lines += [json.dumps(row) for row in results["processes"]]
-    return "\n".join(lines)
+    return [*lines, ""]
 
 
 def main() -> None:
     parser = parser_for(__doc__, can_be_dry=False)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each way")
     parser.add_argument("--repeats", type=int, default=8, help="timed forwards of a turn")
+    parser.add_argument("--part", choices=PARTS, nargs="+", default=PARTS, help="what to measure")
     parser.add_argument("--way", choices=WAYS, default="file", help=argparse.SUPPRESS)
     parser.add_argument("--only", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()

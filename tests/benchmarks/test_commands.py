@@ -14,6 +14,7 @@ SCRIPTS = sorted(name for name, text in TEXTS.items() if "__main__" in text)
 NEED_GPU = (
     "compare",
     "fidelity",
+    "first_step",
     "int8",
     "lora",
     "modulation",

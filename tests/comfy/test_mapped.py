@@ -20,7 +20,7 @@ from flux_nf4 import checkpoints
 from flux_nf4.checkpoints import load_transformer, streamed
 from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
 from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
-from flux_nf4.offload import file_map, pinning
+from flux_nf4.offload import file_map, pinning, pinning_ahead
 from flux_nf4.offload.file_map import FileMapError
 from flux_nf4.offload.host_memory import keep_host_memory
 from flux_nf4.offload.plan import Residency
@@ -101,6 +101,29 @@ def test_a_device_copies_from_the_files_memory(
     assert "reading 0.0" in said
     if counts == (0, 0):
         assert streamer.telemetry.last.pinned_bytes == streamer.telemetry.last.copied_bytes
+
+
+def test_the_file_is_pinned_while_the_rest_is_loaded(file, tiny_config, copies, registrar):
+    patcher = load(file)
+    pinning_ahead.wait()
+    streamer = patcher.model.streaming.streamer
+    assert streamer.file.all_pinned
+    assert not streamer.arena.pinned_bytes
+
+
+def test_a_load_that_is_interrupted_leaves_nothing_registered(own_file, tiny_config, copies, registrar, monkeypatch):
+    def interrupt(*_):
+        raise InterruptedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "fill", interrupt)
+        with pytest.raises(InterruptedError):
+            load(own_file)
+    assert registrar.calls > 1
+    gc.collect()
+    assert registrar.registered == {}
+    assert maps_of(own_file) == open_files(own_file) == []
+    assert load(own_file).model.streaming.streamer.file.nbytes
 
 
 def test_loading_again_and_again_leaves_nothing(tmp_path, tiny_config, copies, registrar, sample):
