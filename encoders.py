@@ -91,7 +91,7 @@ def _read(files: Sequence[EncoderFile], built: BuiltEncoders) -> StreamedClip:
     finally:
         warming_up.join()
     stream_encoders(model)
-    model.nf4_catalogue = files[0]
+    model.nf4_catalogue, model.nf4_files = files[0], tuple(files)
     patcher = StreamedEncoderPatcher(model, theirs.load_device, theirs.offload_device)
     patcher.hook_mode, patcher.is_clip = theirs.hook_mode, True
     return clip_with(built.clip, patcher)

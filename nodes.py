@@ -11,7 +11,7 @@ from .nf4_loader.checkpoint.require import require_transformer
 from .nf4_loader.models.text_encoders import load_dual_clip
 from .nodes_compute import COMPUTE, EXACT, choose
 from .nodes_old import OldCheckpointLoader, OldPartialLoad, OldUNETLoader
-from .nodes_saving import FluxNF4QuantiseSave
+from .nodes_saving import FluxNF4QuantiseSave, QuantiseSaveTextEncoder
 from .nodes_shared import (
     ALL_IN_ONE,
     ALL_IN_ONE_TOOLTIPS,
@@ -213,6 +213,7 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "Load4BitTextEncoderStreamed": Load4BitTextEncoderStreamed,
     "StreamTextEncoder": StreamTextEncoder,
     "FluxNF4QuantiseSave": FluxNF4QuantiseSave,
+    "QuantiseSaveTextEncoder": QuantiseSaveTextEncoder,
     "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload": FluxNF4CheckpointLoader,
     "MZ_Flux1PartialLoad_Patch": OldPartialLoad,
     "MZ_Flux1CheckpointLoader_cpuDynOffload": OldCheckpointLoader,
@@ -226,6 +227,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "Load4BitTextEncoderStreamed": "Load 4-bit Text Encoder (streamed)",
     "StreamTextEncoder": "Stream Text Encoder",
     "FluxNF4QuantiseSave": "Quantise Flux to NF4 and Save",
+    "QuantiseSaveTextEncoder": "Quantise Text Encoder to NF4 and Save",
     "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload": "Load Flux NF4 Checkpoint (old)",
     "MZ_Flux1PartialLoad_Patch": "Stream Flux Blocks (old)",
     "MZ_Flux1CheckpointLoader_cpuDynOffload": "Load Flux Checkpoint (old)",

@@ -14,11 +14,30 @@ from .memory import GIB
 from .nf4_loader.checkpoint.catalogue import Catalogue
 from .nf4_loader.checkpoint.errors import CheckpointError
 from .nf4_loader.checkpoint.quant_state import QuantType
+from .nf4_loader.saving.encoder_sources import sources_of_clip
 from .nf4_loader.saving.model_sources import sources_of_encoders, sources_of_model
 from .nf4_loader.saving.quantise import QuantSettings
 from .nf4_loader.saving.save import layer_patterns, save_quantised
+from .nodes_shared import Input
 
 logger = logging.getLogger(__name__)
+
+
+def _quantisation(layers: str) -> dict[str, Input]:
+    return {
+        "quant_type": (["nf4", "fp4"], {"tooltip": "NF4 is more exact for a model's weights."}),
+        "absmax": (
+            ["fp32", "nested"],
+            {"tooltip": "fp32: as in v2 files, more exact. nested: as in v1 files, 8 % smaller."},
+        ),
+        "keep_dense": (
+            "STRING",
+            {
+                "default": "",
+                "tooltip": f"Layers whose weights stay dense, with commas between them, such as: {layers}",
+            },
+        ),
+    }
 
 
 class FluxNF4QuantiseSave:
@@ -47,19 +66,7 @@ class FluxNF4QuantiseSave:
                     ["output", "diffusion_models", "checkpoints"],
                     {"tooltip": "ComfyUI's output folder, or its models folder of this name."},
                 ),
-                "quant_type": (["nf4", "fp4"], {"tooltip": "NF4 is more exact for a model's weights."}),
-                "absmax": (
-                    ["fp32", "nested"],
-                    {"tooltip": "fp32: as in v2 files, more exact. nested: as in v1 files, 8 % smaller."},
-                ),
-                "keep_dense": (
-                    "STRING",
-                    {
-                        "default": "",
-                        "tooltip": "Layers whose weights stay dense, with commas between them, such as: "
-                        "img_in, final_layer.*, double_blocks.0.*",
-                    },
-                ),
+                **_quantisation("img_in, final_layer.*, double_blocks.0.*"),
             },
             "optional": {
                 "clip": ("CLIP", {"tooltip": "Connect it together with VAE to save an all-in-one file (Flux.1 only)."}),
@@ -123,6 +130,69 @@ class FluxNF4QuantiseSave:
         )
         logger.info("NF4: saved %s (%.2f GiB)", path, path.stat().st_size / GIB)
         return {"ui": {"text": [str(path)]}}
+
+
+class QuantiseSaveTextEncoder:
+    """Makes an NF4 or FP4 file of each text encoder of a CLIP."""
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "clip": ("CLIP", {"tooltip": "A CLIP, dense, fp8 or 4-bit. LoRAs on it are merged."}),
+                "filename_prefix": (
+                    "STRING",
+                    {
+                        "default": "text_encoders/encoder-nf4",
+                        "tooltip": "The name of the file. The name of the text encoder and a number are added to it, "
+                        "and it may begin with folders.",
+                    },
+                ),
+                "folder": (
+                    ["output", "text_encoders"],
+                    {"tooltip": "ComfyUI's output folder, or its models folder of this name."},
+                ),
+                **_quantisation("model.layers.0.*, visual.*"),
+            }
+        }
+
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "save"
+    CATEGORY = "advanced/model_merging/flux nf4"
+    SEARCH_ALIASES: ClassVar = ["quantize", "nf4", "fp4", "bitsandbytes", "convert", "text encoder", "clip"]
+    DESCRIPTION = (
+        "Quantises the text encoders of a CLIP (Mistral 3, Qwen3, Qwen2.5-VL, Qwen3-VL, T5-XXL, CLIP-L) to NF4 or FP4 "
+        "and saves each in a file for Load 4-bit Text Encoder (streamed). Embeddings and norms stay dense."
+    )
+
+    def save(
+        self, clip: Any, filename_prefix: str, folder: str, quant_type: QuantType, absmax: str, keep_dense: str
+    ) -> dict[str, Any]:
+        device = comfy.model_management.get_torch_device()
+        comfy.model_management.free_memory(GIB, device)
+        every = sources_of_clip(clip)
+        progress = comfy.utils.ProgressBar(
+            sum(torch.Size(source.shape).numel() for sources in every.values() for source in sources)
+        )
+        paths = []
+        for name, sources in every.items():
+            path = _new_path(f"{filename_prefix}-{name}", folder)
+            save_quantised(
+                path,
+                sources,
+                QuantSettings(quant_type, nested=absmax == "nested"),
+                keep_dense=layer_patterns(keep_dense),
+                metadata={
+                    "flux_nf4.source": type(clip.cond_stage_model).__name__,
+                    "flux_nf4.patched_weights": str(len(clip.patcher.patches)),
+                },
+                device=device,
+                progress=progress.update,
+            )
+            logger.info("NF4: saved %s (%.2f GiB)", path, path.stat().st_size / GIB)
+            paths.append(str(path))
+        return {"ui": {"text": paths}}
 
 
 def _new_path(prefix: str, folder: str) -> Path:

@@ -1,4 +1,4 @@
-"""Prints what a 4-bit file is: layout, model, quantisation, sizes, what is missing, and the plan for a VRAM budget.
+"""Prints what a 4-bit transformer or text encoder is: layout, model, quantisation, sizes, and the plan for a budget.
 
     python commands/describe.py flux1-dev-bnb-nf4-v2.safetensors
     python commands/describe.py ~/models/FLUX.1-dev-bnb-4bit/transformer --budget 4
@@ -9,7 +9,7 @@ Nothing but headers is read. Run it with the Python that runs ComfyUI (it needs 
 import argparse
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import orderly
@@ -17,14 +17,20 @@ import package  # noqa: F401  makes flux_nf4 importable
 import terminal
 import torch
 
+from flux_nf4 import families
 from flux_nf4.families import Found
+from flux_nf4.families.encoders import has_encoder
 from flux_nf4.memory import GIB, MIB
 from flux_nf4.nf4_loader.checkpoint.catalogue import CLIP_L_PREFIX, T5_PREFIX, VAE_PREFIX, Catalogue, read_catalogue
+from flux_nf4.nf4_loader.checkpoint.encoder_file import EncoderFile, encoder_in
 from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError, printable
+from flux_nf4.nf4_loader.checkpoint.header import Header
 from flux_nf4.nf4_loader.checkpoint.quant_state import QUANT_STATE
 from flux_nf4.nf4_loader.checkpoint.require import require_transformer
+from flux_nf4.nf4_loader.checkpoint.shards import read_checkpoint_header
 from flux_nf4.nf4_loader.checkpoint.tensors import Weight4bit
-from flux_nf4.offload.plan import Residency
+from flux_nf4.offload.plan import BlockSize, Residency
+from flux_nf4.page.encoder_plan import encoder_other_bytes, encoder_sizes
 from flux_nf4.page.file_plan import block_sizes, make_plan, other_bytes
 
 _KEY, _VALUE = 60, 120  # characters of metadata that are shown
@@ -35,44 +41,90 @@ def main() -> None:
     terminal.replace_what_it_lacks()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a .safetensors file, any one shard, an index or a folder")
-    parser.add_argument("--budget", type=float, metavar="GiB", help="of VRAM for the transformer")
+    parser.add_argument("--budget", type=float, metavar="GiB", help="of VRAM for the transformer or the text encoder")
     given = parser.parse_args()
     if given.budget is not None and not 0 < given.budget < math.inf:
         parser.error("argument --budget: it is a number of GiB above 0")
     if not given.model.exists():
         raise SystemExit(f"{given.model}: there is no such file or folder.")
     try:
-        catalogue = read_catalogue(given.model)
-        require_transformer(catalogue)
-        for line in describe(catalogue):
+        for line in lines_of(given.model, given.budget):
             print(line)
-        if given.budget is not None:
-            for line in plan(catalogue, given.budget):
-                print(line)
     except (CheckpointError, ValueError) as error:
         raise SystemExit(str(error)) from None
 
 
-def describe(catalogue: Catalogue) -> Iterator[str]:
+def lines_of(path: Path, budget_gib: float | None) -> Iterator[str]:
+    """One line a fact of a transformer, an all-in-one file or a text encoder, and its plan if there is a budget.
+
+    Raises:
+        CheckpointError: it is none of these in 4 bits.
+        BudgetTooSmallError: the message says what is needed.
+    """
+    header = read_checkpoint_header(path)
+    if families.detect(header.tensors) is None and has_encoder(header.tensors):
+        file = encoder_in(header)
+        sizes, others = encoder_sizes(file, _DTYPE), encoder_other_bytes(file, _DTYPE)
+        yield from describe_encoder(file, sizes)
+    else:
+        catalogue = read_catalogue(path)
+        require_transformer(catalogue)
+        sizes, others = block_sizes(catalogue, _DTYPE), other_bytes(catalogue, _DTYPE)
+        yield from describe(catalogue, sizes)
+    if budget_gib is not None:
+        yield from plan(sizes, others, budget_gib)
+
+
+def describe_encoder(file: EncoderFile, sizes: Sequence[BlockSize]) -> Iterator[str]:
+    """One line a fact.
+
+    Raises:
+        CheckpointError: none of it is in 4 bits.
+    """
+    if not file.is_4bit:
+        raise CheckpointError(
+            file.path,
+            f"it is {file.encoder.name} with dense weights, not in NF4 or FP4. Load it with 'CLIPLoader' and stream it "
+            "with 'Stream Text Encoder'.",
+        )
+    files = {entry.path for entry in file.header.tensors.values()}
+    yield f"layout        transformers, {'1 file' if len(files) == 1 else f'{len(files)} files'}"
+    yield f"model         {file.encoder.name}, a text encoder (type {' or '.join(file.encoder.types)})"
+    yield f"layers        {', '.join(f'{count} {kind}' for kind, count in file.layers.items() if count)}"
+    yield from _sizes_and_kinds(sizes, list(file.tensors.values()))
+    left_out = sum(entry.nbytes for entry in file.header.tensors.values()) - file.nbytes
+    yield f"text encoder  {file.nbytes / GIB:.2f} GiB ({left_out / GIB:.2f} more in the file that is not used)"
+    yield from _metadata(file.header)
+
+
+def describe(catalogue: Catalogue, sizes: Sequence[BlockSize]) -> Iterator[str]:
     """One line a fact."""
     assert catalogue.found is not None, "`require_transformer` has checked it"
-    sizes = block_sizes(catalogue, _DTYPE)
     counts = Counter(size.kind for size in sizes)
     files = {entry.path for entry in catalogue.header.tensors.values()}
     yield f"layout        {catalogue.found.layout.name}, {'1 file' if len(files) == 1 else f'{len(files)} files'}"
     yield f"model         {_model(catalogue.found, catalogue.logical_shapes)}"
     yield f"blocks        {', '.join(f'{counts[kind]} {kind}' for kind in catalogue.found.family.kinds)}"
-    wide = _width(counts)
-    for kind in counts:
-        yield f"  {kind:<{wide}}{_range([size.nbytes / MIB for size in sizes if size.kind == kind])} MiB each"
-    for kind, count in Counter(map(_kind, catalogue.parts)).most_common():
-        yield f"  {count:<12}{kind}"
+    yield from _sizes_and_kinds(sizes, catalogue.parts)
     ram, disk = catalogue.transformer_ram / GIB, catalogue.transformer_bytes / GIB
     yield f"transformer   {ram:.2f} GiB in RAM ({disk:.2f} on disk)"
     for part, prefix in (("CLIP-L", CLIP_L_PREFIX), ("T5-XXL", T5_PREFIX), ("VAE", VAE_PREFIX)):
         yield f"{part:<14}{_summary(catalogue, prefix)}"
     yield f"RAM in total  {catalogue.ram_bytes / GIB:.2f} GiB"
-    for key, value in catalogue.header.metadata.items():
+    yield from _metadata(catalogue.header)
+
+
+def _sizes_and_kinds(sizes: Sequence[BlockSize], parts: Sequence[object]) -> Iterator[str]:
+    kinds = dict.fromkeys(size.kind for size in sizes)
+    wide = _width(kinds)
+    for kind in kinds:
+        yield f"  {kind:<{wide}}{_range([size.nbytes / MIB for size in sizes if size.kind == kind])} MiB each"
+    for kind, count in Counter(map(_kind, parts)).most_common():
+        yield f"  {count:<12}{kind}"
+
+
+def _metadata(header: Header) -> Iterator[str]:
+    for key, value in header.metadata.items():
         yield f"{_cut(key, _KEY):<13} {_cut(value, _VALUE)}"
 
 
@@ -113,13 +165,12 @@ def _kind(part: object) -> str:
     return f"weights in {part.state.quant_type.upper()}, blocksize {part.state.blocksize}, absmax {nested}"
 
 
-def plan(catalogue: Catalogue, budget_gib: float) -> Iterator[str]:
+def plan(sizes: tuple[BlockSize, ...], others: int, budget_gib: float) -> Iterator[str]:
     """What stays in VRAM and what is streamed for a budget: a bar for each kind of blocks, high ones stay.
 
     Raises:
         BudgetTooSmallError: the message says what is needed.
     """
-    sizes, others = block_sizes(catalogue, _DTYPE), other_bytes(catalogue, _DTYPE)
     made = make_plan(sizes, others, Residency((), int(budget_gib * GIB)))
     assert made is not None
     stays = set(made.resident)

@@ -11,7 +11,7 @@ from ..offload.plan import BlockSize
 from ..offload.record import Field
 from .file_plan import field_of, size_of
 
-_LARGE_BYTES = 32 << 20
+LARGE_BYTES = 32 << 20
 _STAY_IN_RAM = ("embed_tokens.weight", "shared.weight", "lm_head.weight", "token_embedding.weight")
 """Ends of names of what is in host memory if it is large (`offload.comfyui.large_layers`)."""
 
@@ -39,7 +39,7 @@ def encoder_other_bytes(file: EncoderFile, dtype: torch.dtype) -> int:
         for name, tensor in file.tensors.items()
         if file.encoder.layer_of(name) is None and not _is_tokenizer(tensor)
     )
-    return sum(nbytes for name, nbytes in others if not (name.endswith(_STAY_IN_RAM) and nbytes >= _LARGE_BYTES))
+    return sum(nbytes for name, nbytes in others if not (name.endswith(_STAY_IN_RAM) and nbytes >= LARGE_BYTES))
 
 
 def _is_tokenizer(tensor: Weight4bit | TensorEntry) -> bool:

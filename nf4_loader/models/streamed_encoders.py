@@ -180,7 +180,7 @@ def build_encoders(files: Sequence[EncoderFile], clip_type: str, embedding_direc
             embedding_directory=list(embedding_directory),
             # Where the kind of encoder decides, ComfyUI may have the type in its list only.
             clip_type=getattr(comfy.sd.CLIPType, clip_type.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION),
-            model_options=_options(files),
+            model_options=options_for(files),
             **_WITHOUT_DYNAMIC,
         )
     except Exception as error:  # ComfyUI's code looks at shapes that nobody has checked, and raises whatever comes
@@ -204,7 +204,8 @@ def _let_go(clip: comfy.sd.CLIP) -> None:
         loaded.remove(entry)
 
 
-def _options(files: Sequence[EncoderFile]) -> dict[str, Any]:
+def options_for(files: Sequence[EncoderFile]) -> dict[str, Any]:
+    """ComfyUI's options for these text encoders."""
     layers = next((sum(file.layers.values()) for file in files if file.encoder.name == "T5-XXL"), 24)
     return {
         "custom_operations": _Operations,

@@ -17,6 +17,7 @@ from ..checkpoint.catalogue import COMPANIONS, Catalogue
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.header import TensorEntry
 from ..checkpoint.read_parts import TORCH_DTYPES
+from ..checkpoint.tensors import TransformerTensor
 from .save import Source
 from .sources import dequantised_gguf, sources_of_catalogue, sources_of_entries
 
@@ -38,12 +39,12 @@ def sources_of_model(patcher: comfy.model_patcher.ModelPatcher) -> list[Source]:
     catalogue: Catalogue | None = getattr(patcher.model, "nf4_catalogue", None)
     in_file = {source.name: source for source in sources_of_catalogue(catalogue)} if catalogue else {}
     sources: dict[str, Source] = dict(in_file)
-    for key, (original, *patches) in _key_patches(patcher, _TRANSFORMER).items():
+    for key, (original, *patches) in key_patches_of(patcher, _TRANSFORMER).items():
         name = family.place(family.native, key.removeprefix(_TRANSFORMER)).name
         if name.endswith(COMPANIONS) or (name in in_file and not patches):
             continue
-        _require_values(patcher.model, key, original[0])
-        source = _source(name, key, original, patches)
+        require_values(patcher.model, key, original[0])
+        source = source_of(name, key, original, patches)
         sources[name] = replace(source, is_embedding=name in family.embeddings)
     return list(sources.values())
 
@@ -59,35 +60,47 @@ def sources_of_encoders(clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> list[Source]:
     if clip.patcher.patches and any(name.endswith(COMPANIONS) for name in entries):
         entries = {}  # a weight that is patched has its scale in it
     encoders = {source.name: source for source in sources_of_entries(entries)}
-    found = _key_patches(clip.patcher, "")
+    found = key_patches_of(clip.patcher, "")
     for key, (original, *patches) in found.items():
         if key.endswith(COMPANIONS) or (entries and not patches):
             continue
-        _require_values(clip.cond_stage_model, key, original[0])
+        require_values(clip.cond_stage_model, key, original[0])
         name = f"text_encoders.{key}"
         for packed in [other for other in encoders if other.startswith(f"{name}.")]:
             del encoders[packed]  # absmax and the like, if it was in 4 bits: merged, it is dense
         is_scaled = f"{key.removesuffix('weight')}scale_weight" in found
         as_it_is = _is_fp8(original[0]) and not is_scaled and not patches
-        encoders[name] = _stored(name, original[0]) if as_it_is else _source(name, key, original, patches)
+        encoders[name] = (
+            stored_as_it_is(name, original[0]) if as_it_is else source_of(name, key, original, patches, is_layer=False)
+        )
     sources = list(encoders.values())
     vae_entries: Mapping[str, TensorEntry] = getattr(vae.first_stage_model, "nf4_entries", {})
     if vae_entries:
         return sources + sources_of_entries(vae_entries)
-    return sources + [_stored(f"vae.{name}", tensor) for name, tensor in vae.get_sd().items()]
+    return sources + [stored_as_it_is(f"vae.{name}", tensor) for name, tensor in vae.get_sd().items()]
 
 
 _Original = tuple[torch.Tensor, Callable[..., torch.Tensor]]
 """A weight without its patches, and what ComfyUI converts it with."""
 
 
-def _source(name: str, key: str, original: _Original, patches: Sequence[Any]) -> Source:
+def source_of(
+    name: str,
+    key: str,
+    original: _Original,
+    patches: Sequence[Any],
+    *,
+    is_layer: bool = True,
+    stored: TransformerTensor | None = None,
+) -> Source:
+    """Of the tensor ``key`` of a model, to be saved as ``name`` with its patches; see `Source`."""
     weight, convert = original
     read = functools.partial(_merged, key, weight, convert, patches)
-    return Source(name, _shape(weight), read, is_layer=not name.startswith("text_encoders."))
+    return Source(name, _shape(weight), read, stored, is_layer)
 
 
-def _stored(name: str, tensor: torch.Tensor) -> Source:
+def stored_as_it_is(name: str, tensor: torch.Tensor) -> Source:
+    """Of a tensor that is saved as it is, whatever its dtype."""
     return Source(name, tuple(tensor.shape), functools.partial(_as_it_is, tensor), is_layer=False)
 
 
@@ -95,7 +108,7 @@ def _as_it_is(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device)
 
 
-def _key_patches(patcher: comfy.model_patcher.ModelPatcher, prefix: str) -> dict[str, list[Any]]:
+def key_patches_of(patcher: comfy.model_patcher.ModelPatcher, prefix: str) -> dict[str, list[Any]]:
     """Each tensor of the model as it is without patches, with what ComfyUI converts it with, and its patches.
 
     Of those only that exist: ComfyUI-GGUF lists, for ComfyUI's count, room to dequantise its largest layer in.
@@ -118,7 +131,12 @@ def _is_there(model: torch.nn.Module, key: str) -> bool:
     return True
 
 
-def _require_values(model: torch.nn.Module, key: str, weight: torch.Tensor) -> None:
+def require_values(model: torch.nn.Module, key: str, weight: torch.Tensor) -> None:
+    """Check that the values of ``weight``, which is ``key`` of ``model``, are known here.
+
+    Raises:
+        CheckpointError: they are not; it says what it is.
+    """
     if key.endswith(".pre_quant_scale"):
         found = "its layer multiplies its input by these numbers, which a 4-bit layer does not"
     elif not (_gguf_type(weight) is not None or _is_quantised(weight) or weight.dtype in TORCH_DTYPES.values()):

@@ -117,3 +117,28 @@ def test_another_file_is_named(tmp_path, monkeypatch, capsys):
     save_file({"decoder.conv_in.weight": ones(1)}, tmp_path / "ae.safetensors")
     with pytest.raises(SystemExit, match=r"ae\.safetensors: it is a VAE"):
         lines(tmp_path / "ae.safetensors", monkeypatch, capsys)
+
+
+def test_a_text_encoder_is_described_and_planned(tmp_path, monkeypatch, capsys):
+    path, tensors = tmp_path / "qwen3.safetensors", {}
+    for index in range(2):
+        layer = f"model.layers.{index}."
+        tensors |= packed_tensors(f"{layer}mlp.up_proj.weight", (4096, 2560), "nf4", 64)
+        tensors[f"{layer}self_attn.q_norm.weight"] = ("BF16", (128,), None)
+        tensors[f"{layer}post_attention_layernorm.weight"] = ("BF16", (2560,), None)
+    write_sparse(path, tensors | {"vision_tower.a.weight": ("BF16", (2**29, 1), None)})
+    printed = lines(path, monkeypatch, capsys, "--budget", "1")
+    assert printed[:3] == [
+        "layout        transformers, 1 file",
+        "model         Qwen3 4B, a text encoder (type flux2 or lumina2)",
+        "layers        2 text",
+    ]
+    assert "  text        5.6 MiB each" in printed
+    assert "text encoder  0.01 GiB (1.00 more in the file that is not used)" in printed
+    assert any(line.startswith("  text ") and line.endswith("2 of 2 stay") for line in printed)
+    save_file({"model.layers.0.self_attn.q_norm.weight": ones(4), **NAMED}, path)
+    with pytest.raises(SystemExit, match="Qwen3 4B with dense weights"):
+        lines(path, monkeypatch, capsys)
+
+
+NAMED = {"model.layers.0.post_attention_layernorm.weight": ones(2560)}

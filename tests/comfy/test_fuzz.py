@@ -23,12 +23,16 @@ from safetensors.torch import load_file, save_file
 from sparse_file import write_sparse
 
 from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
+from flux_nf4.nf4_loader.checkpoint.encoder_file import read_encoder_file
 from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
 from flux_nf4.nf4_loader.checkpoint.read_parts import DenseMemory, memory_of, read_parts
 from flux_nf4.nf4_loader.checkpoint.require import require_all_in_one, require_transformer
+from flux_nf4.nf4_loader.checkpoint.tensors import TransformerTensor, Weight4bit
 from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
+from flux_nf4.nf4_loader.models.streamed_encoders import require_4bit, require_type
 from flux_nf4.nf4_loader.models.transformers import build_flux
 from flux_nf4.nf4_loader.saving.quantise import QuantSettings, quantise
+from flux_nf4.page.encoder_plan import encoder_other_bytes, encoder_sizes
 from flux_nf4.page.file_plan import block_sizes
 
 FILES = int(os.environ.get("FUZZ_FILES", "400"))
@@ -109,6 +113,35 @@ def bases(tmp_path_factory):
             parts = quantise(values, QuantSettings(nested=number % 2 == 0))
             tensors |= {f"{name}.weight{end}": part for end, part in parts.items()}
         save_file(tensors, folder / f"{number}.safetensors")
+    return [split(path) for path in sorted(folder.iterdir())]
+
+
+@pytest.fixture(scope="module")
+def encoder_bases(tmp_path_factory):
+    """Text encoders in each layout of transformers, as (header, body)."""
+    folder = tmp_path_factory.mktemp("encoders")
+    language = {"self_attn.q_proj": 64, "self_attn.k_proj": 32, "mlp.down_proj": 64}
+    layouts = {
+        "language_model.model.": (5120, {}),
+        "model.": (2560, {"self_attn.q_norm.weight": (32,)}),
+        "": (4096, {"self_attn.q_norm.weight": (32,)}),
+        "model.language_model.": (2560, {"self_attn.q_norm.weight": (32,)}),
+    }
+    for number, (prefix, (width, more)) in enumerate(layouts.items()):
+        tensors = {f"{prefix}embed_tokens.weight": ("BF16", (16, 64), None)}
+        for layer in (f"{prefix}layers.{index}." for index in (0, 1, 35)):
+            for name, rows in language.items():
+                tensors |= packed_tensors(f"{layer}{name}.weight", (rows, 64), "nf4", 64)
+            tensors |= {f"{layer}{name}": ("F32", shape, None) for name, shape in more.items()}
+            tensors[f"{layer}post_attention_layernorm.weight"] = ("BF16", (width,), None)
+        if "language" in prefix:
+            tensors["vision_tower.a.weight"] = tensors["model.visual.b.bias"] = ("F32", (3,), None)
+        if prefix == "model.language_model.":
+            tensors["model.visual.deepstack_merger_list.0.norm.weight"] = ("F32", (3,), None)
+        write_sparse(folder / f"{number}.safetensors", tensors)
+    for name in ("encoder.block.0.layer.0.SelfAttention.q.weight", "text_model.encoder.layers.0.mlp.fc1.weight"):
+        tensors = packed_tensors(name, (64, 64), "fp4", 64) | {"shared.weight": ("BF16", (8, 64), None)}
+        write_sparse(folder / f"{name}.safetensors", tensors)
     return [split(path) for path in sorted(folder.iterdir())]
 
 
@@ -251,6 +284,26 @@ def read_all(path):
     require_all_in_one(catalogue)
 
 
+def read_encoder(path):
+    """As `read_all`, of a text encoder."""
+    size = path.stat().st_size
+    file = read_encoder_file(path)
+    for entry in file.header.tensors.values():
+        assert 0 <= entry.offset <= entry.offset + entry.nbytes <= size
+    require_4bit([file])
+    require_type(file, next(iter(file.encoder.types)))
+    encoder_sizes(file, torch.bfloat16)
+    encoder_other_bytes(file, torch.bfloat16)
+    memory = []
+    for tensor in file.tensors.values():
+        if isinstance(tensor, Weight4bit):
+            whole = TransformerTensor((tensor,))
+            memory += memory_of(whole, Linear4bit(whole.held, bias=False, dtype=torch.bfloat16).tensors)
+        else:
+            memory.append(DenseMemory(tensor, torch.empty(tensor.shape)))
+    read_parts(memory, lambda _: None)
+
+
 class Bounded:
     """Address space that may grow by no more than ``EXTRA_BYTES``: what asks for more gets a MemoryError."""
 
@@ -278,7 +331,9 @@ def outcome(path, action):
     return message
 
 
-def test_mutated_files_are_read_or_refused(bases, tmp_path):
+@pytest.mark.parametrize(("what", "action"), [("bases", read_all), ("encoder_bases", read_encoder)])
+def test_mutated_files_are_read_or_refused(what, action, request, tmp_path):
+    bases = request.getfixturevalue(what)
     path, seen = tmp_path / "flux.safetensors", set()
     with Bounded():
         for seed in range(FIRST, FIRST + FILES):
@@ -287,7 +342,7 @@ def test_mutated_files_are_read_or_refused(bases, tmp_path):
             mutation = chance.choice(MUTATIONS)
             path.write_bytes(mutation(chance, json.loads(json.dumps(header)), body))
             try:
-                seen.add(re.sub(r"[\d,]+|'[^']*'", "", outcome(path, read_all))[18:80])
+                seen.add(re.sub(r"[\d,]+|'[^']*'", "", outcome(path, action))[18:80])
             except BaseException as error:
                 raise AssertionError(f"seed {seed}, {mutation.__name__}") from error
     assert len(seen) > 20

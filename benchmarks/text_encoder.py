@@ -1,0 +1,198 @@
+"""What streaming costs a text encoder, and what a second prompt costs the transformer beside it: Mistral 3 and FLUX.2.
+
+    COMFYUI_PATH=~/ComfyUI python benchmarks/text_encoder.py
+
+Run it with ComfyUI's Python. It makes files of full size with random weights (Mistral 3: 10.7 GB, FLUX.2-dev: 18 GB,
+kept in ``--folder``). First a prompt of 512 tokens is encoded within each budget and with all of it resident, in turns:
+the bits must be equal. Then two prompts, each encoded and sampled, run on a card made as small as ``--cap`` with both
+models on automatic: the second must move no resident block of the transformer. Prints tables and writes
+``text_encoder.json``. Fails where bits differ, a ratio is above ``--most``, or a block has moved.
+"""
+
+import functools
+import json
+import statistics
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import needs_torch  # noqa: F401
+import torch
+from arguments import begin, parser_for
+from encoder_files import flux2, mistral3, tekken, write_random
+from inside_comfyui import import_package, use_allocator_of_comfyui
+from memory import capped
+from timing import seconds
+
+GIB = 2**30
+FULL = {"layers": 30, "heads": 32, "kv_heads": 8, "intermediate": 32768, "vocabulary": 131072}
+TINY = {"layers": 30, "heads": 2, "kv_heads": 1, "intermediate": 64, "vocabulary": 320}
+KEY = "mistral3_24b"
+
+
+def tokens(count: int, vocabulary: int, seed: int) -> dict[str, Any]:
+    """A prompt of so many tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randint(20, vocabulary, (count,), generator=generator).tolist()
+    return {KEY: [[(number, 1.0) for number in numbers]]}
+
+
+def load_encoder(folder: Path, sizes: dict[str, int], device: torch.device) -> Any:
+    """The CLIP of a Mistral 3 of these sizes."""
+    from flux_nf4.encoders import load_encoders
+    from flux_nf4.nf4_loader.checkpoint.encoder_file import read_encoder_file
+
+    folder = folder / "mistral3"
+    path = write_random(folder / "mistral3-nf4.safetensors", mistral3(**sizes), device)
+    (folder / "tekken.json").write_bytes(tekken())
+    return load_encoders([read_encoder_file(path)], "flux2")
+
+
+def shrink_comfyui() -> None:
+    """ComfyUI's Mistral 3 is as small as `TINY`."""
+    import comfy.text_encoders.llama as llama
+
+    real = llama.Mistral3Small24BConfig
+    small = {"num_attention_heads": TINY["heads"], "num_key_value_heads": TINY["kv_heads"]}
+    small |= {"intermediate_size": TINY["intermediate"], "vocab_size": TINY["vocabulary"]}
+    llama.Mistral3Small24BConfig = functools.partial(real, **small)
+
+
+def measure_budgets(
+    loaded: Any, budgets: Sequence[float], prompt: dict[str, Any], rounds: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """Of each budget in GiB (0 is all resident): seconds of an encoding, peak and bytes over the bus."""
+    from flux_nf4.encoders import streamed_clip
+    from flux_nf4.offload.plan import Residency
+
+    times: dict[float, list[float]] = {budget: [] for budget in budgets}
+    rows: dict[float, dict[str, Any]] = {}
+    expected = None
+    for _ in range(rounds):
+        for budget in budgets:
+            clip = streamed_clip(loaded, Residency(budget_bytes=int(budget * GIB) or None), None)
+            encoded = clip.encode_from_tokens(prompt).clone()  # loads it, too
+            expected = encoded if expected is None else expected
+            if not torch.equal(encoded, expected):
+                raise SystemExit(f"within {budget:g} GiB the embeddings differ")
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            times[budget] += [seconds(functools.partial(clip.encode_from_tokens, prompt), device) for _ in range(3)]
+            plan = clip.patcher.model.streaming.streamer.plan
+            rows[budget] = {
+                "budget_gib": budget,
+                "resident": len(plan.resident) if plan else 0,
+                "streamed": len(plan.streamed) if plan else 0,
+                "bus_gb": plan.bytes_per_forward / 1e9 if plan else 0.0,
+                "held_gib": clip.patcher.loaded_size() / GIB,
+                "peak_gib": torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else 0.0,
+            }
+    for budget, row in rows.items():
+        row["s"] = statistics.median(times[budget])
+        row["ratio"] = row["s"] / statistics.median(times[budgets[0]])
+    return list(rows.values())
+
+
+Copies = dict[int, list[Any]]
+"""Weak references to the copies that each resident block has on the device, by its index."""
+
+
+def copies_on_device(model: Any) -> Copies:
+    """Of the transformer's resident blocks now."""
+    blocks = model.model.streaming.streamer.blocks
+    records = {i: (block.own, block.mapped) for i, block in enumerate(blocks) if block.is_resident}
+    return {
+        i: [weakref.ref(record.buffer) for record in of if record is not None and record.buffer is not None]
+        for i, of in records.items()
+    }
+
+
+def two_prompts(clip: Any, model: Any, vocabulary: int, pixels: int, steps: int, count: int) -> dict[str, Any]:
+    """What of the transformer is resident after the first picture, after the second prompt, and after its picture."""
+    import comfy.sample
+
+    device = clip.patcher.load_device
+    found: dict[str, Any] = {}
+    for number in (1, 2):
+        prompt = tokens(count, vocabulary, number)
+        found[f"encode_{number}_s"] = seconds(functools.partial(clip.encode_from_tokens, prompt), device)
+        found[f"held_by_encoder_{number}_gib"] = clip.patcher.loaded_size() / GIB
+        found[f"after_prompt_{number}"] = copies_on_device(model)
+        positive = clip.encode_from_tokens_scheduled(prompt)
+        latent = torch.zeros(1, 128, pixels // 16, pixels // 16)
+        noise = comfy.sample.prepare_noise(latent, number)
+        how = (steps, 1.0, "euler", "simple", positive, positive, latent)
+        call = functools.partial(comfy.sample.sample, model, noise, *how, disable_pbar=True, seed=number)
+        found[f"sample_{number}_s"] = seconds(call, device)
+        found[f"after_picture_{number}"] = copies_on_device(model)
+    return found
+
+
+def moved(found: dict[str, Any]) -> int:
+    """How many blocks that were resident after the first picture were given up or copied anew by the second prompt."""
+    before, after = found["after_picture_1"], found["after_prompt_2"]
+    return sum(
+        any(copy() is None for copy in copies) or len(after.get(index, ())) != len(copies)
+        for index, copies in before.items()
+    )
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = ["| budget | s | against resident | layers that stay, streamed | held GiB | peak GiB | GB over the bus |"]
+    lines.append("|---" * 7 + "|")
+    for row in rows:
+        budget = f"{row['budget_gib']:g} GiB" if row["budget_gib"] else "all resident"
+        layers = f"{row['resident']}, {row['streamed']}"
+        memory = f"{row['held_gib']:.2f} | {row['peak_gib']:.2f} | {row['bus_gb']:.2f}"
+        lines.append(f"| {budget} | {row['s']:.3f} | {row['ratio']:.3f} | {layers} | {memory} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = parser_for(__doc__)
+    parser.add_argument("--budgets", type=float, nargs="+", default=[1.0], help="GiB")
+    parser.add_argument("--tokens", type=int, default=512, help="of a prompt")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each budget")
+    parser.add_argument("--cap", type=float, default=8.0, help="GiB of the small card; 0 leaves the workflow out")
+    parser.add_argument("--pixels", type=int, default=1024, help="picture size")
+    parser.add_argument("--steps", type=int, default=2, help="of a sampling")
+    parser.add_argument("--most", type=float, default=1.15, help="a ratio above it fails")
+    given = parser.parse_args()
+    begin(given)
+    use_allocator_of_comfyui()
+    import_package()
+    import comfy.model_management
+    from streamed import load
+
+    device = comfy.model_management.get_torch_device()
+    sizes = TINY if given.dry_run else FULL
+    if given.dry_run:
+        shrink_comfyui()
+        given.pixels, given.tokens, given.budgets = 64, 16, [0.5]
+    with torch.inference_mode():
+        loaded = load_encoder(given.folder, sizes, device)
+        prompt = tokens(given.tokens, sizes["vocabulary"], 0)
+        rows = measure_budgets(loaded, [0.0, *given.budgets], prompt, 1 if given.dry_run else given.rounds, device)
+        print(table(rows), flush=True)
+        results: dict[str, Any] = {"rows": rows}
+        comfy.model_management.unload_all_models()
+        comfy.model_management.soft_empty_cache(True)
+        if given.cap:
+            shapes = flux2(hidden=256, double=1, single=2) if given.dry_run else flux2(hidden=6144, double=8, single=48)
+            model = load(write_random(given.folder / "flux2-nf4.safetensors", shapes, device))
+            with capped(device, 0.0 if given.dry_run else given.cap):
+                found = two_prompts(loaded.clone(), model, sizes["vocabulary"], given.pixels, given.steps, given.tokens)
+            counted = {name: len(value) if isinstance(value, dict) else value for name, value in found.items()}
+            results["workflow"] = counted | {"moved": moved(found), "cap_gib": given.cap}
+            print(results["workflow"])
+    (given.output / "text_encoder.json").write_text(json.dumps(results, indent=1))
+    if any(row["ratio"] > given.most for row in rows) and not given.dry_run:
+        raise SystemExit(f"an encoding takes more than {given.most} of what it takes with all resident")
+    if given.cap and results["workflow"]["moved"]:
+        raise SystemExit(f"the second prompt moved {results['workflow']['moved']} resident blocks of the transformer")
+
+
+if __name__ == "__main__":
+    main()

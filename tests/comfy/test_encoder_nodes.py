@@ -1,0 +1,211 @@
+"""Files of text encoders in the nodes: loaded, refused by name, planned by the page, saved and loaded again."""
+
+import asyncio
+import json
+
+import comfy.sd
+import folder_paths
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_encoders import (
+    CLIP_L,
+    T5,
+    TINY,
+    dense_twin,
+    for_comfyui,
+    make_small,
+    save,
+    save_clip_l,
+    save_t5,
+    tekken,
+    tokens_of,
+)
+
+from flux_nf4.encoders import load_encoders
+from flux_nf4.nf4_loader.checkpoint.encoder_file import read_encoder_file
+from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
+from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
+from flux_nf4.nf4_loader.models import streamed_encoders
+from flux_nf4.nf4_loader.models.tokenizers import tokenizer_tensors
+from flux_nf4.nodes import NODE_CLASS_MAPPINGS
+from flux_nf4.offload.plan import Residency
+from flux_nf4.page.answers import answer_for
+from flux_nf4.page.encoder_plan import encoder_other_bytes, encoder_sizes
+
+QWEN3 = next(tiny for tiny in TINY if tiny.clip_type == "lumina2")
+MISTRAL = TINY[0]
+DUAL = {"l": [[(1, 1.0)] * 77], "t5xxl": [[(3, 1.0), (14, 1.2), (159, 1.0), (1, 1.0)]]}
+
+
+@pytest.fixture
+def qwen3(tmp_path, monkeypatch):
+    """The file of a Qwen3 4B, in the folder that the nodes look into."""
+    make_small(monkeypatch, QWEN3)
+    monkeypatch.setattr(folder_paths, "get_full_path", lambda _, name: str(tmp_path / name))
+    model = save(QWEN3, tmp_path)
+    return tmp_path / "model.safetensors", model
+
+
+@pytest.fixture
+def load():
+    """A function: what *Load 4-bit Text Encoder (streamed)* gives."""
+    node = NODE_CLASS_MAPPINGS["Load4BitTextEncoderStreamed"]()
+    return lambda *given, **others: node.load_clip(*given, **others)[0]
+
+
+def encoded(clip, tokens):
+    with torch.inference_mode():
+        return clip.encode_from_tokens(tokens).clone()
+
+
+def test_the_node_reads_a_file_once_for_all_budgets(qwen3, load, clip_copies):
+    first = load("model.safetensors", "lumina2")
+    wanted = encoded(first, tokens_of(QWEN3.key))
+    second = load("model.safetensors", "lumina2", vram_budget_gb=first.patcher.model_size() / 2**30)
+    assert second.cond_stage_model is first.cond_stage_model
+    assert torch.equal(encoded(second, tokens_of(QWEN3.key)), wanted)
+
+
+def test_t5_and_clip_l_of_two_files_are_loaded_in_either_order(tmp_path, monkeypatch, load, clip_copies):
+    monkeypatch.setattr("comfy.model_management.text_encoder_dtype", lambda *_, **__: torch.float32)
+    monkeypatch.setattr(folder_paths, "get_full_path", lambda _, name: str(tmp_path / name))
+    small = {"t5xxl_model_config": dict(T5, num_layers=2), "model_config": dict(CLIP_L)}
+    small["clip_l_model_config"] = dict(CLIP_L)
+    made = streamed_encoders.options_for
+    monkeypatch.setattr(streamed_encoders, "options_for", lambda files: made(files) | small)
+    clip_l, t5 = save_clip_l(tmp_path), dense_twin(save_t5(tmp_path))
+    stock = comfy.sd.load_text_encoder_state_dicts(
+        [load_file(clip_l), t5], clip_type=comfy.sd.CLIPType.FLUX, model_options=small
+    )
+    wanted = encoded(stock, DUAL)
+    for names in (("t5/model.safetensors", "clip_l.safetensors"), ("clip_l.safetensors", "t5/model.safetensors")):
+        clip = load(names[0], "flux", names[1])
+        assert sum(isinstance(module, Linear4bit) for module in clip.cond_stage_model.modules()) == 12
+        assert torch.equal(encoded(clip, DUAL), wanted)
+    with pytest.raises(CheckpointError, match="the same text encoder"):
+        load("t5/model.safetensors", "flux", "t5/model.safetensors")
+
+
+def changed(path, change):
+    state = load_file(path)
+    change(state)
+    save_file(state, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda state: state.pop("norm.weight"), r"are missing \(1\): model.norm.weight"),
+        (
+            lambda state: state.update({"embed_tokens.weight": torch.ones(7, 320)}),
+            r"ComfyUI does not take it .*embed_tokens.weight.* shape \(7, 320\); needed is \(400, 320\)",
+        ),
+        (
+            lambda state: state.update({"layers.0.input_layernorm.weight": torch.ones(7)}),
+            "ComfyUI does not take it .*size mismatch",
+        ),
+        (lambda state: state.update({"model.norm.weight": torch.ones(7)}), "is the same tensor of the model"),
+        (lambda state: state.update({"layers.0.mlp.gate_proj.SCB": torch.ones(7)}), r"8-bit LLM\.int8"),
+        (lambda state: state.update({"layers.0.mlp.gate_proj.comfy_quant": torch.ones(7)}), "CLIPLoader"),
+        (lambda state: state.pop("layers.1.mlp.gate_proj.weight.absmax"), "'model?.*absmax' is not in the file|absmax"),
+    ],
+)
+def test_a_damaged_file_is_refused_by_name(change, said, qwen3, load):
+    changed(qwen3[0], change)
+    with pytest.raises(CheckpointError, match=rf"(?s)^model\.safetensors: .*({said})"):
+        load("model.safetensors", "lumina2")
+
+
+def test_a_file_for_another_node_or_type_is_refused_with_the_right_one(qwen3, load, tiny_file, monkeypatch):
+    path, model = qwen3
+    with pytest.raises(CheckpointError, match="it is Qwen3 4B, which is for type flux2 or lumina2, not qwen_image"):
+        load("model.safetensors", "qwen_image")
+    save_file(dense_twin(model), path)
+    with pytest.raises(CheckpointError, match=r"Qwen3 4B with dense weights.*'CLIPLoader'.*'Stream Text Encoder'"):
+        load("model.safetensors", "lumina2")
+    monkeypatch.setattr(folder_paths, "get_full_path", lambda *_: str(tiny_file))
+    with pytest.raises(CheckpointError, match=r"transformer and no text encoder.*'Load Flux NF4 UNet \(streamed\)'"):
+        load("tiny.safetensors", "lumina2")
+
+
+def test_a_type_that_this_comfyui_lacks_is_refused(qwen3, load, monkeypatch):
+    monkeypatch.setattr(streamed_encoders, "_knows", lambda path: "z_image" not in path)
+    with pytest.raises(CheckpointError, match=r"This ComfyUI does not encode .* \(it has no .*z_image.te\): update"):
+        load("model.safetensors", "lumina2")
+    assert "lumina2" not in streamed_encoders.supported_types()
+
+
+def test_the_tokenizer_is_found_beside_the_file_or_asked_for(tmp_path, monkeypatch):
+    make_small(monkeypatch, QWEN3)
+    folder = tmp_path / "text_encoder"
+    folder.mkdir()
+    save(MISTRAL, folder)
+    file = read_encoder_file(folder / "model.safetensors")
+    assert len({name.split(".")[2] for name in file.tensors if name.startswith("model.layers.")}) == 30
+    assert not any(name.startswith(("vision", "multi", "lm_head")) for name in file.tensors)
+    given = bytes(tokenizer_tensors(file, ())["tekken_model"].tolist())
+    assert given == tekken()
+    (folder / "tekken.json").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"(?s)the tokenizer of Mistral 3 is missing.*'tekken.json'.*'tokenizer.j"
+    ):
+        tokenizer_tensors(file, ())
+    (tmp_path / "tokenizer").mkdir()
+    byte_level = {chr(byte if byte > 32 else byte + 256): 20 + byte for byte in range(127)}
+    special = [{"id": number, "content": f"<{number}>"} for number in range(20)]
+    document = {"added_tokens": special, "model": {"vocab": byte_level | {"<0>": 0}}}
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps(document), "utf-8")
+    found = json.loads(bytes(tokenizer_tensors(file, ())["tekken_model"].tolist()))
+    wanted = json.loads(tekken())
+    assert found["vocab"] == wanted["vocab"][:127]
+    assert found["special_tokens"] == wanted["special_tokens"]
+    assert found["config"] == {"default_vocab_size": 147, "default_num_special_tokens": 20}
+    for bad in (
+        "{",
+        "[]",
+        '{"added_tokens": []}',
+        '{"added_tokens": [{"id": 1, "content": "a"}], "model": {"vocab": {}}}',
+    ):
+        (tmp_path / "tokenizer" / "tokenizer.json").write_text(bad, "utf-8")
+        with pytest.raises(CheckpointError, match=r"^tokenizer\.json: it is no tokenizer of Mistral 3"):
+            tokenizer_tensors(file, ())
+
+
+def test_the_page_plans_what_is_loaded(qwen3, clip_copies, monkeypatch):
+    monkeypatch.setattr("flux_nf4.page.encoder_plan.LARGE_BYTES", 50_000)
+    path, _ = qwen3
+    file = read_encoder_file(path)
+    loaded = load_encoders([file], "lumina2")
+    streaming = loaded.patcher.model.streaming
+    sizes = encoder_sizes(file, streamed_encoders.encoder_dtype(file))
+    sort = [(size.kind, sorted(size.tiles), size.small) for size in streaming.streamer.sizes()]
+    assert [(size.kind, sorted(size.tiles), size.small) for size in sizes] == sort
+    logit_scale = 4  # a number of ComfyUI's own
+    others = encoder_other_bytes(file, streamed_encoders.encoder_dtype(file))
+    assert streaming.other_bytes == others + logit_scale
+    answer = json.loads(asyncio.run(answer_for(path, "text_encoders", Residency(), None)))
+    assert [block["kind"] for block in answer["blocks"]] == ["text"] * 3
+    refused = json.loads(asyncio.run(answer_for(path, "diffusion_models", Residency(), None)))
+    assert "'Load 4-bit Text Encoder (streamed)'" in refused["problem"]
+
+
+@pytest.mark.parametrize("absmax", ["fp32", "nested"])
+def test_what_is_quantised_and_saved_is_loaded_again(absmax, qwen3, load, tmp_path, monkeypatch, clip_copies):
+    _, model = qwen3
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    stock = comfy.sd.load_text_encoder_state_dicts(
+        [for_comfyui(QWEN3, dense_twin(model))], clip_type=comfy.sd.CLIPType.LUMINA2
+    )
+    wanted = encoded(stock, tokens_of(QWEN3.key))
+    node = NODE_CLASS_MAPPINGS["QuantiseSaveTextEncoder"]()
+    (path,) = node.save(stock, "text_encoders/saved", "output", "nf4", absmax, "")["ui"]["text"]
+    again = load(path.removeprefix(str(tmp_path) + "/"), "lumina2")
+    got = encoded(again, tokens_of(QWEN3.key))
+    # Its weights have been in NF4 already, so that quantising them changes nothing but a nested absmax.
+    assert torch.equal(got, wanted) == (absmax == "fp32")
+    assert (got - wanted).norm() < 0.01 * wanted.norm()
+    (copied,) = node.save(again, "text_encoders/copied", "output", "nf4", absmax, "")["ui"]["text"]
+    first, second = load_file(path), load_file(copied)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
