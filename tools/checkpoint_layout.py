@@ -79,8 +79,11 @@ def flux2_of_diffusers(hidden: int, text: int, doubles: int, singles: int, guida
     return shapes | {"norm_out.linear.weight": (2 * hidden, hidden), "proj_out.weight": (128, hidden)}
 
 
-def language_model(prefix: str, layers: int, hidden: int, heads: int, mlp: int, vocabulary: int) -> Shapes:
-    """A text encoder as transformers saves it, 8 heads of keys and values, such as Mistral 3 or Qwen3."""
+def language_model(
+    prefix: str, layers: int, hidden: int, heads: int, mlp: int, vocabulary: int, *, norms_of_heads: bool = False
+) -> Shapes:
+    """A text encoder as transformers saves it, 8 heads of keys and values: Mistral 3 or, with ``norms_of_heads``,
+    Qwen3."""
     shapes: Shapes = {f"{prefix}embed_tokens.weight": (vocabulary, hidden), f"{prefix}norm.weight": (hidden,)}
     for i in range(layers):
         layer = f"{prefix}layers.{i}"
@@ -90,6 +93,8 @@ def language_model(prefix: str, layers: int, hidden: int, heads: int, mlp: int, 
         shapes |= {f"{layer}.mlp.{name}.weight": (mlp, hidden) for name in ("gate_proj", "up_proj")}
         shapes[f"{layer}.mlp.down_proj.weight"] = (hidden, mlp)
         shapes |= {f"{layer}.{norm}.weight": (hidden,) for norm in ("input_layernorm", "post_attention_layernorm")}
+        if norms_of_heads:
+            shapes |= {f"{layer}.self_attn.{norm}.weight": (128,) for norm in ("q_norm", "k_norm")}
     return shapes
 
 

@@ -90,7 +90,7 @@ def _flux2_files() -> dict[str, Any]:
             "language_model.model.", 40, 5120, 32, 32768, 131072
         ),
         f"text_encoders/{_KLEIN}/text_encoder/model.safetensors": layout.language_model(
-            "model.", 36, 2560, 32, 9728, 151936
+            "model.", 36, 2560, 32, 9728, 151936, norms_of_heads=True
         ),
     }
 
