@@ -11,7 +11,7 @@ Prints a table and writes ``flux2.json``. It fails where the output of one setti
 import functools
 import json
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,38 +62,10 @@ WHERE = {"dev": ("automatic on 4 GiB",)}
 """What of `SETTINGS` is not for a model."""
 
 
-def shapes(size: Size) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The tensors of the model in the names of diffusers, and their shapes."""
-    hidden, mlp = size.hidden, 3 * size.hidden
-    yield "x_embedder.weight", (hidden, 128)
-    yield "context_embedder.weight", (hidden, size.text)
-    for embedder in ("timestep", "guidance")[: 1 + size.guidance]:
-        yield f"time_guidance_embed.{embedder}_embedder.linear_1.weight", (hidden, 256)
-        yield f"time_guidance_embed.{embedder}_embedder.linear_2.weight", (hidden, hidden)
-    for modulation, parts in (("double_stream_modulation_img", 6), ("double_stream_modulation_txt", 6)):
-        yield f"{modulation}.linear.weight", (parts * hidden, hidden)
-    yield "single_stream_modulation.linear.weight", (3 * hidden, hidden)
-    for i in range(size.doubles):
-        block = f"transformer_blocks.{i}"
-        for layer in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"):
-            yield f"{block}.attn.{layer}.weight", (hidden, hidden)
-        for norm in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
-            yield f"{block}.attn.{norm}.weight", (128,)
-        for stream in ("ff", "ff_context"):
-            yield f"{block}.{stream}.linear_in.weight", (2 * mlp, hidden)
-            yield f"{block}.{stream}.linear_out.weight", (hidden, mlp)
-    for i in range(size.singles):
-        block = f"single_transformer_blocks.{i}.attn"
-        yield f"{block}.to_qkv_mlp_proj.weight", (3 * hidden + 2 * mlp, hidden)
-        yield f"{block}.to_out.weight", (hidden, hidden + mlp)
-        for norm in ("norm_q", "norm_k"):
-            yield f"{block}.{norm}.weight", (128,)
-    yield "norm_out.linear.weight", (2 * hidden, hidden)
-    yield "proj_out.weight", (128, hidden)
-
-
 def make(path: Path, size: Size, device: torch.device) -> None:
     """Write such a model with random weights in NF4, each quantised by bitsandbytes on ``device``."""
+    import checkpoint_layout as layout
+
     from flux_nf4.nf4_loader.saving.quantise import QuantSettings
     from flux_nf4.nf4_loader.saving.save import Source, save_quantised
 
@@ -103,7 +75,10 @@ def make(path: Path, size: Size, device: torch.device) -> None:
         return torch.randn(shape, dtype=torch.bfloat16, device=device, generator=generator) * STD
 
     generator = torch.Generator(device).manual_seed(0)
-    sources = [Source(name, shape, functools.partial(values, shape)) for name, shape in shapes(size)]
+    sources = [
+        Source(name, shape, functools.partial(values, shape))
+        for name, shape in layout.flux2_of_diffusers(*size).items()
+    ]
     save_quantised(path, sources, QuantSettings(), device=device)
 
 

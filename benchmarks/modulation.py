@@ -9,6 +9,7 @@ resident and with all streamed, over the bus as it is and over slower ones; then
 must be bit-equal, or it fails. Run it with ComfyUI's Python; it prints a table and writes ``modulation.json``.
 """
 
+import functools
 import json
 import statistics
 import sys
@@ -76,13 +77,16 @@ def measure(patchers: dict[str, Any], setting: str, case: Case, rounds: int, pro
                 with at_work(with_residency(patcher, *SETTINGS[setting]), case) as model:
                     latents.append(model.sample(_nothing).clone())
                     _reset_peak(device)
-                    times[name].append(
-                        seconds(lambda run=model: [run.sample(_nothing) for _ in range(prompts)], device)
-                    )
+                    times[name].append(seconds(functools.partial(_sample, model, prompts), device))
                     row[f"{name}_gib"] = _peak_gib(device)
     if not all(torch.equal(latent, latents[0]) for latent in latents):
         sys.exit(f"{setting} at {case.pixels}: what is computed ahead gives another picture")
     return row | {f"{name}_s": statistics.median(values) for name, values in times.items()}
+
+
+def _sample(model: Any, prompts: int) -> None:
+    for _ in range(prompts):
+        model.sample(_nothing)
 
 
 def _nothing() -> None:

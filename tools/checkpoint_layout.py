@@ -45,6 +45,59 @@ def in_channels_out(in_channels: int) -> int:
     return min(in_channels, 64)
 
 
+def flux2_of_diffusers(hidden: int, text: int, doubles: int, singles: int, guidance: bool) -> Shapes:
+    """A FLUX.2 in the names of diffusers, where no layer has a bias.
+
+    Args:
+        hidden: The width of a token: 6144 of dev, 4096 of klein 9B, 3072 of klein 4B.
+        text: What the text encoder gives for a token.
+        doubles: Blocks of that kind.
+        singles: Blocks of that kind.
+        guidance: Whether it is told the guidance, as dev is.
+    """
+    mlp = 3 * hidden
+    shapes: Shapes = {"x_embedder.weight": (hidden, 128), "context_embedder.weight": (hidden, text)}
+    for embedder in ("timestep", "guidance")[: 1 + guidance]:
+        shapes[f"time_guidance_embed.{embedder}_embedder.linear_1.weight"] = (hidden, 256)
+        shapes[f"time_guidance_embed.{embedder}_embedder.linear_2.weight"] = (hidden, hidden)
+    shapes |= {f"double_stream_modulation_{stream}.linear.weight": (6 * hidden, hidden) for stream in ("img", "txt")}
+    shapes["single_stream_modulation.linear.weight"] = (3 * hidden, hidden)
+    for i in range(doubles):
+        block = f"transformer_blocks.{i}"
+        for layer in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"):
+            shapes[f"{block}.attn.{layer}.weight"] = (hidden, hidden)
+        for norm in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+            shapes[f"{block}.attn.{norm}.weight"] = (128,)
+        for stream in ("ff", "ff_context"):
+            shapes[f"{block}.{stream}.linear_in.weight"] = (2 * mlp, hidden)
+            shapes[f"{block}.{stream}.linear_out.weight"] = (hidden, mlp)
+    for i in range(singles):
+        block = f"single_transformer_blocks.{i}.attn"
+        shapes[f"{block}.to_qkv_mlp_proj.weight"] = (3 * hidden + 2 * mlp, hidden)
+        shapes[f"{block}.to_out.weight"] = (hidden, hidden + mlp)
+        shapes |= {f"{block}.{norm}.weight": (128,) for norm in ("norm_q", "norm_k")}
+    return shapes | {"norm_out.linear.weight": (2 * hidden, hidden), "proj_out.weight": (128, hidden)}
+
+
+def language_model(
+    prefix: str, layers: int, hidden: int, heads: int, mlp: int, vocabulary: int, *, norms_of_heads: bool = False
+) -> Shapes:
+    """A text encoder as transformers saves it, 8 heads of keys and values: Mistral 3 or, with ``norms_of_heads``,
+    Qwen3."""
+    shapes: Shapes = {f"{prefix}embed_tokens.weight": (vocabulary, hidden), f"{prefix}norm.weight": (hidden,)}
+    for i in range(layers):
+        layer = f"{prefix}layers.{i}"
+        sizes = {"q_proj": (128 * heads, hidden), "k_proj": (1024, hidden), "v_proj": (1024, hidden)}
+        shapes |= {f"{layer}.self_attn.{name}.weight": shape for name, shape in sizes.items()}
+        shapes[f"{layer}.self_attn.o_proj.weight"] = (hidden, 128 * heads)
+        shapes |= {f"{layer}.mlp.{name}.weight": (mlp, hidden) for name in ("gate_proj", "up_proj")}
+        shapes[f"{layer}.mlp.down_proj.weight"] = (hidden, mlp)
+        shapes |= {f"{layer}.{norm}.weight": (hidden,) for norm in ("input_layernorm", "post_attention_layernorm")}
+        if norms_of_heads:
+            shapes |= {f"{layer}.self_attn.{norm}.weight": (128,) for norm in ("q_norm", "k_norm")}
+    return shapes
+
+
 def clip_l() -> Shapes:
     shapes: Shapes = {
         "transformer.text_model.embeddings.token_embedding.weight": (49408, 768),

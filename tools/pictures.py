@@ -28,9 +28,11 @@ _LISTED = (
     "text_encoders/clip_l.safetensors",
     "text_encoders/t5xxl_fp8_e4m3fn.safetensors",
     "vae/ae.safetensors",
+    "vae/flux2-vae.safetensors",
     "loras/my_flux_lora.safetensors",
 )
 """What the examples name beside our checkpoints: empty here, since the page only wants to see them listed."""
+_DEV, _KLEIN = "FLUX.2-dev-bnb-4bit", "FLUX.2-klein-4B-bnb-4bit"
 _NODE = "FluxNF4CheckpointLoaderStreamed"
 _READY = "() => window.app?.graph && app.extensions?.some(({ name }) => name === 'FluxNF4.Plan')"
 
@@ -42,7 +44,7 @@ def main() -> None:
     from comfy_server import ComfyServer, drop_package, link_model
     from PIL import Image
     from playwright.sync_api import sync_playwright
-    from sparse_checkpoint import make_sparse_checkpoint
+    from sparse_checkpoint import make_sparse_checkpoint, make_sparse_shards
 
     _IMAGES.mkdir(exist_ok=True)
     base = Path(tempfile.mkdtemp(prefix="flux-nf4-"))
@@ -51,6 +53,9 @@ def main() -> None:
         for name in (_CHECKPOINT, "flux1-kontext-dev-nf4.safetensors"):
             make_sparse_checkpoint(base / name)
             link_model(base / name, base, "checkpoints")
+        for file, shapes in _flux2_files().items():
+            (base / "models" / file).parent.mkdir(parents=True)
+            make_sparse_shards(base / "models" / file, shapes)
         for file in _LISTED:
             (base / "models" / file).parent.mkdir(parents=True, exist_ok=True)
             (base / "models" / file).touch()
@@ -69,6 +74,25 @@ def main() -> None:
             browser.close()
     finally:
         shutil.rmtree(base, ignore_errors=True)
+
+
+def _flux2_files() -> dict[str, Any]:
+    """Shapes of the tensors in each file of models that the examples of FLUX.2 name."""
+    import checkpoint_layout as layout
+
+    shard = "diffusion_pytorch_model-00001-of-00002.safetensors"
+    return {
+        f"diffusion_models/{_DEV}/transformer/{shard}": layout.flux2_of_diffusers(6144, 15360, 8, 48, guidance=True),
+        f"diffusion_models/{_KLEIN}/transformer/diffusion_pytorch_model.safetensors": layout.flux2_of_diffusers(
+            3072, 7680, 5, 20, guidance=False
+        ),
+        f"text_encoders/{_DEV}/text_encoder/model-00001-of-00003.safetensors": layout.language_model(
+            "language_model.model.", 40, 5120, 32, 32768, 131072
+        ),
+        f"text_encoders/{_KLEIN}/text_encoder/model.safetensors": layout.language_model(
+            "model.", 36, 2560, 32, 9728, 151936, norms_of_heads=True
+        ),
+    }
 
 
 def _draw_icon_and_banner(browser: Any) -> None:

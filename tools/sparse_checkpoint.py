@@ -31,6 +31,16 @@ def make_sparse_checkpoint(
     write_sparse(path, tensors)
 
 
+def make_sparse_shards(first: Path, shapes: layout.Shapes) -> None:
+    """Write tensors of these names and shapes, those of two dimensions as weights in NF4, into the shards of which
+    ``first`` (``...-00001-of-0000n.safetensors``, or one whole file) is the first."""
+    tensors = list(_in_4bit("", shapes).items())
+    count = int(first.stem.rpartition("-of-")[2]) if "-of-" in first.stem else 1
+    for number in range(count):
+        shard = first.with_name(first.name.replace("-00001-of-", f"-{number + 1:05}-of-"))
+        write_sparse(shard, dict(tensors[number::count]))
+
+
 def _in_4bit(prefix: str, shapes: layout.Shapes) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, shape in shapes.items():

@@ -11,9 +11,15 @@ from .streaming import Streaming
 
 
 def retry_with_less(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """ComfyUI's wrapper of a forward (``WrappersMP.APPLY_MODEL``). The modulation learns which step it is."""
-    note_step(executor.class_obj, args)
-    return with_less(executor.class_obj, lambda: executor(*args, **kwargs))
+    """ComfyUI's wrapper of a forward (``WrappersMP.APPLY_MODEL``). The modulation learns which step it is.
+
+    ComfyUI's guider of two models calls the second with the wrappers of the first, and that one need not be streamed.
+    """
+    model = executor.class_obj
+    if not hasattr(model, "streaming"):
+        return executor(*args, **kwargs)
+    note_step(model, args)
+    return with_less(model, lambda: executor(*args, **kwargs))
 
 
 def with_less(model: Any, forward: Callable[[], Any]) -> Any:

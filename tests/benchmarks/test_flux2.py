@@ -2,12 +2,13 @@
 
 import json
 
+import checkpoint_layout as layout
 import comfy.supported_models
 import diffusers
 import pytest
 import torch
 from cases import Case
-from flux2 import SETTINGS, SIZES, TINY, run, shapes, table
+from flux2 import SETTINGS, SIZES, TINY, run, table
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -21,7 +22,7 @@ def test_the_tensors_are_those_of_diffusers_model(name):
             joint_attention_dim=size.text,
             guidance_embeds=size.guidance,
         )
-    assert dict(shapes(size)) == {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    assert layout.flux2_of_diffusers(*size) == {key: tuple(value.shape) for key, value in model.state_dict().items()}
 
 
 def test_a_tiny_one_is_made_and_measured(tmp_path, monkeypatch):

@@ -5,14 +5,16 @@ import json
 
 import pytest
 import torch
+from checkpoint_layout import flux2_of_diffusers
 from counted import plan_by_counts
 from make_checkpoint import Recipe, make_checkpoint
 from safetensors.torch import load_file, save_file
-from sparse_checkpoint import make_sparse_checkpoint
+from sparse_checkpoint import make_sparse_checkpoint, make_sparse_shards
 
 from flux_nf4.checkpoints import load_transformer
 from flux_nf4.families import Family
 from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
+from flux_nf4.nf4_loader.checkpoint.require import require_transformer
 from flux_nf4.nf4_loader.models.transformers import block_groups, build_flux
 from flux_nf4.offload.comfyui.modulation import modulation_in
 from flux_nf4.offload.plan import STAGING_BYTES, Residency
@@ -173,3 +175,28 @@ def test_taking_the_advice_saves_what_it_says(blocks):
     assert better.device_bytes <= plan.device_bytes + figures["gib"] * GIB
     assert 1 - sum(predict_ms(better, blocks, measured)) / before == pytest.approx(figures["percent"] / 100, abs=0.05)
     json.dumps(vars(advice))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "variant", "counts", "mib"),
+    [
+        ((6144, 15360, 8, 48, True), "dev", (8, 48), (527, 263)),
+        ((4096, 12288, 8, 24, False), "klein 9B", (8, 24), (234, 117)),
+        ((3072, 7680, 5, 20, False), "klein 4B", (5, 20), (132, 66)),
+    ],
+)
+def test_flux2_has_a_ring_of_two_of_its_largest_layers(sizes, variant, counts, mib, tmp_path):
+    make_sparse_shards(tmp_path / "diffusion_pytorch_model-00001-of-00002.safetensors", flux2_of_diffusers(*sizes))
+    catalogue = read_catalogue(tmp_path)
+    require_transformer(catalogue)
+    assert catalogue.found.family.variant(catalogue.logical_shapes) == variant
+    blocks, others = block_sizes(catalogue, torch.bfloat16), other_bytes(catalogue, torch.bfloat16)
+    assert [block.kind for block in blocks] == ["double"] * counts[0] + ["single"] * counts[1]
+    assert {round(block.nbytes / (1 << 20)) for block in blocks} == set(mib)
+    hidden = sizes[0]
+    largest = 9 * hidden * hidden * 9 // 16  # linear1, codes and absmax
+    plan = make_plan(blocks, others, Residency((("double", 0), ("single", 0))))
+    assert max(tile for block in blocks for tile in block.tiles) == largest
+    assert plan.staging_bytes == max(2 * largest, STAGING_BYTES)
+    assert others + plan.device_bytes < (0.9 if variant == "dev" else 0.5) * GIB
+    assert variant != "klein 4B" or others + sum(block.nbytes for block in blocks) < 2.1 * GIB

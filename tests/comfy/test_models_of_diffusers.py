@@ -8,6 +8,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import comfy.model_detection
+import comfy.samplers
 import comfy.sd
 import comfy.supported_models
 import comfyui_version
@@ -226,3 +227,41 @@ def test_saved_from_diffusers_file_its_4bit_values_stay(small, nested, quantised
     (path,) = tmp_path.glob("*.safetensors")
     again = streamed(load(path)[1], Residency(()), None)
     assert torch.equal(sample(again, SMALL[small]), sample(stock(reference, model), SMALL[small]))
+
+
+def test_the_two_models_of_ideogram_4_make_one_picture(quantised, monkeypatch, copies, tmp_path):
+    """One for the prompt and one without, side by side in a pipeline's folder, both streamed: as stock ComfyUI."""
+    small = SMALL["Ideogram 4"]
+    if not small.is_known:
+        pytest.skip("this ComfyUI has no Ideogram4")
+    use_small_defaults(small, monkeypatch)
+    monkeypatch.setattr(StreamedModelPatcher, "staging_bytes", 1000)
+    from comfy_extras.nodes_custom_sampler import DualModelGuider
+
+    folders = [quantised("Ideogram 4")[1], tmp_path / "unconditional_transformer"]
+    save_dense(small, tmp_path / "dense", seed=1)
+    references = [quantised("Ideogram 4")[0], save_quantised(small, tmp_path / "dense", folders[1], nested=True)]
+    models = [load(next(folder.glob("*.safetensors")))[1] for folder in folders]
+    twins = [
+        comfy.sd.load_diffusion_model_state_dict(
+            dense_twin(small, reference, _logical_shapes(model.model.diffusion_model))
+        )
+        for reference, model in zip(references, models, strict=True)
+    ]
+
+    def latents(model, negative):
+        generator = torch.Generator().manual_seed(3)
+        positive = [[torch.randn(small.text, generator=generator), {}]]
+        (guider,) = DualModelGuider.execute(model, positive, 4.0, negative).args
+        noise = torch.randn(small.latent, generator=generator)
+        sampler, sigmas = comfy.samplers.sampler_object("euler"), torch.tensor([1.0, 0.7, 0.0])
+        with torch.inference_mode():
+            return guider.sample(noise, torch.zeros(small.latent), sampler, sigmas, seed=1).clone()
+
+    wanted = latents(*twins)
+    assert not torch.equal(wanted, latents(twins[0], twins[0]))
+    ours = [streamed(model, Residency((("layers", 0),)), None) for model in models]
+    assert torch.equal(latents(*ours), wanted)
+    assert copies.nbytes > 0
+    assert torch.equal(latents(ours[0], twins[1]), wanted), "one of stock ComfyUI beside one of ours"
+    assert torch.equal(latents(twins[0], ours[1]), wanted), "one of ours beside one of stock ComfyUI"

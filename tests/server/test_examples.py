@@ -13,6 +13,14 @@ from sparse_checkpoint import make_sparse_checkpoint
 EXAMPLES = environment.ROOT / "example_workflows"
 NAMES = sorted(path.stem for path in (EXAMPLES / "api").glob("*.json"))
 
+OF_OUR_CHECKPOINT = {
+    "FluxNF4UNETLoaderStreamed": 0,
+    "DualCLIPLoader": 1,
+    "Load4BitTextEncoderStreamed": 1,
+    "VAELoader": 2,
+}
+"""Loaders of what is in the small checkpoint, too: the output of its loader that takes the place of each."""
+
 
 @pytest.fixture(scope="module")
 def small(server, checkpoint, tmp_path_factory):
@@ -40,6 +48,7 @@ def small(server, checkpoint, tmp_path_factory):
         "EmptySD3LatentImage": {"width": 64, "height": 64},
         "LoadImage": {"image": "small.png"},
         "KSampler": {"steps": 1},
+        "Flux2Scheduler": {"steps": 1},
     }
 
 
@@ -54,9 +63,11 @@ def example(small, checkpoint):
             if node["class_type"] == "FluxKontextImageScale":  # to a megapixel
                 scale = {"upscale_method": "area", "width": 64, "height": 64, "crop": "disabled"}
                 node |= {"class_type": "ImageScale", "inputs": node["inputs"] | scale}
-            if node["class_type"] in ("DualCLIPLoader", "VAELoader"):  # they are in our checkpoint
+            if node["class_type"] == "EmptyFlux2LatentImage":  # of the small model, which is a Flux.1
+                node |= {"class_type": "EmptySD3LatentImage", "inputs": node["inputs"] | small["EmptySD3LatentImage"]}
+            if node["class_type"] in OF_OUR_CHECKPOINT:
                 old = {"ckpt_name": checkpoint.name, "double_blocks_cuda_size": 0, "single_blocks_cuda_size": 0}
-                slot = 1 if node["class_type"] == "DualCLIPLoader" else 2
+                slot = OF_OUR_CHECKPOINT[node["class_type"]]
                 workflow[key] = {"class_type": loader_of_all, "inputs": old}
                 for other in workflow.values():
                     links = {name: [key, slot] for name, value in other["inputs"].items() if value == [key, 0]}

@@ -155,9 +155,9 @@ def shapes_of_diffusers(small: Small) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def save_dense(small: Small, folder: Any) -> None:
+def save_dense(small: Small, folder: Any, seed: int = 0) -> None:
     """Have diffusers make the model, with random values, and save it in bf16."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = getattr(diffusers, small.model)(**small.config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
