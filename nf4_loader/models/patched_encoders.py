@@ -28,7 +28,14 @@ class ClipIn4Bits(comfy.sd.CLIP):
 
     def get_sd(self) -> dict[str, torch.Tensor]:
         """All tensors, patched, for a file: what is in 4 bits as dense tensors on the CPU."""
-        state: dict[str, torch.Tensor] = super().get_sd()
+        return self._with_dense_values(super().get_sd())
+
+    def state_dict_for_saving(self) -> dict[str, torch.Tensor]:
+        """As `get_sd`. Newer ComfyUIs save this."""
+        comfyuis: Any = super()
+        return self._with_dense_values(comfyuis.state_dict_for_saving())
+
+    def _with_dense_values(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         for key, tensor in self.patcher.model_state_dict().items():
             if isinstance(tensor, DenseView):
                 state[key] = tensor.clone().cpu()
