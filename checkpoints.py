@@ -1,6 +1,7 @@
 """Checkpoints in memory: each file is read once, shared by all who use it, and gone with the last of them.
 
-Who uses a file is who holds a MODEL, CLIP or VAE made from it, or what `load_all_in_one` and `load_transformer` return.
+A file is in use as long as somebody holds a MODEL, CLIP or VAE made from it, or a result of `load_all_in_one` or
+`load_transformer`.
 """
 
 import gc
@@ -51,7 +52,7 @@ Key = frozenset[tuple[str, int, int]]
 """Name, time of change in ns and size in bytes of each file that a checkpoint has."""
 
 Place = tuple[Key, torch.device]
-"""A checkpoint on the device that ComfyUI computes on: some packages change that from one loader to the next."""
+"""A checkpoint, and the device that ComfyUI computes on. Some packages change the device between loaders."""
 
 _models: WeakValueDictionary[Place, StreamedModelPatcher] = WeakValueDictionary()
 _clips: WeakValueDictionary[Place, comfy.sd.CLIP] = WeakValueDictionary()
@@ -112,7 +113,8 @@ def load_transformer(catalogue: Catalogue) -> StreamedModelPatcher:
 def streamed(loaded: StreamedModelPatcher, residency: Residency, node_id: str | None) -> StreamedModelPatcher:
     """A MODEL with settings of its own.
 
-    It is a clone: when it goes, ComfyUI takes ``loaded`` for what it has on the device, and can still unload that.
+    It is a clone of ``loaded``. When the clone goes, ComfyUI still knows ``loaded`` as the model on the device, and can
+    unload it.
 
     Raises:
         ValueError: the budget is too small.
@@ -124,7 +126,7 @@ def streamed(loaded: StreamedModelPatcher, residency: Residency, node_id: str | 
 
 
 def key_of(catalogue: Catalogue) -> Key:
-    """What tells its files, as they are now, from others."""
+    """The identity of its files in their present state."""
     paths = {path.resolve() for path in {entry.path for entry in catalogue.header.tensors.values()}}
     return frozenset((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths)
 
@@ -200,10 +202,10 @@ def _all_tensors(blocks: Sequence[torch.nn.Module]) -> There:
 def _source_for(
     model: comfy.model_base.BaseModel | None, catalogue: Catalogue, place: Place, *, with_others: bool
 ) -> _Source:
-    """Where to get the blocks of ``model`` (None: it is in RAM). Log and errors say why, and what it takes.
+    """Decide where the blocks of ``model`` come from. The log says where and why. None: the model is in RAM already.
 
     Raises:
-        CheckpointError: the RAM holds not even what cannot stay in the file.
+        CheckpointError: the RAM is too small even for the tensors that cannot stay in the file.
     """
     others = [entry for part in (catalogue.text_encoders, catalogue.vae) for entry in part.values()]
     twin = _twin_of(model, place) if model is not None else None
@@ -215,7 +217,7 @@ def _source_for(
     needed += sum(entry.nbytes for entry in others) if with_others else 0
     free = free_ram()
     if needed > free or pinned_by_all():
-        gc.collect()  # an earlier model that only cycles keep alive must not count against this one
+        gc.collect()  # free earlier models that only reference cycles keep alive
         free = free_ram()
     if needed > free:
         give_back_host_memory()
@@ -237,7 +239,7 @@ def _source_for(
 
 
 def _twin_of(model: comfy.model_base.BaseModel, place: Place) -> Streaming | None:
-    """What streams the same checkpoint, in the same dtype, to another device: one arena is enough for both."""
+    """The streaming of the same checkpoint in the same dtype on another device, whose arenas both can use."""
     same_files = (other for (key, _), other in list(_models.items()) if key == place[0])
     twins = (other.model for other in same_files if other.model.get_dtype() == model.get_dtype())
     return next((twin.streaming for twin in twins), None)
@@ -264,7 +266,7 @@ def _say_where(catalogue: Catalogue, device: torch.device, in_file: InFile, why_
     in_ram = (catalogue.transformer_ram - _bytes_of(in_file)) / GIB
     name = catalogue.path.name
     if is_shared:
-        logger.info("NF4: %s is in use on another device, which this one shares host memory with", name)
+        logger.info("NF4: %s is in use on another device: both share its host memory", name)
     elif in_file and not why_read:
         logger.info(
             "NF4: %.2f GiB of the transformer of %s stay in the file, from whose memory %s copies them; reading %.2f "

@@ -1,4 +1,4 @@
-"""Bytes of memory: their units, and the one notion of having run out of them."""
+"""Units of memory, and what counts as running out of it."""
 
 import sys
 
@@ -9,8 +9,8 @@ GIB = 1 << 30
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device had too little memory.
 
-    Not every backend raises torch's own class; some only say so. ComfyUI, where it runs, is asked too: it knows errors
-    of more backends, and clears what the driver keeps of them.
+    Not every backend raises torch's own class; some only say it in the message. Where ComfyUI runs, it is asked, too:
+    it knows the errors of more backends, and clears what the driver keeps of them.
     """
     import torch  # here, because modules that import no torch need the units above
 

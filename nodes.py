@@ -233,4 +233,4 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "MZ_Flux1CheckpointLoader_cpuDynOffload": "Load Flux Checkpoint (old)",
     "MZ_Flux1UnetLoader_cpuDynOffload": "Load Flux UNet (old)",
 }
-"""What is only for graphs that have it already comes last."""
+"""Nodes that are only for existing graphs come last."""

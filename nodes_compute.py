@@ -36,8 +36,10 @@ _ROWS_AT_1024 = 4096 + 512
 
 @dataclass(frozen=True)
 class Int8Figures:
-    """What was measured on a device. ``faster`` of ``measured`` kinds of layers are in int8, if it ``is_used``; taken
-    together, all of them are ``times`` as fast as exact ones."""
+    """What was measured on a device: int8 is faster for ``faster`` of ``measured`` kinds of layers.
+
+    With int8 for these, all kinds together are ``times`` as fast as exact ones. ``is_used``: the model computes so.
+    """
 
     is_used: bool
     faster: int
@@ -46,8 +48,10 @@ class Int8Figures:
 
 
 def choose(patcher: StreamedModelPatcher, compute: str | None) -> StreamedModelPatcher:
-    """Have ``patcher`` compute so, and return it. None is exact, too, but for nodes that offer no choice: nothing is
-    measured and nothing said."""
+    """Have ``patcher`` compute as ``compute`` says, and return it.
+
+    None is for nodes that offer no choice: it is exact, and nothing is measured or logged.
+    """
     patcher.compute = compute
     patcher.callbacks.get(_CLEANUP, {}).pop(__name__, None)
     if compute is not None:
@@ -67,7 +71,7 @@ def figures(patcher: StreamedModelPatcher) -> Int8Figures | None:
 
 
 _said: dict[torch.device, Int8Figures | None] = {}
-"""The last line of the log about each device."""
+"""What the log said last about each device."""
 
 
 def _say(patcher: StreamedModelPatcher) -> None:
@@ -76,7 +80,7 @@ def _say(patcher: StreamedModelPatcher) -> None:
         if patcher.compute == EXACT and patcher.load_device not in _said:
             _measure_largest(patcher)
         found = figures(patcher)
-    except Exception:  # a picture is done: that its advice is not must not lose it
+    except Exception:  # the picture is finished, and must not be lost because advice about it fails
         logger.exception("int8: nothing could be measured")
         found = None
     if _said.get(patcher.load_device) != found and found is not None:

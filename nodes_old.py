@@ -41,7 +41,7 @@ def _refuse_4_bits(path: Path, right: str) -> None:
     try:
         names = read_header(path).tensors if path.suffix == ".safetensors" else ()
     except CheckpointError:
-        return  # what ComfyUI reads is its own matter
+        return  # ComfyUI's loader says what is wrong with the file
     if any(QUANT_STATE in name for name in names):
         raise CheckpointError(path, f"its weights are in 4 bits of bitsandbytes. Load it with {right}.")
 

@@ -115,7 +115,7 @@ class FluxNF4QuantiseSave:
                 "and VAE: its transformer is saved alone, and text encoder and VAE stay in files of their own.",
             )
         device = comfy.model_management.get_torch_device()
-        comfy.model_management.free_memory(GIB, device)  # first: what a source holds stays where it is
+        comfy.model_management.free_memory(GIB, device)  # first: tensors that sources hold cannot be moved any more
         sources = sources_of_model(model) + (sources_of_encoders(clip, vae) if clip is not None else [])
         progress = comfy.utils.ProgressBar(sum(torch.Size(source.shape).numel() for source in sources))
         save_quantised(
@@ -204,7 +204,7 @@ def _new_path(prefix: str, folder: str) -> Path:
     if folder == "output":
         root = folder_paths.get_output_directory()
     else:
-        roots = folder_paths.get_folder_paths(folder)  # the first may have an older name, as "unet" is
+        roots = folder_paths.get_folder_paths(folder)  # the first one may have an older name, such as "unet"
         root = next((path for path in roots if Path(path).name == folder), roots[0])
         prefix = prefix.removeprefix(f"{folder}/")  # the default has it, for the output folder
     try:

@@ -79,7 +79,7 @@ RESIDENCY: dict[str, Input] = {
 
 @dataclass(frozen=True)
 class PlannedNode:
-    """The inputs of a node that its plan depends on. ``PLAN`` of a node class; the page asks for the plan by them.
+    """The inputs that a node's plan depends on. A node class has it as ``PLAN``; the page sends them to get the plan.
 
     Attributes:
         folder: The models folder of ``file``.
@@ -146,15 +146,15 @@ def stream(model: Any, residency: Residency, node_id: str | None, compute: str |
 
 
 class Loader:
-    """Keeps what it has loaded until it loads something else, so that changed settings read nothing again.
+    """Keeps what it loaded last, so that a run with other settings does not read the file again.
 
-    ComfyUI keeps a node as long as it is in the graph, but lets go of its outputs before it runs with changed inputs.
+    ComfyUI keeps a node as long as it is in the graph, but drops its outputs before it runs the node with other inputs.
     """
 
     _kept: tuple[Any, Any] | None = None
 
     def once(self, key: Any, load: Callable[[], Any]) -> Any:
-        """What ``load`` gives, or what it gave for the last key if ``key`` is equal to that."""
+        """The result of ``load``; or the kept result, if it was loaded for an equal ``key``."""
         if self._kept is not None and self._kept[0] == key:
             return self._kept[1]
         self._kept = None  # first: there may be no room for both
@@ -174,7 +174,7 @@ class Loader:
 
 
 def _gives_outputs_up() -> bool:
-    """Whether ComfyUI caches outputs until RAM is short: then nothing here may keep them as well."""
+    """Whether ComfyUI drops cached outputs when RAM is short. If a node kept them, too, that would free nothing."""
     memory_management: Any = sys.modules.get("comfy.memory_management")
     if hasattr(memory_management, "extra_ram_release_callback"):
         return memory_management.extra_ram_release_callback is not None

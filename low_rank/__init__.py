@@ -1,5 +1,5 @@
-"""Low-rank patches (LoRA) of a Linear that computes with them beside its weight, which stays as it is.
+"""Low-rank patches (LoRA) that a Linear computes beside its weight, without changing the weight.
 
-``factors`` reads ComfyUI's patches; ``branch`` holds their factors and multiplies with them. Knows torch only, and
-nothing of how the weight is kept: `nf4_loader` and `offload` both may use it.
+``factors`` reads ComfyUI's patches; ``branch`` holds their factors and multiplies with them. The package knows torch,
+but not how the weight is kept, so that both `nf4_loader` and `offload` can use it.
 """

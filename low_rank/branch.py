@@ -1,8 +1,9 @@
 """A low-rank branch beside a weight: ``output[:, rows] += (input @ down.T * scale) @ up.T``.
 
-The weight stays as it is, and a LoRA costs only its own rank; or less, where a weight is expanded for many rows of
-input anyway and the LoRA is added to it on the way (`LowRank.patches`). The formula is the one of ComfyUI's
-``LoRAAdapter.calculate_weight`` (comfy/weight_adapter/lora.py): ``weight += strength * alpha / rank * up @ down``.
+The weight does not change, and the cost of a LoRA grows with its rank alone. It costs less where a weight is expanded
+for many rows of input: the LoRA can then be added to the expanded weight (`LowRank.patches`). The formula is from
+ComfyUI's ``LoRAAdapter.calculate_weight`` (comfy/weight_adapter/lora.py):
+``weight += strength * alpha / rank * up @ down``.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,8 +37,8 @@ class LowRank:
     """Any number of low-rank patches of one Linear; patches of the same rows are concatenated.
 
     ``tensors`` are host tensors: ``lora_down`` (R, in) and ``lora_up_0``, ``lora_up_1``, ... (rows, R of these rows) in
-    compute dtype, and ``lora_scale`` (R,) in fp32, which is all that changes with a strength. Whoever owns the layer's
-    memory brings them to the device; each method that computes is given them there, by the same names.
+    compute dtype, and ``lora_scale`` (R,) in fp32. A change of strength changes only the last one. Whoever owns the
+    layer's memory brings them to the device, and hands them by the same names to the methods that compute.
     """
 
     def __init__(self, factors: Sequence[Factors], dtype: torch.dtype) -> None:
@@ -63,7 +64,7 @@ class LowRank:
 
     @classmethod
     def of(cls, factors: Sequence[Factors], dtype: torch.dtype, previous: "LowRank | None") -> "LowRank | None":
-        """For ``factors``: ``previous`` with their scales, if it has the same factors; None if there are none."""
+        """The branch for ``factors``; None if there are none. It is ``previous``, rescaled, if only scales differ."""
         if previous is not None and previous.rescaled(factors, dtype):
             return previous
         return cls(factors, dtype) if factors else None
@@ -129,9 +130,9 @@ class LowRank:
             output[:, piece.rows].addmm_(hidden[:, piece.ranks], up, alpha=scale)
 
     def _hidden(self, input: torch.Tensor, tensors: Mapping[str, Any]) -> tuple[torch.Tensor, float]:
-        """``input @ down.T``, and the number that it is still to be multiplied by."""
+        """``input @ down.T``, and a number by which it has yet to be multiplied."""
         hidden = torch.nn.functional.linear(input, tensors["lora_down"].to(input.dtype))
-        # A Python number costs no kernel launch; but compiled code would be made anew for each value of it.
+        # A Python number costs no kernel launch. In compiled code, each new number would cost a compilation.
         if torch.compiler.is_compiling() or self._only_scale is None:
             return hidden.mul_(tensors["lora_scale"]), 1.0
         return hidden, self._only_scale

@@ -23,9 +23,9 @@ class Factors:
 def factors_of(patches: Sequence[Sequence[Any]], shape: tuple[int, int]) -> list[Factors] | None:
     """The factors of all ``patches`` of a weight of ``shape`` (out, in), if all of them are plain LoRA; else None.
 
-    A patch is ComfyUI's: (strength, adapter or tuple, strength_model, offset, function). One with a strength of None
-    stands by: it does nothing, but its factors stay in place with a scale of 0, so that a strength that it is given
-    later changes nothing but the scale. One that stands by and is no LoRA is left out.
+    A patch is ComfyUI's: (strength, adapter or tuple, strength_model, offset, function). If its strength is None, it
+    stands by: its factors have a scale of 0, so that a later strength changes only the scale. If it is no LoRA either,
+    it is left out.
     """
     factors = [_factors_of(patch, shape) for patch in patches]
     if any(made is None and patch[0] is not None for patch, made in zip(patches, factors, strict=True)):

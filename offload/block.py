@@ -18,14 +18,15 @@ Extras = Mapping[str, Mapping[str, torch.Tensor]]
 """Host tensors by the path of the module in its block ("" is the block), then by the name of the buffer."""
 
 Sources = tuple[tuple[int, torch.Tensor], ...]
-"""Host bytes that go to one place on the device: how much of it each has, and what it is."""
+"""Host bytes that go side by side to one place on the device: for each the bytes it takes there, and the source."""
 
 
 class HostRecord:
     """One record of a block, and the copy of its bytes that is always on the device, if there is one.
 
-    ``host`` are its bytes in host memory (uint8); ``is_pinned``: a copy from there leaves the host free. ``extras``
-    become buffers of their modules, until `remove`; without any, ``layout`` is of tensors that the modules have.
+    ``host`` are its bytes in host memory (uint8). ``is_pinned``: the host does not wait for copies from there.
+    ``extras`` become buffers of their modules, until `remove`. Without any, ``layout`` is of tensors that the modules
+    have.
     """
 
     def __init__(
@@ -45,32 +46,34 @@ class HostRecord:
         self.cut(whole=False)
 
     def refill(self, host: torch.Tensor, extras: Extras) -> None:
-        """Take other ``extras``, of the same layout and all small, in other host memory. A copy on the device has the
-        old values until it is written."""
+        """Take other ``extras``, of the same layout and all small, in other host memory.
+
+        A copy on the device keeps the old values until it is overwritten.
+        """
         self.host = host
         self.small.refill(host, [extras[field.module][field.name] for field in self.layout.small.fields])
         if self.buffer is None:
             self.small.bind(self.small.home)
 
     def cut(self, *, whole: bool) -> None:
-        """Into a tile for each layer, or a single one, while none of it is on the device."""
+        """Cut the record into a tile for each layer, or into a single one. None of it may be on the device."""
         layout = self.layout.whole() if whole else self.layout
         self.tiles = tuple(BoundTile(self._block, tile, self.host) for tile in layout.tiles)
 
     def sources_for(self, resident: bool) -> Sources:
-        """What is always on the device: all of it, or the small part."""
+        """The bytes that are always on the device: all of a resident block, else the small part."""
         source = self.host if resident else self.host[self.small.tile.offset :]
         return ((source.nbytes, source),) if source.nbytes else ()
 
     def take(self, buffer: torch.Tensor, resident: bool) -> None:
-        """Bind to ``buffer``, a copy of `sources_for`."""
+        """Bind the tensors to ``buffer``, a copy of `sources_for`."""
         self.buffer = buffer
         start = 0 if resident else self.small.tile.offset
         for part in self.every_tile if resident else (self.small,):
             part.bind(views_of(part.tile, buffer[part.tile.offset - start :]))
 
     def drop(self) -> None:
-        """Give the device's bytes up: back to host memory."""
+        """Bind the tensors to host memory, and give up the bytes on the device."""
         self.buffer = None
         for part in self.every_tile:
             part.bind(part.home)
@@ -89,8 +92,8 @@ class HostRecord:
 class MappedRecord:
     """Tensors of a block that are streamed from where they are in host memory: mapped bytes of a file.
 
-    ``is_pinned`` as of a `HostRecord`. ``pieces`` are those of each tile of ``layout``, each a field with a source of
-    its own; ``tensors`` are these sources (uint8, flat) by module and name.
+    ``tensors`` are these bytes (uint8, flat) by module and name. ``pieces`` has the tensors of each tile of ``layout``,
+    each as a tile of its own, because their bytes lie apart. ``is_pinned`` is as in `HostRecord`.
     """
 
     def __init__(self, block: nn.Module, layout: RecordLayout, tensors: Mapping[tuple[str, str], torch.Tensor]) -> None:
@@ -126,8 +129,11 @@ class MappedRecord:
 
 
 class Block:
-    """A block of a streamed model: ``own`` are its tensors, without those that are ``mapped``, ``travelling`` and
-    ``staying`` its extras."""
+    """A block of a streamed model.
+
+    ``mapped`` has its tensors that are mapped from a file, ``own`` has its others, ``travelling`` its large extras,
+    ``staying`` its small ones.
+    """
 
     def __init__(
         self,
@@ -158,7 +164,7 @@ class Block:
 
     @property
     def replaced(self) -> str | None:
-        """A layer of which a tensor was replaced from outside, while none of its tiles computes."""
+        """The path of a layer with a tensor that was replaced from outside. Ask only while no tile is in use."""
         every = (tile for record in self.records for tile in record.every_tile if not tile.is_bound)
         return next((tile.tile.module or "a layer" for tile in every), None)
 
@@ -200,7 +206,7 @@ class Block:
 
 
 Names = Mapping[tuple[str, str], torch.Tensor]
-"""Host bytes (uint8, flat) by module and name of the tensor that they are."""
+"""Host bytes (uint8, flat) of tensors, by module and name."""
 
 Split = tuple[RecordLayout, RecordLayout]
 """A block's layout in two: its own record, and what is mapped."""
@@ -262,7 +268,7 @@ def blocks_in(
 
 
 def extras_in(extras: Extras, layout: RecordLayout) -> Extras:
-    """Those of ``extras`` that ``layout`` has a field for."""
+    """The ``extras`` that ``layout`` has a field for."""
     fields = {(field.module, field.name) for tile in (*layout.tiles, layout.small) for field in tile.fields}
     chosen = {path: {n: t for n, t in named.items() if (path, n) in fields} for path, named in extras.items()}
     return {path: named for path, named in chosen.items() if named}
@@ -278,5 +284,5 @@ def _refuse_shared(blocks: Sequence[nn.Module]) -> None:
             if other != index:
                 raise ValueError(
                     f"blocks {other} and {index} ({type(block).__name__}) share a tensor of shape "
-                    f"{tuple(tensor.shape)}: such blocks cannot be streamed"
+                    f"{tuple(tensor.shape)}, so they cannot be streamed"
                 )

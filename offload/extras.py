@@ -1,4 +1,4 @@
-"""Tensors that layers of the blocks are given beside their own, a LoRA's factors for instance.
+"""Tensors that layers of the blocks get in addition to their own, for instance the factors of a LoRA.
 
 Large ones travel with their layer's tile, small ones stay on the device.
 """

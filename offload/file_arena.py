@@ -1,4 +1,4 @@
-"""Files as the host arena: what is mapped of them, pinned where it is, as far as the RAM has room for."""
+"""Files as the host arena: mapped, and pinned in place as far as there is room in RAM."""
 
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -24,7 +24,7 @@ _NO_ROOM = Shortfall(
 def map_blocks(
     blocks: Iterable[nn.Module], parts: Mapping[nn.Module, Mapping[str, FilePart]]
 ) -> dict[nn.Module, dict[str, torch.Tensor]]:
-    """The ``parts`` of files, which are tensors of modules by name, as memory; those of a block are mapped together.
+    """Map the ``parts`` of files (by module, then by the tensor's name). Those of a block are mapped together.
 
     What a block shares with an earlier one, which may be a layer of it, is mapped with that.
 
@@ -42,7 +42,7 @@ def map_blocks(
 
 
 class FileArena(PinnableMemory):
-    """The mapped tensors (`map_parts`) of each block of a model. Two models of one file, on two devices, share pins."""
+    """The mapped tensors (`map_parts`) of each block. Two models of one file, on two devices, share what is pinned."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class FileArena(PinnableMemory):
         return sum(item.nbytes for item in self._ranges)
 
     def require_unchanged(self) -> None:
-        """Raises `FileMapError` where somebody has written to a file."""
+        """Raises `FileMapError` if somebody has written to a file."""
         for file in dict.fromkeys(item.file for item in self._ranges):
             file.require_unchanged()
 
@@ -75,7 +75,7 @@ class FileArena(PinnableMemory):
         limited_by: Shortfall = THE_LIMIT,
         first: Iterable[int] = (),
     ) -> None:
-        """As of all memory; but what is pinned of a file takes RAM that the system could have used otherwise."""
+        """As `PinnableMemory.pin`, but only as far as RAM is free: the system cannot drop pinned pages of a file."""
         for item in self._ranges:
             item.users.add(self)
         room = pinned_by_all() + _room_for_pins()
@@ -83,7 +83,7 @@ class FileArena(PinnableMemory):
         super().pin(limit_bytes, device, limited_by, first)
 
     def pin_ahead(self, limit_bytes: int, device: torch.device) -> None:
-        """Begin to pin on another thread, in order, if all may be pinned: else `pin` has to choose what matters most.
+        """Begin to pin on another thread, in order, if all may be pinned. If not, `pin` must choose what matters most.
 
         ``limit_bytes`` as for `pin`.
         """
@@ -98,7 +98,7 @@ class FileArena(PinnableMemory):
         pinning_ahead.start(self, pieces, registrar)
 
     def unpin(self) -> None:
-        """Give back what nobody else has pinned, once no copy from it is under way. Idempotent."""
+        """Unpin what no other arena uses, once no copy from it is under way. Idempotent."""
         pinning_ahead.wait()
         for item in self._ranges:
             item.users.discard(self)
@@ -107,7 +107,7 @@ class FileArena(PinnableMemory):
 
 
 def _room_for_pins() -> int:
-    """Bytes. A sixteenth of the RAM is left for others; what is pinned of files already, the system counts as free."""
+    """Bytes. A sixteenth of the RAM is left for others. The system counts pinned pages of files as free, wrongly."""
     return max(0, free_ram_bytes() - pinned_by_all(read_only=True) - ram_bytes() // 16)
 
 
@@ -123,7 +123,7 @@ def why_not_pinned(
     device: torch.device,
     registrar_for: Callable[[torch.device], Registrar | None] = registrar_for,
 ) -> str:
-    """Why a device cannot copy from the file's own memory, as a clause; "" if it can. A page of it is tried."""
+    """Why a device cannot copy from the file's own memory, as a clause; "" if it can. One page is tried."""
     if sys.platform != "linux":
         return "only Linux pins the memory of a file"
     registrar = registrar_for(device)

@@ -1,7 +1,7 @@
-"""Files as host memory: mapped, not read, so that all who use a file, in any process, share the system's copy of it.
+"""Files as host memory: mapped, not read, so that all processes that use a file share the system's copy of it.
 
-What belongs together, as the tensors of a block do, is mapped as one range. Each range has memory of its own: two of
-them may share a page of the file, but a page of memory must not be registered with a driver twice.
+Parts that belong together, such as the tensors of a block, are mapped as one range. Each range has addresses of its
+own. Two ranges may share a page of the file, but a page of memory must not be registered with a driver twice.
 """
 
 import ctypes
@@ -30,7 +30,7 @@ _POPULATE_READ = 22
 
 
 class FileMapError(Exception):
-    """A file that cannot be used as memory, or not any more. The message starts with its name."""
+    """A file cannot be used as memory, or no longer. The message starts with its name."""
 
     def __init__(self, path: Path, problem: str) -> None:
         super().__init__(f"{path.name}: {problem}")
@@ -56,7 +56,7 @@ Identity = tuple[int, int, int, int]
 
 
 class MappedFile:
-    """A file that is kept open as long as some of it is mapped: a file that takes its name is another one."""
+    """A file, kept open as long as some of it is mapped. A file that takes its name later is another one."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
@@ -82,8 +82,8 @@ class MappedFile:
 class MappedRange:
     """Bytes of a file in memory that may only be read.
 
-    It is there as long as a tensor on its memory is: then it is unregistered, and the map goes. ``users`` are those for
-    whom it is pinned.
+    It exists as long as a tensor on its memory does. Then the memory is unregistered and unmapped. It is pinned as long
+    as there are ``users``.
     """
 
     def __init__(self, file: MappedFile, offset: int, address: int, nbytes: int) -> None:
@@ -101,7 +101,7 @@ _ranges: dict[int, MappedRange] = {}
 
 
 def map_parts(parts: Sequence[FilePart]) -> list[torch.Tensor]:
-    """Each of ``parts``, which are used together, as a tensor (uint8, flat) on the file's memory: not to be written to.
+    """Map ``parts``, which are used together, as tensors (uint8, flat) on the file's memory. Nobody may write to them.
 
     Raises:
         FileMapError: a file cannot be opened or mapped, or is shorter than a part says.
@@ -117,15 +117,15 @@ def map_parts(parts: Sequence[FilePart]) -> list[torch.Tensor]:
 
 
 def range_of(tensor: torch.Tensor) -> MappedRange:
-    """What a tensor of `map_parts`, or a view of one, is in."""
+    """The range that contains a tensor of `map_parts`, or a view of one."""
     return _ranges[tensor.untyped_storage().data_ptr()]
 
 
 def bring_in(ranges: Iterable[MappedRange], progress: Callable[[int], None]) -> None:
-    """Have the system read what it has not of ``ranges``, in file order, by several threads, and map all of it.
+    """Have the system read ``ranges`` as far as they are not in RAM, in file order, by several threads.
 
-    ``progress`` is called on this thread with the number of bytes since the last call. What it raises (ComfyUI's
-    interrupt, say) ends it.
+    ``progress`` is called on this thread with the number of bytes since the last call. If it raises (for instance
+    ComfyUI's interrupt), that ends the reading.
 
     Raises:
         FileMapError: a file was cut short meanwhile, or could not be read.
@@ -144,7 +144,7 @@ def bring_in(ranges: Iterable[MappedRange], progress: Callable[[int], None]) -> 
 
 
 def _close_together(parts: Sequence[FilePart]) -> Iterable[list[int]]:
-    """Indices of ``parts``, in groups that are each close together in one file."""
+    """Indices of ``parts``, grouped: the parts of a group are close together in one file."""
     group: list[int] = []
     end = 0
     for i in sorted(range(len(parts)), key=lambda i: (parts[i].path, parts[i].offset)):
@@ -177,7 +177,7 @@ def _identity(descriptor: int) -> Identity:
 
 
 def _memory(file: MappedFile, start: int, nbytes: int) -> torch.Tensor:
-    """Bytes of ``file`` from ``start``, where a page begins, on; the same memory for all who ask while it is there."""
+    """``nbytes`` of ``file`` from ``start`` on, where a page begins. While it exists, every caller gets this memory."""
     if start + nbytes > file.nbytes:
         raise FileMapError(file.path, f"it ends at byte {file.nbytes:,}, before {start + nbytes:,}. Download it again.")
     holder = file.ranges.get((start, nbytes))
@@ -207,14 +207,14 @@ def _unmap(item: MappedRange) -> None:
 
 
 def _map(descriptor: int, start: int, nbytes: int) -> Any:
-    """What torch makes a tensor of.
+    """A mapping of the file, as an object that torch can make a tensor of.
 
-    Shared: a private map may be written to, so a system without as much memory refuses it, and pages of one that are
-    registered are copied.
+    The mapping is shared. A private one may be written to, so a system with less memory refuses it, and registering its
+    pages copies them.
     """
     if _libc is None:
         return mmap.mmap(descriptor, nbytes, access=mmap.ACCESS_READ, offset=start)
-    # Python's own map keeps the file open once more for each range, and holds up all threads where it reads.
+    # Python's own mmap opens the file again for each range, and blocks all threads while it reads.
     address = _libc.mmap(None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, start)
     if address == _MAP_FAILED:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
@@ -225,7 +225,7 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 def _load_libc() -> ctypes.CDLL | None:
-    """The system's C library where it maps files as POSIX says."""
+    """The system's C library, if it is POSIX."""
     if os.name != "posix":
         return None
     libc = ctypes.CDLL(None, use_errno=True)
@@ -242,7 +242,7 @@ _libc = _load_libc()
 
 def _bring_in(item: MappedRange, start: int, nbytes: int) -> int:
     file = item.file
-    if hasattr(os, "posix_fadvise"):  # all of it is asked for before the first page is waited for
+    if hasattr(os, "posix_fadvise"):  # ask for the whole chunk before waiting for its first page
         os.posix_fadvise(file.descriptor, item.offset + start, nbytes, os.POSIX_FADV_WILLNEED)
     problem = _populate(item.address + start, nbytes)
     if problem == errno.EINVAL:
@@ -254,14 +254,14 @@ def _bring_in(item: MappedRange, start: int, nbytes: int) -> int:
 
 
 def _populate(address: int, nbytes: int) -> int:
-    """The error number of the system; EINVAL where it does not know what it is asked for."""
+    """Returns 0 or the system's error number; EINVAL if the system does not know the request."""
     if _libc is None:
         return errno.EINVAL
     return ctypes.get_errno() if _libc.madvise(address, nbytes, _POPULATE_READ) else 0
 
 
 def _read(file: MappedFile, offset: int, nbytes: int) -> None:
-    """Have the bytes in the system's cache."""
+    """Read the bytes, so that they are in the system's cache."""
     with file.path.open("rb", buffering=0) as source:
         source.seek(offset)
         buffer = bytearray(nbytes)

@@ -1,4 +1,4 @@
-"""Page-locked host memory, which a device copies from on its own: who locks it, what is locked, how much by all."""
+"""Page-locked (pinned) host memory, from which a device copies without the host: pinning it, and counting it."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Shortfall:
-    """Why not all is pinned, as a clause, and what to do about it, in sentences ("" if nothing can be done)."""
+    """Why not everything is pinned, as a clause, and what to do about it, in sentences ("" if nothing can be done)."""
 
     reason: str
     advice: str
@@ -30,7 +30,7 @@ class Registrar(Protocol):
     """Page-locks host memory for a device."""
 
     def register(self, pointer: int, nbytes: int, *, read_only: bool = False) -> int:
-        """The driver's error code; 0 is success. A refusal leaves nothing behind, no pending error either.
+        """Returns the driver's error code; 0 is success. A refusal leaves nothing behind, not even a pending error.
 
         ``read_only``: the device will only read, and the memory may be a file's map, which the driver refuses
         otherwise.
@@ -73,7 +73,7 @@ class CudaRegistrar:
         torch.cuda.synchronize(self._device)
 
     def _clear_error(self) -> None:
-        """A refusal stays behind as the thread's last CUDA error and would be raised by whoever launches next."""
+        """Clear the thread's last CUDA error: after a refusal, the next launch would raise it."""
         try:
             torch.ones(1, device=self._device).add_(1)
             self.synchronise()
@@ -86,13 +86,13 @@ REGISTRARS: dict[str, Callable[[torch.device], Registrar]] = {"cuda": CudaRegist
 
 
 def registrar_for(device: torch.device) -> Registrar | None:
-    """What page-locks memory for ``device``; None where nothing does."""
+    """The registrar for ``device``; None if there is none for its type."""
     make = REGISTRARS.get(device.type)
     return make(device) if make is not None else None
 
 
 class Pins:
-    """What of one piece of memory is registered, and the registrars of the devices that copy from it."""
+    """What is registered of one mapping, and the registrars of the devices that copy from it."""
 
     def __init__(self, *, read_only: bool = False) -> None:
         self.sizes: dict[int, int] = {}
@@ -115,7 +115,7 @@ class Pins:
         return error
 
     def release(self) -> None:
-        """Unregister everything. Idempotent; nothing in a fork, whose parent goes on using what it registered."""
+        """Unregister everything. Idempotent. In a forked process it does nothing: the parent still uses the memory."""
         registrars = list(self.registrars.values())
         sizes, self.sizes = self.sizes, {}
         if sizes and self._process == os.getpid():
@@ -130,7 +130,7 @@ class Pins:
 
 @dataclass(frozen=True)
 class Piece:
-    """Whole pages that are registered as one; ``pins`` keep what is registered of the memory that they belong to."""
+    """Whole pages that are registered as one. ``pins`` are of the mapping that they belong to."""
 
     pins: Pins
     pointer: int
@@ -146,7 +146,7 @@ if sys.platform == "linux":
     _REFUSAL_ADVICE += " In a container, raise its limits on memory and locked memory (ulimit -l)."
 
 _all_pins: weakref.WeakSet[Pins] = weakref.WeakSet()
-"""Of all memory that is in use: one limit is for all of it."""
+"""The pins of all memory of this package: they share one limit."""
 
 
 def _nobody() -> None:
@@ -154,7 +154,7 @@ def _nobody() -> None:
 
 
 pins_changed: Callable[[], None] = _nobody
-"""Called whenever `pinned_by_all` has changed. ComfyUI's side puts its own function here."""
+"""Called whenever `pinned_by_all` has changed. `comfyui.pins` puts its own function here."""
 
 
 def pinned_by_all(*, read_only: bool = False) -> int:
@@ -163,9 +163,9 @@ def pinned_by_all(*, read_only: bool = False) -> int:
 
 
 class PinnableMemory:
-    """Host memory in parts, one for each block, that may be pinned one after the other. An empty part never is.
+    """Host memory in parts, one for each block, which are pinned one after the other. Empty parts are never pinned.
 
-    ``pieces`` are those of each part; a piece that two parts share is there once. ``what`` it is called in the log.
+    ``pieces`` has the pieces of each part; parts may share a piece. ``what`` is the memory's name in the log.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class PinnableMemory:
         self._users = 0
 
     def keep_pinned_for(self, user: object) -> None:
-        """Give back what is pinned when the last ``user`` has gone: others who hold the memory need no pinned pages."""
+        """Unpin when the last ``user`` has gone. Others may still hold the memory, but do not need it pinned."""
         self._users += 1
         weakref.finalize(user, self._let_go).atexit = False
 
@@ -191,7 +191,7 @@ class PinnableMemory:
             self.unpin()
 
     def unpin(self) -> None:
-        """Give back what `pin` has registered, once no copy from it is under way. Idempotent."""
+        """Unregister what `pin` has registered, once no copy from it is under way. Idempotent."""
         for pins in {piece.pins for piece in self._in_order()}:
             pins.release()
 
@@ -208,7 +208,7 @@ class PinnableMemory:
         return all(piece.is_pinned for piece in self._in_order())
 
     def is_pinned(self, index: int) -> bool:
-        """Whether part ``index`` is, all of it."""
+        """Whether all of part ``index`` is pinned."""
         return bool(self.pieces[index]) and all(piece.is_pinned for piece in self.pieces[index])
 
     def pin(
@@ -218,14 +218,14 @@ class PinnableMemory:
         limited_by: Shortfall = THE_LIMIT,
         first: Iterable[int] = (),
     ) -> None:
-        """Register the parts with the driver of ``device``, ``first`` ones first, until all are or one may not be.
+        """Pin the parts for copies to ``device``, beginning with ``first``, until all are pinned or one cannot be.
 
-        Called again, it goes on from there. One log line says how much is pinned and why not all, when that changes.
+        Another call goes on from there. One log line says how much is pinned and why not everything, when that changes.
 
         Args:
-            limit_bytes: How much all memory of this package together may have pinned.
+            limit_bytes: How much memory this package may have pinned altogether.
             device: The device that is copied to.
-            limited_by: What to say where ``limit_bytes`` is too little.
+            limited_by: What to say if ``limit_bytes`` is too little.
             first: Indices of parts.
         """
         self._say(self._pin_more(self._in_order(first), limit_bytes, device, limited_by))

@@ -7,7 +7,7 @@ from .copies import Copies
 
 
 def put_missing(block: Block, copies: Copies) -> None:
-    """Bring what of ``block`` is always on the device there, if it is not: all of a resident, else its small parts."""
+    """Bring to the device what is always there of ``block``, if it is missing: all of a resident, else small parts."""
     for record in block.records:
         if record.buffer is None:
             put(record, block.is_resident, copies)

@@ -1,4 +1,4 @@
-"""How much RAM there is for this process, and how much of it is free: the machine's, or its container's if less."""
+"""How much RAM this process may use, and how much of it is free: the machine's, or its container's if that is less."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,14 +16,15 @@ def ram_bytes() -> int:
 
 
 def free_ram_bytes() -> int:
-    """RAM that this process may still fill, what the system keeps of files counted as free."""
+    """RAM that this process may still fill. What the system caches of files counts as free."""
     return min([psutil.virtual_memory().available, *(max(0, limit - used) for limit, used in _limited_groups())])
 
 
 def _limited_groups() -> Iterator[tuple[int, int]]:
-    """Limit and use in bytes of each control group with a limit that this process is in.
+    """Limit and use, in bytes, of each control group of this process that has a limit.
 
-    Where only a container's own groups are visible, its root is theirs, and what leads to it is not there.
+    Inside a container often only its own groups are visible. Then the root is the container's, and the path that leads
+    to it does not exist.
     """
     try:
         lines = _GROUP_OF_THIS_PROCESS.read_text().splitlines()

@@ -57,7 +57,7 @@ class Staged:
         self.present = False
 
     def time_copies(self, copies: Copies) -> None:
-        """Have each fetch tell how long its copy took: by ``link``, once there was one."""
+        """Time the copy of each fetch. `link` has the events; they are recorded by the first fetch."""
         self.link = Link(self.nbytes, copies.event(timed=True), copies.event(timed=True))
         self.parts = (*self.parts[:-1], replace(self.parts[-1], ready=self.link.ended))
 
@@ -83,7 +83,7 @@ class Staged:
 
 
 class RingMemory:
-    """Staging bytes on a device. Conveyors with rings of one size share them: the one that runs has them."""
+    """Staging bytes on a device. Conveyors with rings of equal size share them: the one that runs has them."""
 
     def __init__(self, memory: torch.Tensor) -> None:
         self.memory = memory

@@ -1,7 +1,7 @@
-"""What a forward cost, measured on the device and read once it has passed there: the host never waits for a figure.
+"""What a forward costs, measured on the device. Figures are read once the device has them: the host never waits.
 
-Bytes and refetches are counted in every forward. Times come from the
-second and then every eighth: two timed events around each wait.
+Bytes and refetches are counted in every forward. The second forward is timed, and then every eighth, with two timed
+events around each wait.
 """
 
 from dataclasses import dataclass, field
@@ -41,7 +41,7 @@ class _Running:
     refetched: int = 0
 
     def add(self, later: "_Running") -> None:
-        """Take ``later`` for a part of this forward."""
+        """Make ``later`` a part of this forward."""
         self.copied_bytes += later.copied_bytes
         self.pinned_bytes += later.pinned_bytes
         self.refetched += later.refetched
@@ -103,7 +103,7 @@ class Telemetry:
 
     @property
     def link_gbps(self) -> float | None:
-        """1e9 bytes a second from host to device, as a recent copy to the ring showed; None while none is done."""
+        """1e9 bytes a second from host to device, from a recent copy to the ring; None before the first one is done."""
         if self._link is not None:
             elapsed_ms = self._copies.elapsed_ms(self._link.begun, self._link.ended)
             self._gbps = self._link.nbytes / elapsed_ms / 1e6 if elapsed_ms else self._gbps
@@ -124,7 +124,7 @@ class Telemetry:
         self._called.add(key)
 
     def rest(self) -> None:
-        """The last forward for now has been launched: it ends here, not where the next one begins."""
+        """No forward follows for now: the last one ends here, not where the next one begins."""
         if self._turned is not None and self._blocks > 1:
             self._now.add(self._turned[0])
         elif self._turned is not None:
@@ -137,7 +137,7 @@ class Telemetry:
         self._called.clear()
 
     def copied(self, nbytes: int, pinned_bytes: int, link: Link | None = None) -> None:
-        """A tile's copy has been launched; ``link``: it is timed. Before it is, its events must not be asked."""
+        """A tile's copy has been launched. If it is timed, ``link`` has its events."""
         self._link = link or self._link
         self._gets.copied_bytes += nbytes
         self._gets.pinned_bytes += pinned_bytes
@@ -233,7 +233,7 @@ def summarise(telemetry: Telemetry | None, is_pinned: bool) -> str | None:
         f"{gbps:.1f} GB/s"
     )
     if cost.refetched:
-        line += f"; {cost.refetched} tiles were not there in time, as blocks ran in another order"
+        line += f"; {cost.refetched} tiles were fetched late, because blocks ran in another order"
     match limit_of(cost.stall_ms, cost.total_ms, gbps, is_pinned=is_pinned):
         case "keeps_up":
             return line

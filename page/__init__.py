@@ -1,4 +1,5 @@
-"""The server's side of the page: from a file's header to its plan (``file_plan``) and the
-answer (``answers``); what runs have shown (``reports``); whose our nodes' names are (``registered``); ``routes`` is the
-door.
+"""The server's side of the page.
+
+``routes`` answers the page's requests. ``file_plan`` makes the plan of a file from its header, ``answers`` makes JSON
+from the plan, ``reports`` keeps what runs have shown, ``registered`` finds packages that have taken our nodes' names.
 """

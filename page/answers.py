@@ -24,7 +24,7 @@ Version = tuple[int, int]
 
 @dataclass(frozen=True)
 class BarBlock:
-    """A block of the bar. ``is_resident`` is None where that is decided when the model is loaded."""
+    """A block of the bar. ``is_resident`` is None if it is decided only when the model is loaded."""
 
     kind: str
     nbytes: int
@@ -64,19 +64,19 @@ async def answer_for(
 
     Args:
         path: The file.
-        folder: The models folder that its node takes files of, which tells what has to be in it.
-        wanted: What its widgets say.
+        folder: The models folder of the node's files, which decides what must be in the file.
+        wanted: What the node's widgets say.
         measured: What runs of the file have shown.
         version: Its `version_of` now; None reads it again.
     """
     file = await _file_at(path, folder, version)
-    # Not in a thread: that costs more than the answer, and a prompt that runs has to share Python's lock with it.
+    # Not in a thread: starting one costs more than the answer, and would take Python's lock from a running prompt.
     return json.dumps(file, default=vars) if isinstance(file, Problem) else _answer(file, wanted, measured)
 
 
 @dataclass(frozen=True, eq=False)
 class _File:
-    """What of a file a plan depends on."""
+    """What a plan depends on."""
 
     blocks: tuple[BlockSize, ...]
     other_bytes: int
@@ -87,10 +87,10 @@ _Key = tuple[Path, str]
 """A file, and the models folder that it is wanted from."""
 
 _files: dict[_Key, tuple[Version, _File]] = {}
-"""Each file that was asked about and can be loaded, as it was in this version."""
+"""Each file that was asked about and can be loaded, with the version that was looked at."""
 
 _under_way: dict[_Key, "asyncio.Future[_File | Problem]"] = {}
-"""Files that are being looked at: who asks meanwhile waits for the same look."""
+"""Files that are being looked at. Further questions about them wait for the same result."""
 
 
 async def _file_at(path: Path, folder: str, version: Version | None) -> _File | Problem:
@@ -105,10 +105,10 @@ async def _file_at(path: Path, folder: str, version: Version | None) -> _File | 
 
 
 def version_of(path: Path) -> Version:
-    """What changes when the file does.
+    """Changes when the file does.
 
     Raises:
-        OSError: it cannot be looked at.
+        OSError: the file cannot be looked at.
     """
     status = path.stat()
     return status.st_mtime_ns, status.st_size
@@ -121,7 +121,7 @@ def _look_at(key: _Key) -> _File | Problem:
     except OSError as error:
         return Problem(f"{path.name}: it cannot be read ({reason(error)}). Refresh the page (key R) and pick another.")
     found = _read_file(*key)
-    if isinstance(found, _File):  # a problem may lie in another file than this one, such as a shard that is missing
+    if isinstance(found, _File):  # problems are not kept: they may lie in another file, such as a missing shard
         _files[key] = (version, found)
     return found
 

@@ -32,9 +32,9 @@ class Measured:
 
 @dataclass(frozen=True)
 class Advice:
-    """One thing that the user should know or change: a code that the page has words for, and its figures.
+    """One thing that the user should know or change. The page has words for ``code``, into which it puts the figures.
 
-    ``kept`` is how many blocks of each kind would stay, where the advice is to keep more of them.
+    If the advice is to keep more blocks, ``kept`` says how many of each kind.
     """
 
     code: str
@@ -43,7 +43,10 @@ class Advice:
 
 
 def block_sizes(catalogue: Catalogue, dtype: torch.dtype) -> tuple[BlockSize, ...]:
-    """What `Streamer.sizes` gives for the loaded model, tiles in the file's order; dense tensors are of ``dtype``."""
+    """What `Streamer.sizes` returns once the model is loaded, but with tiles in the file's order.
+
+    ``dtype`` is the model's dtype of dense tensors.
+    """
     family = _family(catalogue)
     order = list(family.lists)
     blocks: dict[tuple[int, int], dict[str, list[Field]]] = {}
@@ -114,9 +117,9 @@ def _tensor_bytes(tensor: TransformerTensor, dtype: torch.dtype) -> list[int]:
 
 
 def make_plan(blocks: tuple[BlockSize, ...], other_bytes: int, wanted: Residency) -> ResidencyPlan | None:
-    """The plan for these widgets; None where it is ComfyUI's free memory that decides, when the model is loaded.
+    """The plan for these widgets; None if it depends on the memory that is free when the model is loaded.
 
-    ``other_bytes`` of the transformer are in no block.
+    ``other_bytes`` are the transformer's bytes outside the blocks.
 
     Raises:
         BudgetTooSmallError: even with every block streamed the model takes more than the budget.
@@ -138,7 +141,7 @@ def _stall_ms(plan: ResidencyPlan, blocks: Sequence[BlockSize], measured: Measur
 
 
 def advise(plan: ResidencyPlan, blocks: tuple[BlockSize, ...], measured: Measured | None) -> Advice:
-    """The most useful thing to say of ``plan``."""
+    """The most useful thing to say about ``plan``."""
     if not plan.streamed:
         return Advice("all_resident")
     if measured is None:

@@ -1,4 +1,4 @@
-"""Whether ComfyUI has our nodes and our folder as this package means it; the log says what a user has to change."""
+"""Finds what keeps ComfyUI from using our nodes and our folder, and says in the log what the user has to change."""
 
 import logging
 import sys
@@ -15,9 +15,9 @@ FOLDER = Path(__file__).resolve().parent.parent.name
 
 
 def replaced() -> dict[str, str]:
-    """Our nodes whose names lead to another package's node, and that package's folder.
+    """Our nodes whose names are registered for another package's node, and that package's folder.
 
-    While this package loads these are nodes whose place it takes; later, nodes that have taken its nodes' place.
+    While this package loads, our nodes replace those. Later, those have replaced ours.
     """
     current: Mapping[str, Any] = getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {})
     return {
@@ -33,7 +33,7 @@ def _folder_of(node: Any) -> str:
 
 
 def say_what_is_replaced() -> None:
-    """To be called while this package loads."""
+    """Call it while this package loads."""
     for folder, names in _by_folder(replaced()):
         logger.warning(
             "NF4: the package in custom_nodes/%s has registered %s already; the nodes of custom_nodes/%s take their "
@@ -46,7 +46,7 @@ def say_what_is_replaced() -> None:
 
 
 def say_what_was_taken() -> None:
-    """To be called when all packages are loaded."""
+    """Call it when all packages are loaded."""
     for folder, names in _by_folder(replaced()):
         logger.warning(
             "NF4: the package in custom_nodes/%s was loaded after custom_nodes/%s and has registered %s, too: graphs "
@@ -66,7 +66,7 @@ def _by_folder(taken: Mapping[str, str]) -> Iterable[tuple[str, str]]:
 
 
 def say_what_folder_is_not_served() -> None:
-    """ComfyUI answers for no file of a package whose folder has a name that has to be quoted in an address."""
+    """ComfyUI serves no files of a package if its folder's name has characters that must be escaped in a URL."""
     if quote(FOLDER, safe="!$&'()*+,;=@~") != FOLDER:
         logger.warning(
             "NF4: ComfyUI serves no files of a folder that is called '%s', so the nodes have no memory plan, no help "

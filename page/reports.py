@@ -1,4 +1,4 @@
-"""What running models have told: the last report of each node, the speeds that they have shown, and what to do next."""
+"""Reports of running models: the last one of each node, the speeds that they have shown, and what to do next."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from ..offload.telemetry import limit_of
 from .file_plan import Advice, Measured
 
 _Run = tuple[str, Path, str | None]
-"""A device, a file, and the node that ran it; None is the last of all nodes."""
+"""A device, a file, and the node that ran it; None stands for the node that ran last."""
 
 
 @dataclass
@@ -22,8 +22,14 @@ class Reports:
     _measured: dict[_Run, Measured] = field(default_factory=dict)
 
     def add(self, report: StreamingReport, device: str, file: Path | None, int8: Int8Figures | None = None) -> None:
-        """Keep a report of a model from ``file`` (None: no file of this package) that runs on ``device``, and what int8
-        was measured to bring there."""
+        """Keep a report.
+
+        Args:
+            report: Of a running model.
+            device: That it runs on.
+            file: That it was loaded from; None if this package did not load it.
+            int8: What int8 was measured to gain on the device.
+        """
         if report.node_id is not None:
             self._by_node[report.node_id] = report, int8
         cost = report.cost
@@ -35,7 +41,7 @@ class Reports:
             self._measured[device, file, node] = measured
 
     def measured(self, device: str, file: Path, node: str | None) -> Measured | None:
-        """What runs of ``file`` on ``device`` have shown: those of ``node`` first, whose pictures have its size."""
+        """What runs of ``file`` on ``device`` have shown. Those of ``node`` count first: they have its picture size."""
         return self._measured.get((device, file, node)) or self._measured.get((device, file, None))
 
     def as_json(self) -> dict[str, dict[str, Any]]:
@@ -44,7 +50,7 @@ class Reports:
 
 
 def report_as_json(report: StreamingReport, int8: Int8Figures | None = None) -> dict[str, Any]:
-    """The report for the page, with what to do next where no plan of a file says it."""
+    """The report for the page, with advice for nodes that have no plan from a file."""
     advice = advise_next(report)
     more = {
         "is_lowered": report.is_lowered,

@@ -1,4 +1,4 @@
-"""What the page asks the server, and what running models tell the page.
+"""The server's routes for the page.
 
 - ``GET /flux_nf4/nodes``: our nodes, the words that find them, and which of their widgets a plan depends on.
 - ``GET /flux_nf4/plan``: the plan for a file of a models folder, from the file's header alone.
@@ -41,7 +41,7 @@ _KINDS = tuple(dict.fromkeys(kind for node in PLANNED_NODES.values() for kind in
 
 @dataclass(frozen=True)
 class Question:
-    """Of the page: for which file, and with which widgets; ``node`` is the id of the node if it has run."""
+    """A question of the page: the plan of which file, for which widgets? ``node`` is the node's id, if it has run."""
 
     folder: str
     name: str
@@ -79,7 +79,7 @@ def register(server: Any) -> None:
 
 
 def _look_when_the_first_prompt_comes() -> Callable[[Any], Any]:
-    """A handler of prompts, which hands them on as they are: by then all packages are loaded."""
+    """A handler of prompts, which does not change them. When the first one comes, all packages are loaded."""
     is_first = True
 
     def look(prompt: Any) -> Any:
@@ -93,7 +93,7 @@ def _look_when_the_first_prompt_comes() -> Callable[[Any], Any]:
 
 
 def _describe(name: str, node: type, taken: Mapping[str, str]) -> dict[str, Any]:
-    """Of a node whose name another package has taken: by which folder, and nothing of ours."""
+    """A node for the page. If another package has taken its name: the package's folder, and nothing of our node."""
     plan = None if name in taken else PLANNED_NODES.get(name)
     aliases = [] if name in taken else getattr(node, "SEARCH_ALIASES", [])
     return {"aliases": aliases, "plan": plan and dataclasses.asdict(plan), "taken_by": taken.get(name)}
@@ -119,10 +119,10 @@ async def _answer_plan(request: web.Request, reports: Reports) -> web.Response:
 
 
 def parse_question(query: Mapping[str, str]) -> Question:
-    """What a request asks.
+    """The question in the query of a request.
 
     Raises:
-        ValueError: one is missing, no number, or out of range.
+        ValueError: a value is missing, is no number, or is out of range.
     """
     folder, name = query.get("folder", ""), query.get("file", "")
     if folder not in _FOLDERS or not name:
@@ -143,6 +143,6 @@ def _look_up(folder: str, name: str) -> tuple[Path | None, Version | None]:
 
 
 def _listed_path(folder: str, name: str) -> Path | None:
-    """Only a name that ComfyUI itself lists in the node leads to a file."""
+    """The file ``name``, if ComfyUI itself lists it for this folder; no other name leads to a file."""
     found = folder_paths.get_full_path(folder, name) if name in folder_paths.get_filename_list(folder) else None
     return None if found is None else Path(found)

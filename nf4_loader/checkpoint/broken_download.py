@@ -1,4 +1,4 @@
-"""Downloads that went wrong, by name: what came in place of a model, or half of it, and how to get the rest."""
+"""Downloads that went wrong: what is in the file in place of a model, and how to get the rest."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ BEGINNING = 4096
 
 
 def what_to_do(path: Path) -> str:
-    """What to do about a file that is not whole: wait, where its download seems to go on; else download it again."""
+    """What to do about a file that is not whole: wait, if its download seems to go on; else download it again."""
     beside = next((path.name + end for end in _UNFINISHED if path.with_name(path.name + end).exists()), None)
     if beside is None:
         return CUT_SHORT
@@ -24,7 +24,7 @@ def what_to_do(path: Path) -> str:
 
 
 def is_unfinished(path: Path) -> str | None:
-    """Say so where the name tells that a download has not finished; None where it does not."""
+    """A sentence for the user, if the file's name shows that its download has not finished; else None."""
     if path.suffix.lower() not in _UNFINISHED:
         return None
     return (
@@ -34,9 +34,9 @@ def is_unfinished(path: Path) -> str | None:
 
 
 def what_came_instead(beginning: bytes, size: int) -> str | None:
-    """What a file is that begins like this and is ``size`` bytes long, in sentences; None where it may be a model.
+    """What a file of ``size`` bytes that begins like this is, in sentences; None if it may be a model.
 
-    Only for files that are no safetensors files by their first eight bytes.
+    Only for files whose first eight bytes cannot begin a safetensors file.
     """
     if not size:
         return "it has 0 bytes: its download has not begun, or it failed. Let it finish, or download it again."

@@ -1,8 +1,8 @@
 """What a checkpoint holds: its tensors grouped into transformer, text encoders and VAE.
 
-The transformer in any layout of `families`, any of its Linears packed; in all-in-one files (lllyasviel's
-flux1-dev-bnb-nf4 v1 and v2, and what Forge and others save alike) ``text_encoders.clip_l.``,
-``text_encoders.t5xxl.`` and ``vae.`` beside it.
+The transformer may be in any layout of `families`, with any of its Linears packed. All-in-one files (lllyasviel's
+flux1-dev-bnb-nf4 v1 and v2, and those that Forge and others save in the same way) also have ``text_encoders.clip_l.``,
+``text_encoders.t5xxl.`` and ``vae.``.
 """
 
 import itertools
@@ -38,10 +38,10 @@ _OTHER_PARTS = (
     "first_stage_model.",
     "model_ema.",
 )
-"""Beginnings of the names of what is no transformer in a checkpoint, of whatever tool."""
+"""Beginnings of the names of all other parts of a checkpoint, as various tools write them."""
 
 SCALES = (".scale_weight", ".weight_scale")
-"""Beside the fp8 weight of a layer: what its values are to be multiplied by (ComfyUI's scaled fp8)."""
+"""Ends of the names of scales, by which the values of a layer's fp8 weight are multiplied (ComfyUI's scaled fp8)."""
 
 COMPANIONS = (*SCALES, ".scale_input", ".input_scale", "scaled_fp8", ".comfy_quant")
 """Ends of all names that come with quantised weights of ComfyUI's: scaled fp8, and its formats from 0.8 on."""
@@ -72,7 +72,7 @@ class Catalogue:
 
     @property
     def parts(self) -> tuple[Weight4bit | TensorEntry, ...]:
-        """Of every transformer tensor."""
+        """The parts of every transformer tensor."""
         return tuple(part for tensor in self.transformer.values() for part in tensor.parts)
 
     @property

@@ -1,4 +1,4 @@
-"""The one exception that leaves this package, and how it shows text from a file that nobody has checked."""
+"""The one exception that leaves this package. It shows text from unchecked files safely."""
 
 from pathlib import Path
 

@@ -18,7 +18,7 @@ from .broken_download import BEGINNING, CUT_SHORT, is_unfinished, what_came_inst
 from .errors import CheckpointError, reason
 
 MAX_HEADER_BYTES = 100_000_000
-"""As the safetensors library: trainers write megabytes of metadata."""
+"""The safetensors library's own limit: trainers write megabytes of metadata."""
 
 _MAX_TENSORS = 50_000
 """Twenty times what the largest Flux file has. Only metadata makes a header of a real file large."""
@@ -97,7 +97,7 @@ def read_header(path: Path) -> Header:
 
 def _read_raw(path: Path) -> tuple[bytes, int]:
     """The bytes of the header's JSON, and the size of the file."""
-    if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for who writes into it
+    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
         raise CheckpointError(path, "it cannot be read: it is no ordinary file. Pick a .safetensors file.")
     if unfinished := is_unfinished(path):
         raise CheckpointError(path, unfinished)
@@ -118,7 +118,7 @@ def _read_raw(path: Path) -> tuple[bytes, int]:
 
 
 def _what_else_it_is(beginning: bytes, size: int, length: int) -> str:
-    """Of a file whose first eight bytes give no possible ``length``; a possible one may begin as a pickle (0x80)."""
+    """What a file is whose first eight bytes give an impossible ``length``, in sentences."""
     if beginning.startswith(b"GGUF"):
         return (
             "this is a GGUF file. Load it with 'Unet Loader (GGUF)' of the ComfyUI-GGUF package, or text encoders with "

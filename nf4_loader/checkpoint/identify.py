@@ -58,7 +58,7 @@ class _Facts:
 
 @dataclass(frozen=True)
 class _Rule:
-    """Where ``is_it``, ``says`` gives what the file is and what to do with it, in sentences."""
+    """If ``is_it`` is true of a file, ``says`` returns what the file is and what to do with it, in sentences."""
 
     is_it: Callable[[_Facts], bool]
     says: Callable[[_Facts], str]
@@ -74,8 +74,9 @@ def what_else_it_is(header: Header) -> str:
 
 
 def of_another_kind(names: Iterable[str]) -> str | None:
-    """What to do with a file of these tensors if no loader of ComfyUI's own takes their format, or if it is an addition
-    to a model: additions have blocks of the same names. Otherwise None."""
+    """What a file of these tensors is and what to do with it, if no loader of ComfyUI's own takes their format, or if
+    it is an addition to a model (which has blocks of the same names). Otherwise None.
+    """
     names = list(names)
     return next((answer for is_it, answer in _OTHER_KINDS if any(map(is_it, names))), None)
 

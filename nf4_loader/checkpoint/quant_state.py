@@ -61,7 +61,7 @@ QUANT_STATE = ".quant_state.bitsandbytes__"
 """In the name of each quant state, between the weight's name and ``nf4`` or ``fp4``."""
 
 NESTED_BLOCKSIZE = 256
-"""The one that bitsandbytes writes; others are read, too."""
+"""The blocksize of nested absmax that bitsandbytes writes. Others are read, too."""
 
 _EXPANDED_AT_ONCE = 1 << 16
 """Values of absmax: whole blocks of any blocksize, and few enough to stay in a core's cache."""
@@ -83,10 +83,10 @@ class NestedAbsmax:
 
 
 class NestedTables(NamedTuple):
-    """What the codes of nested absmax come with, in fp32: nested_absmax (blocks,), its map (256,), the offset (1,).
+    """The tables that expand nested absmax, in fp32: nested_absmax (blocks,), its map (256,), the offset (1,).
 
-    A weight that was fused of several has their nested_absmax and offsets one after the other, and a row of the map
-    (parts, 256) for each.
+    In a weight that was fused of several parts, nested_absmax and the offsets of the parts are one after the other, and
+    the map is (parts, 256).
     """
 
     absmax: torch.Tensor
@@ -112,9 +112,9 @@ class NestedTables(NamedTuple):
 class QuantState:
     """How the bytes of one 4-bit weight are to be read. ``shape`` is the logical (out, in).
 
-    ``nested`` says how absmax is quantised once more: in one part in a file, in several in a weight that was fused of
-    several, not at all if it is empty. The offset is beside it, so that layers of a kind have equal ``nested``: they
-    are compiled once.
+    ``nested`` says how absmax is quantised once more. It is empty if absmax is fp32; a weight of a file has one item, a
+    fused weight one for each of its parts. The offset is not in it, so that layers of a kind have equal ``nested``, and
+    torch compiles them once.
     """
 
     quant_type: QuantType
@@ -211,13 +211,13 @@ def expand_nested_absmax(nested: NestedAbsmax, absmax: torch.Tensor, tables: Nes
             ``bitsandbytes.functional.dequantize_4bit`` computes first.
         tables: Of one part.
     """
-    # The threads that read the file run this. numpy works without Python's lock and starts no threads, which would wait
-    # for each other. From the end, so that no code is overwritten before it has been read.
+    # The threads that read the file run this. numpy releases Python's lock and starts no threads of its own, which
+    # would wait for each other. It goes from the end, so that no code is overwritten before it has been read.
     values, codes = absmax.numpy(), codes_of(absmax).numpy()
     scales, table, offset = (tensor.numpy() for tensor in tables)
     for start in reversed(range(0, values.size, _EXPANDED_AT_ONCE)):
         chunk = values[start : start + _EXPANDED_AT_ONCE]
-        # With a mode, numpy writes to ``out`` without a buffer between.
+        # Given a mode, numpy writes to ``out`` without a buffer in between.
         np.take(table, codes[start : start + chunk.size].copy(), out=chunk, mode="clip")
         first = start // nested.blocksize
         last = -(-(start + chunk.size) // nested.blocksize)

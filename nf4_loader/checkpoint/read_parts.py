@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from safetensors import safe_open
 
-from .errors import CheckpointError
+from .errors import DAMAGED, CheckpointError
 from .header import TensorEntry
 from .quant_state import CODES, NestedTables, codes_of, expand_nested_absmax
 from .read import FileSlice, read_slices, read_small
@@ -32,8 +32,8 @@ TORCH_DTYPES = {
 class PackedMemory:
     """A 4-bit weight, and the memory for its bytes (uint8) and its absmax; None for what is not wanted.
 
-    absmax is wanted in fp32, whatever the file has; or, with ``tables``, nested as in the file: then it is uint8, and
-    ``tables`` is memory for what comes with it.
+    Without ``tables``, absmax becomes fp32, whatever the file has. With ``tables``, it stays nested (uint8) as in the
+    file, and they are the memory for its tables.
     """
 
     weight: Weight4bit
@@ -92,7 +92,7 @@ def read_fused(tensor: TransformerTensor) -> tuple[torch.Tensor, torch.Tensor]:
 def memory_of(
     tensor: TransformerTensor, tensors: Sequence[Mapping[str, torch.Tensor]]
 ) -> Iterator[PackedMemory | DenseMemory]:
-    """Each part of ``tensor`` with its memory in ``tensors``: what each of `TransformerTensor.held` is held in."""
+    """Each part of ``tensor`` with its memory in ``tensors``, which has the tensors of each of its `held`."""
     if tensor.fused is not None:
         (whole,) = tensors
         tables = NestedTables(*(whole[f"nested_{name}"] for name in NestedTables._fields)) if tensor.nested else None
@@ -172,7 +172,7 @@ def torch_dtype(entry: TensorEntry) -> torch.dtype:
         raise CheckpointError(
             entry.path,
             f"{entry.name}: a dense tensor of dtype {entry.dtype}; expected one of {', '.join(TORCH_DTYPES)}. "
-            "The file is damaged or was made by a tool that this node does not know.",
+            f"{DAMAGED}",
         )
     return TORCH_DTYPES[entry.dtype]
 
@@ -187,7 +187,7 @@ def _check_code_tables(weights: Sequence[Weight4bit]) -> None:
             raise CheckpointError(
                 weight.quant_map.path,
                 f"{weight.name}.quant_map: it is not the {weight.state.quant_type} code table ({table.tolist()}). "
-                "The file is damaged or was made by a tool that this node does not know.",
+                f"{DAMAGED}",
             )
 
 

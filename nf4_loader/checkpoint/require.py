@@ -1,4 +1,4 @@
-"""What a file has to hold so that a node can load it."""
+"""What a file must hold so that a node can load it."""
 
 from ...families import Family
 from .catalogue import CLIP_L_PREFIX, SCALES, T5_PREFIX, VAE_PREFIX, Catalogue
@@ -9,7 +9,7 @@ from .quant_state import QUANT_STATE
 from .tensors import Weight4bit
 
 _MAX_BLOCKS = 500
-"""Eight times what the deepest model has. A plan takes longer the more blocks there are, and the page asks for many."""
+"""Eight times as many as the deepest model has. A plan takes longer with more blocks, and the page asks for many."""
 
 
 def require_transformer(catalogue: Catalogue) -> None:

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint: a 4-bit weight with all that bitsandbytes wrote for it, and a tensor made of parts."""
+"""Tensors of a checkpoint: a 4-bit weight with all that bitsandbytes wrote for it, and a tensor made of parts."""
 
 import functools
 import math
@@ -49,8 +49,8 @@ class Weight4bit:
 class TransformerTensor:
     """One tensor of the transformer: the rows of its parts, one below the other.
 
-    Most files have one part for each; diffusers has three for q, k and v. With ``halves_swapped`` the second half of
-    these rows comes first. With ``flattened`` the model has the values in one dimension, the file in more.
+    Most tensors have one part; diffusers' q, k and v are three parts of one. With ``halves_swapped`` the second half of
+    the rows comes first. With ``flattened`` the model has the values in one dimension, the file in more.
     """
 
     parts: tuple[Weight4bit | TensorEntry, ...]
@@ -71,8 +71,10 @@ class TransformerTensor:
 
     @functools.cached_property
     def fused(self) -> QuantState | None:
-        """How the parts are read as one 4-bit weight, which is exact: bytes beside bytes, absmax beside absmax (in
-        fp32, or as `nested`). None where they differ in type or blocksize, one is dense, or one ends inside a block."""
+        """The quant state of all parts read as one 4-bit weight: their bytes one after the other, and so their absmax.
+
+        That changes no value. None if they differ in type or blocksize, one is dense, or one ends inside a block.
+        """
         states = [weight.state for weight in self.weights4bit]
         if len(states) < len(self.parts) or len({(state.quant_type, state.blocksize) for state in states}) != 1:
             return None
@@ -95,7 +97,7 @@ class TransformerTensor:
 
     @functools.cached_property
     def held(self) -> tuple[QuantState | DensePart, ...]:
-        """How a model holds it: as one 4-bit weight if it is ``fused``, else part by part with absmax in fp32."""
+        """How a model holds it: as one 4-bit weight if it is `fused`, else part by part, with absmax in fp32."""
         if self.fused is not None:
             return (replace(self.fused, nested=self.nested),)
         return tuple(
@@ -107,7 +109,7 @@ class TransformerTensor:
 
     @property
     def packed_sizes(self) -> list[int]:
-        """Bytes of each tensor that a model holds of what is packed: codes, absmax and the tables of nested absmax."""
+        """Bytes of each tensor that a model holds for the packed parts: codes, absmax, tables of nested absmax."""
         states = [part for part in self.held if isinstance(part, QuantState)] if self.weights4bit else []
         kept = [tensor for state in states for tensor in state.tensors(torch.float32).values()]
         return [math.prod(shape) * dtype.itemsize for shape, dtype in kept]

@@ -14,7 +14,7 @@ from ..linear.linear4bit import Linear4bit
 from .transformers import model_names
 
 There = Mapping[torch.nn.Module, Collection[str]]
-"""Names of tensors that have their values already, by module."""
+"""Names of tensors that already have their values, by module."""
 
 
 def fill(
@@ -79,7 +79,7 @@ def _of_parameter(parameter: torch.Tensor, tensor: TransformerTensor) -> Iterato
 
 
 def _swap_halves(model: comfy.model_base.BaseModel, catalogue: Catalogue, there: There) -> None:
-    """Swap the halves of the tensors whose halves the file has the other way round."""
+    """Swap the halves of tensors that have them in the other order in the file."""
     swapped = {name for name, tensor in catalogue.transformer.items() if tensor.halves_swapped}
     for name in (name for name, source in model_names(model, catalogue).items() if source in swapped):
         path, _, kind = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""Which tensors of a model's blocks the files have just as the model computes with them, and where."""
+"""Finds the tensors of a model's blocks that the files have just as the model uses them."""
 
 from collections.abc import Iterator, Mapping
 
@@ -17,11 +17,10 @@ InFile = Mapping[torch.nn.Module, Mapping[str, TensorEntry]]
 
 
 def tensors_in_file(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> InFile:
-    """The weights of the layers in the blocks of ``model`` that need not be read, because the file is memory enough.
+    """The weights of layers in the blocks of ``model`` that can be used from the file's memory, without reading them.
 
-    What has to be made is not among them: q, k and v that the file has apart and the model as one, halves that change
-    places, absmax that is expanded, values of another dtype. Nor is a tensor that begins where no value of its dtype
-    may.
+    A tensor cannot if the model has it otherwise than the file: q, k and v in one tensor, swapped halves, expanded
+    absmax, another dtype. Nor can it if its first byte is not aligned for its dtype.
     """
     in_blocks = {module for group in block_groups(model).values() for block in group for module in block.modules()}
     modules = dict(model.diffusion_model.named_modules())
@@ -40,7 +39,7 @@ def parts_in_file(linear: torch.nn.Linear, tensor: TransformerTensor) -> dict[st
 
 
 def _of_linear(linear: torch.nn.Linear, tensor: TransformerTensor) -> Iterator[tuple[str, tuple[TensorEntry, int]]]:
-    """The names of tensors of ``linear`` that are just a part of ``tensor``, with that part and bytes of a value."""
+    """The tensors of ``linear`` that are a part of ``tensor`` unchanged: name, the part, and the bytes of one value."""
     if tensor.halves_swapped:
         return
     if not isinstance(linear, Linear4bit):

@@ -1,7 +1,7 @@
-"""Text encoders with 4-bit layers, to ComfyUI's nodes: LoRA, merges, hooks and saving work as with dense ones.
+"""Text encoders with 4-bit layers, for ComfyUI's nodes: LoRA, merges, hooks and saving work as with dense ones.
 
-ComfyUI patches a text encoder by writing to its weights. A 4-bit weight cannot be written to: its layer patches a fresh
-dense copy in each forward, of which there is one in a prompt.
+ComfyUI patches a text encoder by writing to its weights. A 4-bit weight cannot be written to. Its layer patches a fresh
+dense copy in each forward instead; a prompt needs only one forward.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,14 @@ class ClipIn4Bits(comfy.sd.CLIP):
 
     def get_sd(self) -> dict[str, torch.Tensor]:
         """All tensors, patched, for a file: what is in 4 bits as dense tensors on the CPU."""
-        state: dict[str, torch.Tensor] = super().get_sd()
+        return self._with_dense_values(super().get_sd())
+
+    def state_dict_for_saving(self) -> dict[str, torch.Tensor]:
+        """As `get_sd`. Newer ComfyUIs save this."""
+        comfyuis: Any = super()
+        return self._with_dense_values(comfyuis.state_dict_for_saving())
+
+    def _with_dense_values(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         for key, tensor in self.patcher.model_state_dict().items():
             if isinstance(tensor, DenseView):
                 state[key] = tensor.clone().cpu()
@@ -36,7 +43,7 @@ class ClipIn4Bits(comfy.sd.CLIP):
 
 
 class PatcherIn4Bits(comfy.model_patcher.ModelPatcher):
-    """ComfyUI's ModelPatcher, which patches 4-bit weights in each forward and all others as ever."""
+    """ComfyUI's ModelPatcher, except that it patches 4-bit weights in each forward."""
 
     def model_state_dict(self, filter_prefix: str | None = None) -> dict[str, torch.Tensor]:
         """The model's tensors; 4-bit weights with this patcher's patches, as ComfyUI shows what it has loaded."""
@@ -82,7 +89,7 @@ class PatcherIn4Bits(comfy.model_patcher.ModelPatcher):
 
 
 def patch_4bit_layers(clip: comfy.sd.CLIP) -> None:
-    """Have ``clip``, which has 4-bit layers, and the clones to come patch, merge and save them as dense ones."""
+    """Have ``clip``, which has 4-bit layers, and its future clones patch, merge and save these as dense ones."""
     clip.__class__ = ClipIn4Bits
     kind = type(clip.patcher)
     clip.patcher.__class__ = type("PatcherIn4Bits", (PatcherIn4Bits, kind), {"moves_as": kind})
@@ -92,7 +99,7 @@ def patch_4bit_layers(clip: comfy.sd.CLIP) -> None:
 
 
 def _functions(key: str, layer: Linear4bit, patches: Sequence[Any]) -> list[Function]:
-    """What patches a fresh dense weight of ``layer``, if anything does: in fp32, as ComfyUI patches dense weights."""
+    """The functions that patch a fresh dense weight of ``layer``, in fp32, as ComfyUI patches dense weights."""
 
     def patch(weight: torch.Tensor) -> torch.Tensor:
         original = {key: [(layer.weight, None)]}

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Operations(comfy.ops.manual_cast):
-    """ComfyUI's layers for what is not packed."""
+    """ComfyUI's layers, for weights that are not packed."""
 
     class Linear(comfy.ops.manual_cast.Linear):
         def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -113,7 +113,7 @@ def _inference_dtype(config: Any, catalogue: Catalogue) -> torch.dtype:
 
 @contextlib.contextmanager
 def _refusing_what_comfyui_cannot_take(catalogue: Catalogue) -> Iterator[None]:
-    """ComfyUI's code looks at shapes that nobody has checked, and raises whatever comes of them."""
+    """A context for code of ComfyUI's that uses unchecked shapes: whatever it raises becomes a `CheckpointError`."""
     try:
         yield
     except Exception as error:
@@ -249,7 +249,7 @@ def load_clip_and_vae(catalogue: Catalogue, embedding_directory: Sequence[str]) 
             output_model=False,
             te_model_options=options_for(weights, catalogue.t5_layers),
         )
-    except RuntimeError as error:  # of torch, for shapes that are not the model's
+    except RuntimeError as error:  # torch's, for shapes that do not fit the model
         raise CheckpointError(
             catalogue.path, f"ComfyUI does not take its text encoders or VAE: {error}. The file is damaged."
         ) from error

@@ -1,4 +1,4 @@
-"""Files that appear whole, or not at all: written beside their place, and moved there when every byte is on disk."""
+"""Files that appear whole, or not at all: they get their name in one step, when every byte is on disk."""
 
 import contextlib
 import logging
@@ -21,10 +21,10 @@ PARTIAL_SUFFIX = ".nf4-partial"
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to. Where the block ends it takes the place of ``path`` in one step; where it raises it is gone.
+    """A context that yields a file to write to. At its end the file replaces ``path``; after an error it is removed.
 
     Raises:
-        OSError: it cannot be written; ``path`` is as it was.
+        OSError: it cannot be written; ``path`` is unchanged.
     """
     partial, file = _create(path)
     try:
@@ -35,16 +35,16 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             if sys.platform != "win32":
                 partial.replace(path)  # before the lock ends
         if sys.platform == "win32":
-            partial.replace(path)  # which here an open file does not allow
+            partial.replace(path)  # Windows renames no open file
     finally:
         partial.unlink(missing_ok=True)
     _sync_folder(path.parent)
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove what writers that were killed have left in ``folder``; what another one is writing stays."""
+    """Remove the files that killed writers have left in ``folder``. A file that is being written stays."""
     for partial in folder.glob(f"*{PARTIAL_SUFFIX}"):
-        with contextlib.suppress(OSError):  # it is in use, or another process removes it
+        with contextlib.suppress(OSError):  # the file is in use, or another process removes it
             nbytes = partial.stat().st_size
             _remove_unless_in_use(partial)
             logger.warning(

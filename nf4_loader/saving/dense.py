@@ -19,7 +19,7 @@ def read_dense(
 ) -> torch.Tensor:
     """The values of a tensor, dequantised if they are packed.
 
-    They go to the device as they are stored, where they are smallest, and are converted there.
+    They go to the device as they are stored, because then they are smallest, and are converted there.
 
     Args:
         tensor: Of a file.

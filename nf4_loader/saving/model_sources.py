@@ -25,8 +25,8 @@ _TRANSFORMER = "diffusion_model."
 
 
 def sources_of_model(patcher: comfy.model_patcher.ModelPatcher) -> list[Source]:
-    """The tensors of a MODEL of a known family with its patches. Those without a patch that this package has loaded
-    from a file are copied from there, byte by byte.
+    """The tensors of a MODEL of a known family, with its patches. If this package has loaded the model from a file,
+    tensors without a patch are copied from the file, byte by byte.
 
     Raises:
         CheckpointError: the model is of no known family, or a tensor is in a form whose values are not known here.
@@ -50,8 +50,8 @@ def sources_of_model(patcher: comfy.model_patcher.ModelPatcher) -> list[Source]:
 
 
 def sources_of_encoders(clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> list[Source]:
-    """The tensors of CLIP and VAE under the names that they have in an all-in-one file. Those without a patch that this
-    package has loaded from a file are taken from there. Weights that have a scale are saved as dense ones.
+    """The tensors of CLIP and VAE, by their names in an all-in-one file. If this package has loaded them from a file,
+    tensors without a patch are copied from the file. Weights that have a scale are saved as dense ones.
 
     Raises:
         CheckpointError: a tensor is in a form whose values are not known here.
@@ -81,7 +81,7 @@ def sources_of_encoders(clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> list[Source]:
 
 
 _Original = tuple[torch.Tensor, Callable[..., torch.Tensor]]
-"""A weight without its patches, and what ComfyUI converts it with."""
+"""A weight without its patches, and the function by which ComfyUI converts it."""
 
 
 def source_of(
@@ -109,9 +109,10 @@ def _as_it_is(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def key_patches_of(patcher: comfy.model_patcher.ModelPatcher, prefix: str) -> dict[str, list[Any]]:
-    """Each tensor of the model as it is without patches, with what ComfyUI converts it with, and its patches.
+    """For each tensor of the model: the pair `_Original`, and its patches.
 
-    Of those only that exist: ComfyUI-GGUF lists, for ComfyUI's count, room to dequantise its largest layer in.
+    ComfyUI's own method is used, because it knows where unpatched weights are kept (``backup`` and ``hook_backup``). It
+    gets only tensors that exist: ComfyUI-GGUF also lists one that stands for the memory of dequantising a layer.
     """
     every = patcher.model_state_dict
     listed = {name: tensor for name, tensor in every(prefix).items() if _is_there(patcher.model, name)}
@@ -140,7 +141,7 @@ def require_values(model: torch.nn.Module, key: str, weight: torch.Tensor) -> No
     if key.endswith(".pre_quant_scale"):
         found = "its layer multiplies its input by these numbers, which a 4-bit layer does not"
     elif not (_gguf_type(weight) is not None or _is_quantised(weight) or weight.dtype in TORCH_DTYPES.values()):
-        found = f"a {type(weight).__name__} of {weight.dtype}, of which the loader's package alone knows the values"
+        found = f"a {type(weight).__name__} of {weight.dtype}, whose values only the loader's package knows"
     else:
         return
     raise CheckpointError(
@@ -167,12 +168,12 @@ def _merged(
 
 
 def _is_fp8(weight: torch.Tensor) -> bool:
-    """Whether its values, or those that are to be scaled, are in fp8."""
+    """Whether its values, perhaps before scaling, are in fp8."""
     return not _is_quantised(weight) and weight.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def _is_quantised(weight: torch.Tensor) -> bool:
-    """Whether it is in a format of ComfyUI's own, with its scales; older ones have no class for that."""
+    """Whether it is in a format of ComfyUI's own, with its scales. Older ComfyUIs have no class for that."""
     return type(weight).__name__ == "QuantizedTensor"
 
 
@@ -181,7 +182,7 @@ def _gguf_type(weight: torch.Tensor) -> Any:
 
 
 def _dense(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The values of what ComfyUI, this package or ComfyUI-GGUF keep in another form: of quantised weights in bf16."""
+    """The dense values of a weight of ComfyUI's, this package's or ComfyUI-GGUF's; bf16 if it is quantised."""
     kind = _gguf_type(weight)
     if kind is not None:
         raw = weight.detach().cpu().as_subclass(torch.Tensor)

@@ -9,8 +9,8 @@ import torch
 from ..checkpoint.quant_state import NESTED_BLOCKSIZE, QuantType
 
 _CHUNK = 1 << 20
-"""Elements that a CPU quantises at once: whole blocks of any blocksize, each of which stands for itself. Small, so that
-what bitsandbytes makes on the way (some 16 bytes an element) stays in its cache: a third faster than at once."""
+"""Elements that a CPU quantises at once: whole blocks of any blocksize. They are few, so that bitsandbytes'
+intermediates (some 16 bytes an element) stay in the cache, which is a third faster than all at once."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def quantise(weight: torch.Tensor, settings: QuantSettings) -> dict[str, torch.T
         settings: How.
 
     Returns:
-        What `described` gives, in host memory; bit-equal to ``bitsandbytes.functional.quantize_4bit`` on that device.
+        As `described`, in host memory; bit-equal to ``bitsandbytes.functional.quantize_4bit`` on that device.
     """
     from bitsandbytes import functional as bnb
 
@@ -51,13 +51,13 @@ def quantise(weight: torch.Tensor, settings: QuantSettings) -> dict[str, torch.T
 def described(
     packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype, settings: QuantSettings
 ) -> dict[str, torch.Tensor]:
-    """What bitsandbytes saves of a 4-bit weight, by the ends of the names: "" for the packed bytes themselves.
+    """The tensors that bitsandbytes saves for a 4-bit weight, by the ends of their names: "" for the packed bytes.
 
     Args:
         packed: uint8, ((out * in + 1) // 2,).
         absmax: fp32, (ceil(out * in / blocksize),); quantised once more where ``settings`` say nested.
         shape: The logical (out, in).
-        dtype: Of the weight that was quantised; what other tools dequantise to.
+        dtype: Of the weight that was quantised. Other tools dequantise to it.
         settings: How it was quantised.
     """
     from bitsandbytes import functional as bnb

@@ -34,7 +34,7 @@ _TENSORS_AHEAD = 8
 """How many tensors may wait to be written while the next ones are quantised: 200 MB at most."""
 
 _HEADER_ENTRY_BYTES = 140
-"""Of one tensor in the header, beside its name, at most."""
+"""Upper bound of what one tensor takes in the header, without its name."""
 
 _ENDS = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", f"{QUANT_STATE}nf4")
 _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()} | {torch.uint8: "U8"}
@@ -48,9 +48,9 @@ class Source:
         name: Of ComfyUI's model, without prefix.
         shape: The logical shape.
         read: Gives its dense values, patches applied, in any float dtype, on a device.
-        stored: The same values in a file, where there are such: what need not change is copied from there as it is.
-        is_layer: Of the transformer, so that its weight may be quantised.
-        is_embedding: The weight of an embedding, which is never quantised.
+        stored: The same values in a file, if there are any. What need not change is copied from there.
+        is_layer: Whether it is of the transformer, so that its weight may be quantised.
+        is_embedding: Whether it is the weight of an embedding, which is never quantised.
     """
 
     name: str
@@ -78,12 +78,12 @@ def save_quantised(
 ) -> None:
     """Write ``sources`` to ``path``: weights of layers in 4 bits, everything else as it is.
 
-    A few tensors at a time are in memory: what is quantised is written while the next ones are read. What is stored in
-    4 bits of the same type already is not quantised again: the bytes are copied, nested absmax is expanded or fp32
-    absmax nested where ``settings`` say so. What is stored in another type is, and the log says so.
+    Only a few tensors are in memory at a time: they are written while the next ones are read. A weight that is stored
+    in 4 bits of the same type is not quantised again: its bytes are copied, and its absmax is expanded or nested if
+    ``settings`` say so. A weight in another 4-bit type is quantised again, and the log says so.
 
     Args:
-        path: The new file. It is written beside itself first and replaced in one step, after all bytes are on disk.
+        path: The new file. It appears in one step, when all bytes are on disk.
         sources: In the order of the file.
         settings: How to quantise.
         prefix: Put before the names of layers.
@@ -93,8 +93,8 @@ def save_quantised(
         progress: Called with the number of elements after each tensor. What it raises ends the saving.
 
     Raises:
-        CheckpointError: no room on the disk, it cannot be written, bitsandbytes is missing, a source has changed or
-            would be replaced, or no layer is called as one of ``keep_dense`` says.
+        CheckpointError: the disk has no room, the file cannot be written, bitsandbytes is missing, a source has changed
+            or would be replaced, or a pattern in ``keep_dense`` fits no layer.
     """
     _require_bitsandbytes(path)
     _require_layers(path, sources, keep_dense)
@@ -112,7 +112,7 @@ def save_quantised(
 
 
 def layer_patterns(text: str) -> list[str]:
-    """``keep_dense`` of `save_quantised` from what a user types: layers with commas between them."""
+    """``keep_dense`` of `save_quantised` from a user's text: patterns with commas between them."""
     return [layer.strip() for layer in text.split(",") if layer.strip()]
 
 
@@ -215,13 +215,13 @@ def _in_4_bits(source: Source, name: str, settings: QuantSettings, device: torch
 
 
 def _kept_state(stored: TransformerTensor, settings: QuantSettings) -> QuantState | None:
-    """How its 4-bit values are read, if they stay what they are."""
+    """The quant state of the stored weight, if its 4-bit values are kept; None if it has to be quantised again."""
     state = stored.fused
     return state if state is not None and state.quant_type == settings.quant_type else None
 
 
 def _is_as_it_is(stored: TransformerTensor) -> bool:
-    """Whether it lies in a file just as it is to be saved: the order of its bytes, and its shape."""
+    """Whether a file has it just as it is saved: its bytes in the same order, and its shape."""
     return len(stored.parts) == 1 and not stored.halves_swapped and not stored.flattened
 
 

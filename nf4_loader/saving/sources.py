@@ -44,7 +44,7 @@ def sources_of_file(path: Path, *, all_in_one: bool) -> list[Source]:
 
 
 def has_others(path: Path) -> bool:
-    """Whether `sources_of_file` gives more of it as an all-in-one file."""
+    """Whether the file has text encoders and a VAE, for `sources_of_file` with ``all_in_one``."""
     if _is_gguf(path):
         return False
     catalogue = read_catalogue(path)
@@ -52,10 +52,10 @@ def has_others(path: Path) -> bool:
 
 
 def sources_of_catalogue(catalogue: Catalogue) -> list[Source]:
-    """The tensors of the transformer. What else is in the file is left out, and the log says so.
+    """The tensors of the transformer. Other tensors of the file are left out, and the log says so.
 
     Raises:
-        CheckpointError: there is none, or it has weights that are neither float numbers nor in 4 bits.
+        CheckpointError: there is no transformer, or it has weights that are neither float numbers nor in 4 bits.
     """
     if catalogue.found is None:
         raise CheckpointError(catalogue.path, what_else_it_is(catalogue.header))
@@ -78,7 +78,7 @@ def sources_of_catalogue(catalogue: Catalogue) -> list[Source]:
 
 
 def _is_bookkeeping(tensor: TransformerTensor) -> bool:
-    """Whether it is a step counter or the like that trainers leave in a file. No model here has whole numbers."""
+    """Whether it is a counter that a trainer has left in the file. No model here has tensors of whole numbers."""
     return all(
         isinstance(part, TensorEntry) and part.dtype in _WHOLE_NUMBERS and not part.name.endswith(".weight")
         for part in tensor.parts
@@ -88,7 +88,7 @@ def _is_bookkeeping(tensor: TransformerTensor) -> bool:
 def _say_what_is_left_out(path: Path, names: Sequence[str]) -> None:
     if names:
         logger.warning(
-            "NF4: %s: left out of the new file, since they are not of the transformer: %d tensors (%s%s)",
+            "NF4: %s: %d tensors do not belong to the transformer and are left out of the new file (%s%s)",
             path.name,
             len(names),
             ", ".join(names[:4]),
@@ -110,7 +110,11 @@ def sources_of_entries(entries: Mapping[str, TensorEntry]) -> list[Source]:
 
 
 def _require_whole(path: Path, family: families.Family, names: Collection[str], other: str | None = None) -> None:
-    """Check that there is more than blocks, which additions to a model have, too. If not, ``other`` says what it is."""
+    """Check that there are tensors beside the blocks, since additions to a model have blocks, too.
+
+    Raises:
+        CheckpointError: there are none. It says ``other``, if that is known.
+    """
     missing = [name for name in family.beside_blocks if name not in names]
     if missing:
         incomplete = f"it has blocks of a {family.name} model, but no {' and no '.join(missing)}. Download a whole one."
@@ -123,7 +127,7 @@ def _require_values(catalogue: Catalogue, tensor: TransformerTensor) -> None:
 
 
 def _scales_of(catalogue: Catalogue, tensor: TransformerTensor) -> dict[str, TensorEntry]:
-    """By the names of the tensor's parts, under whatever names the layout has for them."""
+    """The scales of a tensor's parts, by the names of the parts in the file."""
     scales: dict[str, TensorEntry] = {}
     for part in tensor.parts:
         if not part.name.endswith(".weight"):
@@ -187,7 +191,7 @@ def dequantised_gguf(data: Any, kind: Any, shape: Sequence[int]) -> torch.Tensor
         shape: The logical shape.
 
     Returns:
-        bf16 of quantised ones, as of dense ones in bf16; otherwise the dtype that they have.
+        In bf16 if the tensor is quantised or in bf16, else in its own dtype.
     """
     import gguf
 

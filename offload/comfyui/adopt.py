@@ -28,7 +28,7 @@ from .streaming import attach_streaming
 logger = logging.getLogger(__name__)
 
 _ROOT = "streamed_by_flux_nf4"
-"""Where a dense model keeps its streamed one, so that other settings copy nothing again: both share their values."""
+"""The attribute of a dense model that holds its streamed model. Other settings use that again and copy nothing."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _adopt(patcher: comfy.model_patcher.ModelPatcher, kind: Kind) -> StreamedMod
     if root is None:
         root = patcher.model.__dict__[_ROOT] = _make_root(clone, kind)
     clone.model, clone.parent = root.model, root
-    # What another class's clone took over is right for this one, but for what it shares with patchers of that class.
+    # The clone has all that this class needs. Only what it shares with patchers of the class it had must be new.
     clone.__class__ = kind.patcher
     clone.backup, clone.object_patches_backup, clone.hook_backup = {}, {}, {}
     clone.backup_buffers, clone.pinned = {}, set()
@@ -103,21 +103,24 @@ def _adopt(patcher: comfy.model_patcher.ModelPatcher, kind: Kind) -> StreamedMod
 
 
 def _init_of_streamed(patcher: Any, kind: Kind) -> tuple[Any, tuple[Any, ...]] | None:
-    """How ComfyUI loads the streamed model once more, for another GPU; None where it cannot load ``patcher`` so."""
+    """How ComfyUI loads the streamed model once more, for another GPU; None if it cannot load ``patcher`` again."""
     init = getattr(patcher, "cached_patcher_init", None)
     return (_stream_anew, (init, kind)) if init is not None else None
 
 
 def _stream_anew(init: Sequence[Any], kind: Kind, **_: Any) -> StreamedModelPatcher:
-    """A streamed model of its own, of the file that ``init`` (factory, arguments and perhaps an index) loads."""
+    """Load the file of ``init`` (factory, arguments and perhaps an index) once more, and stream the model."""
     factory, arguments, *index = init
-    # Only ComfyUIs whose factories know this word set them; the model has to be of the kind that can be adopted.
+    # ComfyUIs that set ``init`` have factories with this argument. A model with dynamic VRAM cannot be adopted.
     loaded = factory(*arguments, disable_dynamic=True)
     return _adopt(loaded[index[0]] if index else loaded, kind)
 
 
 def _without_dynamic(patcher: Any, root: StreamedModelPatcher | None) -> Any:
-    """A clone that ComfyUI does not move by its dynamic VRAM: then it is of ``root``, or of a model read anew."""
+    """A clone that ComfyUI does not move by dynamic VRAM.
+
+    If it moves ``patcher`` so, the clone's model is that of ``root``, or is read from the file again.
+    """
     if not getattr(patcher, "is_dynamic", lambda: False)():
         return patcher.clone()
     if root is not None:
@@ -131,7 +134,7 @@ def _without_dynamic(patcher: Any, root: StreamedModelPatcher | None) -> Any:
 
 
 def _make_root(patcher: Any, kind: Kind) -> StreamedModelPatcher:
-    """A streamed model of the same values as that of ``patcher``."""
+    """A streamed model with the values of the model of ``patcher``."""
     lists = kind.lists_in(patcher.model)
     _refuse_what_is_no_plain_tensor(lists)
     _say_what_is_short(lists)
@@ -189,7 +192,7 @@ def _say_what_is_short(lists: Mapping[str, Sequence[nn.Module]]) -> None:
 
 
 def _unload(patcher: Any) -> None:
-    """Have ComfyUI take the model off the device, its patches out of the weights, and its hands off their memory."""
+    """Have ComfyUI take the model off the device, restore its weights without patches, and unpin them."""
     loaded = comfy.model_management.current_loaded_models
     for entry in [entry for entry in loaded if entry.model is not None and entry.model.is_clone(patcher)]:
         entry.model_unload()
@@ -199,7 +202,7 @@ def _unload(patcher: Any) -> None:
 
 def _with_own_modules(model: nn.Module) -> Any:
     """A copy of ``model`` that shares its memory."""
-    # The configuration is nobody's own: it answers to any name, so that it cannot be copied.
+    # The configuration is shared: deepcopy fails on it, because it has an answer to any attribute.
     memo: dict[int, Any] = {id(getattr(model, "current_patcher", None)): None}
     if hasattr(model, "model_config"):
         memo[id(model.model_config)] = model.model_config
@@ -220,13 +223,13 @@ def _share_host_memory(original: nn.Module, streamed: nn.Module) -> None:
 
 
 def _alias(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Another tensor of the same memory, to be used where ``like`` is."""
+    """Another tensor of the same memory, to be used in the place of ``like``."""
     if not is_traceable_wrapper_subclass(tensor):
         alias = tensor.detach()
         return nn.Parameter(alias, requires_grad=False) if isinstance(tensor, nn.Parameter) else alias
     names, context = tensor.__tensor_flatten__()
     inner = {name: getattr(tensor, name) for name in names}
-    # ComfyUI detaches it where it moves it, which torch refuses in inference mode unless it was made in that mode.
+    # When ComfyUI moves it, it detaches it. In inference mode torch allows that only for tensors made in that mode.
     with torch.inference_mode(like.is_inference()):
         alias = type(tensor).__tensor_unflatten__(inner, context, tensor.shape, None)
     alias._is_param = isinstance(tensor, nn.Parameter)

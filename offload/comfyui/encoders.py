@@ -1,4 +1,4 @@
-"""Text encoders and VAE: on the card for one stage of a prompt, and gone from it in no time."""
+"""Text encoders and VAE, which are on the GPU for one stage of a prompt: they leave it without copies."""
 
 from typing import Any
 
@@ -8,19 +8,19 @@ from ..host_memory import keep_host_memory
 
 
 class UnpinnedModelPatcher(comfy.model_patcher.ModelPatcher):
-    """Of a model that ComfyUI moves as ever, but does not pin.
+    """Moves a model as ComfyUI does, but pins nothing.
 
-    ComfyUI pins what finds no room on the card, or has to leave it, for the copies to come, and unpins it when all of
-    the model leaves. For weights that are read once or twice a prompt that takes longer than it saves: without, a T5 in
-    fp8 on a card of 4 GiB encoded 0.06 s slower, and what came after it was 0.23 s faster (an H100).
+    ComfyUI pins weights that have no room on the GPU or have to leave it, to make later copies faster, and unpins them
+    when the whole model leaves. For weights that are read once or twice a prompt, that takes longer than it saves:
+    without pins a T5 in fp8 encoded 0.06 s slower, and everything after it was 0.23 s faster (an H100 with 4 GiB).
     """
 
     def pin_weight_to_device(self, key: str, *args: Any, **kwargs: Any) -> None:
-        """It stays as it is."""
+        """Does nothing."""
 
 
 def leave_without_copies(patcher: comfy.model_patcher.ModelPatcher) -> None:
-    """Let what ComfyUI has moved to the card leave it in no time: its host memory stays its own meanwhile."""
+    """Keep the host memory of a model while it is on the GPU, so that unloading it copies nothing."""
     comes_back = patcher.offload_device.type == "cpu"  # not with --gpu-only
     has_its_own_memory = patcher.load_device.type != "mps"
     if _moves(patcher) and comes_back and has_its_own_memory:
@@ -28,14 +28,15 @@ def leave_without_copies(patcher: comfy.model_patcher.ModelPatcher) -> None:
 
 
 def leave_unpinned(patcher: comfy.model_patcher.ModelPatcher) -> None:
-    """Have ``patcher`` and the clones to come pin nothing. Not for a VAE, which in tiles reads its weights often."""
+    """Have ``patcher`` and its future clones pin nothing. Not for a VAE: decoding in tiles reads its weights often."""
     if _moves(patcher):
         patcher.__class__ = type("UnpinnedModelPatcher", (UnpinnedModelPatcher, type(patcher)), {})
 
 
 def _moves(patcher: comfy.model_patcher.ModelPatcher) -> bool:
-    """Whether ComfyUI's ModelPatcher moves it, and no subclass: with dynamic VRAM, weights never leave host memory.
+    """Whether ``patcher`` moves its model as ComfyUI's plain ModelPatcher does.
 
-    A subclass that moves it as another class does says so in ``moves_as``.
+    The subclass for dynamic VRAM does not: its weights never leave host memory. A subclass of ours names, in
+    ``moves_as``, the class whose way of moving it keeps.
     """
     return getattr(type(patcher), "moves_as", type(patcher)) is UnpinnedModelPatcher.__base__

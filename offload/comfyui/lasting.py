@@ -1,6 +1,7 @@
-"""Device memory that outlives a forward, for ComfyUI's compiler (0.35 and later), which records what forwards allocate.
+"""Allocations on a device that outlive a forward.
 
-An allocation of ours within such a recording would be given away again by its next replay, or end it.
+ComfyUI 0.35 and later record the allocations of a forward, and give the same memory to the next forward. Memory that
+outlives the forward must not be in the recording: it would be given away, or the recording would end.
 """
 
 import importlib
@@ -9,7 +10,7 @@ from typing import Any
 
 
 def lasting_allocations() -> AbstractContextManager[None]:
-    """Within it no allocation is recorded; where ComfyUI records none, it does nothing."""
+    """A context in which no allocation is recorded. Where ComfyUI records none, it does nothing."""
     try:
         prefetch: Any = importlib.import_module("comfy.model_prefetch")
     except ImportError:

@@ -1,8 +1,8 @@
-"""LoRA beside the matmul of a Linear whose weight is quantised by a tensor class, as ComfyUI's native formats are.
+"""LoRA beside the matmul of a Linear whose weight is a quantised tensor class, as in ComfyUI's native formats.
 
-ComfyUI's layer leaves its quantised matmul (int8, fp8, 4 bits) as soon as it has a ``weight_function``, and computes
-with a dense copy of its weight instead. So what a LoRA adds is computed beside it, from the layer's input, and added to
-its output in the dtype of that. The weight is neither expanded nor quantised a second time.
+As soon as a layer of ComfyUI's has a ``weight_function``, it leaves its quantised matmul (int8, fp8, 4 bits) and
+computes with a dense copy of its weight. So the LoRA is computed from the layer's input instead, and added to its
+output, in the output's dtype. The weight is neither expanded nor quantised again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,17 +25,17 @@ def is_quantised_linear(module: nn.Module) -> bool:
 
 
 class LowRankBeside:
-    """Takes the low-rank patches of a layer's weight in its place (`TakesPatches`), by a hook on its forward.
+    """Takes low-rank patches on behalf of a layer (`TakesPatches`), by a hook on the layer's forward.
 
-    The hook stays for good: torch.compile looks at a module's hooks only when it compiles it. The factors are buffers
-    of the layer, so that they are where its weight is whenever it computes.
+    The hook is never removed: torch.compile looks at a module's hooks only when it compiles the module. The factors are
+    buffers of the layer, so that they are on the device whenever it computes.
     """
 
     def __init__(self, layer: nn.Module) -> None:
         rows, columns = layer.get_parameter("weight").shape
         self._shape = (rows, columns)
         self._low_rank: LowRank | None = None
-        # First, while the layer's tensors are still there: the hook that lets them go comes after.
+        # Before other hooks: the streamer's hook releases the layer's tensors.
         layer.register_forward_hook(self._add, prepend=True)
 
     def take_patches(self, patches: Sequence[Sequence[Any]], dtype: torch.dtype) -> Mapping[str, torch.Tensor] | None:

@@ -1,4 +1,4 @@
-"""What this package's nodes are called where advice names them: the rest of ``offload`` knows no nodes."""
+"""Names of this package's nodes, for advice in errors. Nothing else in ``offload`` knows nodes."""
 
 QUANTISE = "Quantise Flux to NF4 and Save"
 STREAM = "Stream Model Blocks"

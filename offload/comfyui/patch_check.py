@@ -18,13 +18,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 Patch = Sequence[Any]
 
 _finite = WeakTensorKeyDictionary()
-"""Whether the tensors seen so far are finite: after a change of strength the same ones come again."""
+"""Whether each tensor seen so far is finite. A change of strength brings the same tensors again."""
 
 
 @dataclass(frozen=True)
 class Accepted:
-    """Of some patches, by the names that they were given by: ``taken`` are those that fit, ``skipped`` names each other
-    one of this model and says why it does not fit."""
+    """Patches of a model. ``taken`` are those that fit, by their names; ``skipped`` names the others and says why."""
 
     taken: dict[Any, Any]
     skipped: tuple[str, ...]
@@ -37,17 +36,16 @@ def accepted(
     strength: float,
     strength_model: float,
 ) -> Accepted:
-    """What of ``patches`` fits the model.
+    """Find the ``patches`` that fit the model.
 
-    Those of other models are in neither part of the answer: a LoRA file can have patches for the text encoders, too.
+    Patches of other models are neither taken nor skipped: a LoRA file can have patches for the text encoders, too.
 
     Args:
         patches: As ``ModelPatcher.add_patches`` takes them: by name, or by (name, offset[, function]).
         earlier: The patches that the model has already, which come before these.
-        weight_of: Gives the model's tensor of a name, or None. Only its shape is looked at, and has to be the logical
-            one.
-        strength: What the patches count.
-        strength_model: What the weights count.
+        weight_of: Returns the model's tensor of a name, or None. Only its shape is used; it must be the logical one.
+        strength: The factor of the patches.
+        strength_model: The factor of the weights.
     """
     fitting: dict[str, list[Patch]] = {}
     taken: dict[Any, Any] = {}
@@ -92,7 +90,7 @@ def refusal(patches: Sequence[Patch], weight: torch.Tensor, key: str) -> str | N
 
 
 def _fits(patch: Patch, shape: Sequence[int]) -> bool:
-    """Whether this is a plain LoRA of the right shapes; to try it as `_complaint` does takes milliseconds."""
+    """Whether this is a plain LoRA of the right shapes. Then `_complaint`, which takes milliseconds, is not needed."""
     _, adapter, _, offset, function = patch
     if not isinstance(adapter, LoRAAdapter) or len(shape) != 2 or function is not None:
         return False
@@ -131,13 +129,13 @@ def _complaint(patches: Sequence[Patch], weight: torch.Tensor, key: str) -> str 
 
 @contextmanager
 def trial() -> Iterator[list[str]]:
-    """For patching a meta tensor. Gives the warnings and errors of this thread, and keeps them from the log."""
+    """A context for patching a meta tensor. It yields the thread's warnings and errors, which stay out of the log."""
     with _Log() as log, _NoValues():
         yield log.messages
 
 
 class _NoValues(TorchDispatchMode):
-    """Takes a value that is asked of a meta tensor for 0: OFT compares the size of its rotation."""
+    """Answers 0 where code asks a meta tensor for its value: OFT compares the size of its rotation."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
@@ -146,7 +144,7 @@ class _NoValues(TorchDispatchMode):
 
 
 class _Log(logging.Filter):
-    """Keeps from the log what this thread says meanwhile; ``messages`` has its warnings and errors."""
+    """Keeps this thread's messages out of the log. ``messages`` has its warnings and errors."""
 
     def __enter__(self) -> "_Log":
         self.messages: list[str] = []

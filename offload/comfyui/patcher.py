@@ -110,13 +110,13 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
             plan_by_budget(self._sizes, budget, other_bytes=self._streaming.other_bytes + self._streaming.kept_bytes)
 
     def model_size(self) -> int:
-        """Bytes that the model wants on the load device. ComfyUI makes this much room, so it must not be the whole."""
+        """Bytes that the model wants on the load device: ComfyUI makes this much room. It is not the whole model."""
         if self._computes_from_host:
             return self._streaming.ram_bytes
         return self._streaming.other_bytes + self._streaming.patching.device_bytes + self.plan.device_bytes
 
     def get_ram_usage(self) -> int:
-        """Bytes of RAM that go with the model: some ComfyUIs choose by it what to give up when RAM is short."""
+        """Bytes of RAM that the model takes. Newer ComfyUIs choose by it what to drop when RAM is short."""
         return self._streaming.ram_bytes
 
     def partially_load(
@@ -141,10 +141,10 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     def partially_unload(
         self, device_to: torch.device, memory_to_free: float = 0, force_patch_weights: bool = False, **kwargs: Any
     ) -> int:
-        """Give residents up until ``memory_to_free`` bytes are free. Returns how many are.
+        """Give up residents until ``memory_to_free`` bytes are freed. Returns how many bytes that freed.
 
-        No block is copied for that, but the small parts of those given up, and the ring's first tiles. Where all
-        residents together are not enough, nothing is given up: ComfyUI then unloads the whole model.
+        This copies the small parts of these blocks and the first tiles of the ring, but no whole block. If all
+        residents together are not enough, none is given up: ComfyUI then unloads the whole model.
         """
         streamer = self._streaming.streamer
         plan = streamer.plan
@@ -291,10 +291,10 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
             self.patch_hooks(None)
 
     def patch_weight_to_device(self, key: str, *args: Any, **kwargs: Any) -> None:
-        """Nothing: all clones share the weights, so patches never change them; see `Patching`."""
+        """Does nothing: all clones share the weights, so patches never change them; see `Patching`."""
 
     def pin_weight_to_device(self, key: str, *args: Any, **kwargs: Any) -> None:
-        """Nothing: weights are in the arena, which this package pins itself."""
+        """Does nothing: weights are in the arena, which this package pins itself."""
 
     @property
     def _streaming(self) -> Streaming:

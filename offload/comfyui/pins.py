@@ -1,4 +1,4 @@
-"""How much host memory this package may pin, and ComfyUI's count of what is pinned, kept for both."""
+"""How much host memory this package may pin, and its share in ComfyUI's counter of pinned bytes."""
 
 import comfy.model_management
 from comfy.cli_args import args as comfy_args
@@ -12,7 +12,7 @@ _counted_bytes = 0
 
 
 def _count_pins() -> None:
-    """Have ComfyUI count what this package has pinned, for its own limit."""
+    """Add what this package has pinned to ComfyUI's counter, so that ComfyUI's limit is for both."""
     global _counted_bytes
     now = pinned_by_all()
     _pinned_by_comfyui()
@@ -41,8 +41,7 @@ pinning.pins_changed = _count_pins
 def pin_limit(wanted_bytes: int) -> tuple[int, Shortfall]:
     """How many bytes this package may pin, and why no more: a share of the RAM, less what ComfyUI has pinned.
 
-    ``wanted_bytes`` are to be pinned beside what is pinned already: ComfyUI gives up pins of idle models for them, in
-    the versions that can.
+    ``wanted_bytes`` are to be pinned in addition. Newer ComfyUIs unpin idle models to make room for them.
     """
     if getattr(comfy_args, "disable_pinned_memory", False):
         return 0, Shortfall("--disable-pinned-memory forbids it", "Start ComfyUI without it for full speed.")
@@ -52,7 +51,7 @@ def pin_limit(wanted_bytes: int) -> tuple[int, Shortfall]:
     share = 0.45 if management.WINDOWS else 0.9
     limit = ram_bytes() * share
     comfy_limit = getattr(management, "MAX_PINNED_MEMORY", limit)
-    if comfy_limit > 0:  # else it pins nothing of its own accord (0.3.68, or not for this device)
+    if comfy_limit > 0:  # else ComfyUI itself pins nothing (0.3.68), or nothing for this device
         limit = min(limit, comfy_limit)
     reason = f"ComfyUI and this package may pin {limit / GIB:.1f} GiB of the RAM together"
     return max(0, int(limit - _pinned_by_comfyui())), Shortfall(reason, "Unload other models, or add RAM.")

@@ -42,7 +42,8 @@ def with_less(model: Any, forward: Callable[[], Any]) -> Any:
         if model.current_patcher is not None:
             model.current_patcher.residency_changed()
     streaming.say_once(
-        f"Streaming: out of memory, so the {given_up} resident blocks were given up and the forward runs again. It is "
-        "slower where the bus is; a lower budget or fewer resident blocks avoid the first attempt."
+        f"Streaming: out of memory, so the {given_up} resident blocks were given up and the forward runs again. "
+        "Forwards are now slower if the bus is slower than the GPU. A lower budget or fewer resident blocks avoid the "
+        "failed attempt."
     )
     return forward()

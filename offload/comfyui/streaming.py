@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StreamingReport:
-    """What is where, and what it costs. ``node_id`` is the node that made the patcher, if that said so.
+    """What is where, and what it costs. ``node_id`` is the node that made the patcher, if it is known.
 
     ``wanted`` are the blocks that the settings keep resident. ``resident`` and ``streamed`` are the blocks of the plan
     in effect; None while the model is not on the device.
@@ -115,10 +115,10 @@ class Streaming:
         return next((tensor for tensor in found if tensor is not None), None)
 
     def give(self, extras: Extras) -> None:
-        """Give the layers of the blocks ``extras``. Unless they have them already, start the streamer again."""
+        """Give the layers of the blocks ``extras``. If these are new, the streamers must be started before a forward."""
         self.forget()
         if _by_name(extras) != _by_name(self.extras):
-            self.extras = {}  # what they have if this fails
+            self.extras = {}  # what the layers have if the next lines fail
             ahead = frozenset() if self.modulation is None else self.modulation.ahead.modules
             for streamer in self.streamers:
                 modules = extras.keys() & ahead if streamer is not self.streamer else extras.keys() - ahead
@@ -261,6 +261,6 @@ def _nbytes(module: nn.Module) -> int:
 def refuse_to_save(*_: Any, **__: Any) -> None:
     """Raises ValueError."""
     raise ValueError(
-        "a streamed model cannot be saved by this node, which would write neither packed weights nor patches right. "
-        f"Save a 4-bit model with the node {QUANTISE}, a dense one from before it is streamed."
+        "a streamed model cannot be saved by this node: it would write wrong packed weights and patches. To save a "
+        f"4-bit model use the node {QUANTISE}; to save a dense one, connect the MODEL from before it is streamed."
     )

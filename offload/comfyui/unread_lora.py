@@ -14,13 +14,13 @@ _FRAMES = 12
 """How far up from here ComfyUI's functions are, at most."""
 
 _FOR_ANOTHER_MODEL = (
-    "LoRA: none of its keys is of this model, so the model stays as it is. Is the LoRA for a model of another family, "
-    "or only for text encoders?"
+    "LoRA: none of its keys belongs to this model, so the model stays as it is. Is the LoRA for a model of another "
+    "family, or only for text encoders?"
 )
 
 
 def why_nothing_was_recognised() -> str:
-    """To be called from ``add_patches`` of a patcher that got nothing."""
+    """The line for the log. Call it from ``add_patches`` of a patcher that got no patches."""
     for names, is_hook in _loras_being_applied(sys._getframe(1)):
         of_blocks = list(filter(_is_of_a_block, names))
         if of_blocks and is_hook and any(name.startswith("img_in.lora_") for name in names):
@@ -53,7 +53,10 @@ def _loras_being_applied(frame: FrameType | None) -> Iterator[tuple[list[str], b
 
 
 def _is_of_a_block(name: str) -> bool:
-    """Whether it names a list of blocks, behind any prefix. SD and SDXL have such lists inside of other lists."""
+    """Whether the name is of a tensor in a list of blocks, behind any prefix.
+
+    Only the outermost list counts: in SD and SDXL, lists with these names are inside other lists.
+    """
     parts = name.split(".")
     first = next((index for index, part in enumerate(parts) if part.isdecimal()), 0)
     return first > 0 and parts[first - 1] in families.FLUX1.block_lists

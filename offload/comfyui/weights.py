@@ -1,7 +1,7 @@
 """A streamed model's weights, as nodes and patches see them: unpatched, in host memory, in their logical shapes.
 
-The state dict is not enough. Of a packed weight (NVFP4, W4A8) it has the packed parts, which are of other shapes than
-the patches are for; the parameter itself has the logical shape.
+The state dict is not enough: for a packed weight (NVFP4, W4A8) it has the packed parts, whose shapes the patches do not
+fit. The parameter itself has the logical shape.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def in_logical_shapes(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a ``state`` dict of ``model``, each as the parameter or buffer that has its name, if one has."""
+    """The tensors of ``state``, a state dict of ``model``; parameters and buffers of the same names in their place."""
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     return {key: own.get(key, tensor) for key, tensor in state.items()}
 
@@ -39,9 +39,11 @@ def key_patches(
     patches: Mapping[str, Sequence[Any]],
     in_host_memory: Callable[[nn.Module, str], torch.Tensor | None],
 ) -> dict[str, list[Any]]:
-    """What ``ModelPatcher.get_key_patches`` gives: for each of ``weights`` a pair of it in host memory and of ComfyUI's
-    function that converts it to the values that its layer computes with, and then its patches. ``in_host_memory`` gives
-    the tensor of a module that is streamed; None of another."""
+    """What ``ModelPatcher.get_key_patches`` returns: for each of ``weights`` a list of a pair and of its patches.
+
+    The pair is the weight in host memory, and the function of its layer that converts it to the values that the layer
+    computes with. ``in_host_memory`` gives the tensor of a module that is streamed, and None of another.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
     found = {}
     for key, weight in weights.items():

@@ -111,7 +111,7 @@ def test_the_log_says_what_a_lora_did(server, workflow, picture, names, put):
     picture(chained(workflow(seed=2, steps=1), [names[0], other, put("nan", damaged)], (0.7, 0.7, 0.7)))
     log = server.log.read_text("utf-8")
     assert "LoRA: 5 patches applied at strength 0.7, all that ComfyUI recognised for this model" in log
-    assert "LoRA: none of its keys is of this model" in log
+    assert "LoRA: none of its keys belongs to this model" in log
     assert "LoRA: 4 patches applied at strength 0.7, 1 skipped: diffusion_model.single_blocks.0.linear2.weight (" in log
 
 

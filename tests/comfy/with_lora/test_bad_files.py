@@ -210,7 +210,7 @@ def test_a_lora_of_another_model_changes_nothing_and_says_so(key, load, with_lor
     file = {f"{key}.lora_up.weight": torch.ones(64, 4), f"{key}.lora_down.weight": torch.ones(4, 64)}
     patched = with_lora(load(), file)
     (message,) = log(logging.WARNING)
-    assert "none of its keys is of this model" in message
+    assert "none of its keys belongs to this model" in message
     assert not patched.patches
 
 

@@ -1,6 +1,7 @@
 """LoRAs of Flux whose key layout ComfyUI does not read: the log says so, and not that they are for another model."""
 
 import comfy.hooks
+import comfy.lora
 import loras
 import pytest
 import torch
@@ -25,6 +26,9 @@ def layouts(model):
 )
 def test_a_flux_lora_in_a_layout_that_is_not_read_is_called_that(layout, load, twin_model, with_lora, caplog):
     lora = layouts(twin_model)[layout]
+    read = comfy.lora.model_lora_keys_unet(twin_model, {})
+    if any(name.removesuffix(".lora_A.weight") in read for name in lora):
+        pytest.skip("this ComfyUI reads it")
     patched = with_lora(load(), lora)
     (message,) = [line for line in caplog.messages if line.startswith("LoRA:")]
     assert "in a layout that ComfyUI does not read" in message
