@@ -5,15 +5,24 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
+import torch
+
 from ...memory import is_out_of_memory
 from ..plan import plan_for
 from .lasting import lasting_allocations
 from .streaming import Streaming
 
+_PIXELS = 8
+"""Pixels of a latent's side, where ComfyUI's format of it does not say."""
+
 
 def retry_with_less(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """ComfyUI's wrapper of a forward (``WrappersMP.APPLY_MODEL``)."""
-    return with_less(executor.class_obj, lambda: executor(*args, **kwargs))
+    model = executor.class_obj
+    telemetry = model.streaming.streamer.telemetry
+    if telemetry is not None:
+        telemetry.picture = _picture_of(model, args[0])
+    return with_less(model, lambda: executor(*args, **kwargs))
 
 
 def with_less(model: Any, forward: Callable[[], Any]) -> Any:
@@ -49,9 +58,16 @@ def with_less(model: Any, forward: Callable[[], Any]) -> Any:
         "slower where the bus is; a lower budget or fewer resident blocks avoid the first attempt."
     )
     return forward()
-    return executor(*args, **kwargs)
 
 
 def _is_of_comfy_kitchen(error: BaseException) -> bool:
     """Whether none of its backends could compute what it was asked for. Not every ComfyUI has it."""
     return any(kind.__module__ == "comfy_kitchen.exceptions" for kind in type(error).__mro__)
+
+
+def _picture_of(model: Any, latent: torch.Tensor) -> tuple[int, int] | None:
+    """Width and height in pixels of what ``latent`` (batch, channels, ..., height, width) becomes; None for sound."""
+    if latent.dim() < 4:
+        return None
+    scale = getattr(model.latent_format, "spacial_downscale_ratio", _PIXELS)
+    return int(latent.shape[-1] * scale), int(latent.shape[-2] * scale)
