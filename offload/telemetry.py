@@ -19,7 +19,8 @@ class ForwardCost:
 
     ``pinned_bytes``: how many of ``copied_bytes`` came from pinned memory. ``refetched`` counts tiles that were not
     there when they were called for (in a steady forward none). ``total_ms`` and ``stall_ms`` (compute waiting for
-    copies) are None where they were not measured.
+    copies) are None where they were not measured. ``picture`` is the width and height in pixels that it was for; None
+    where nobody said.
     """
 
     copied_bytes: int
@@ -27,6 +28,7 @@ class ForwardCost:
     refetched: int
     total_ms: float | None
     stall_ms: float | None
+    picture: tuple[int, int] | None = None
 
 
 @dataclass
@@ -39,6 +41,7 @@ class _Running:
     copied_bytes: int = 0
     pinned_bytes: int = 0
     refetched: int = 0
+    picture: tuple[int, int] | None = None
 
     def add(self, later: "_Running") -> None:
         """Make ``later`` a part of this forward."""
@@ -59,7 +62,8 @@ class Link:
 
 
 class Telemetry:
-    """Figures of the forwards over the tiles of ``blocks`` streamed blocks. ``forwards`` counts them.
+    """Figures of the forwards over the tiles of ``blocks`` streamed blocks. ``forwards`` counts them. ``picture`` is
+    what forwards that begin from now on are for (`ForwardCost`).
 
     A forward goes through the blocks in order, so the next one begins where an earlier block is called than before
     (with a single block: where a tile is called again). One call is not enough, since some patches call a layer of
@@ -70,6 +74,7 @@ class Telemetry:
     def __init__(self, copies: Copies, blocks: int) -> None:
         self.forwards = 0
         self.refetched = 0
+        self.picture: tuple[int, int] | None = None
         self._copies = copies
         self._blocks = blocks
         self._furthest = self._reached = -1
@@ -118,6 +123,8 @@ class Telemetry:
         if block < self._furthest or (key in self._called and (block < self._reached or self._blocks == 1)):
             self._turn(key)
             return
+        if not self._called:
+            self._now.picture = self.picture
         if block >= self._reached:
             self._furthest = self._reached
         self._reached = block
@@ -160,7 +167,7 @@ class Telemetry:
     def _turn(self, key: tuple[int, int]) -> None:
         """The next forward may begin with ``key``."""
         is_timed = self._now.begun is not None or self._next_is_timed()
-        self._gets = _Running(begun=self._record() if is_timed else None)
+        self._gets = _Running(begun=self._record() if is_timed else None, picture=self.picture)
         self._turned = self._gets, key
 
     def _decide(self, key: tuple[int, int]) -> None:
@@ -211,7 +218,8 @@ class Telemetry:
                     return
                 stall_ms = sum(self._copies.elapsed_ms(before, after) or 0.0 for before, after in done.waits)
             del self._passing[0]
-            self._last = ForwardCost(done.copied_bytes, done.pinned_bytes, done.refetched, total_ms, stall_ms)
+            copied = (done.copied_bytes, done.pinned_bytes, done.refetched)
+            self._last = ForwardCost(*copied, total_ms, stall_ms, done.picture)
             if total_ms is not None:
                 self._last_timed = self._last
 

@@ -33,7 +33,8 @@ class BarBlock:
 
 @dataclass(frozen=True)
 class Answer:
-    """The plan for a file: bytes, and ms of one forward where this machine's speed has been measured.
+    """The plan for a file: bytes, and ms of one forward where this machine's speed has been measured, with a picture of
+    this width and height in pixels.
 
     ``host_bytes`` are of the blocks; ``all_host_bytes`` of the whole file, None where the node loads only a part of it.
     """
@@ -47,6 +48,7 @@ class Answer:
     bytes_per_forward: int | None
     compute_ms: float | None
     stall_ms: float | None
+    picture: tuple[int, int] | None
     advice: Advice
 
 
@@ -182,6 +184,7 @@ def _answer(file: _File, wanted: Residency, measured: Measured | None) -> str:
         bytes_per_forward=None if plan is None else plan.bytes_per_forward,
         compute_ms=compute_ms,
         stall_ms=stall_ms,
+        picture=measured.picture if measured else None,
         advice=advice,
     )
     return json.dumps(answer, default=vars)

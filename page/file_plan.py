@@ -23,11 +23,13 @@ from ..offload.telemetry import limit_of
 
 @dataclass(frozen=True)
 class Measured:
-    """What runs on this machine have shown: bus (1e9 bytes a second), and how long one block computes."""
+    """What runs on this machine have shown: bus (1e9 bytes a second), and how long one block computes, for a picture of
+    this width and height in pixels (None: not known)."""
 
     link_gbps: float
     compute_ms: float
     is_pinned: bool = True
+    picture: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Reports of running models: the last one of each node, the speeds that they have shown, and what to do next."""
 
 import dataclasses
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ from ..offload.comfyui.streaming import StreamingReport
 from ..offload.telemetry import limit_of
 from .file_plan import Advice, Measured
 
-_Run = tuple[str, Path, str | None]
-"""A device, a file, and the node that ran it; None stands for the node that ran last."""
+_Picture = tuple[int, int]
+
+_Run = tuple[str, Path, str | None, _Picture | None]
+"""A device, a file, the node that ran it, and the size of its picture. None stands for the last of all nodes, or of all
+sizes."""
 
 
 @dataclass
@@ -36,13 +40,15 @@ class Reports:
         if file is None or cost is None or not cost.total_ms or cost.stall_ms is None or not report.link_gbps:
             return
         compute_ms = (cost.total_ms - cost.stall_ms) / len(report.kinds)
-        measured = Measured(report.link_gbps, compute_ms, report.pinned_bytes >= report.host_bytes)
-        for node in (report.node_id, None):
-            self._measured[device, file, node] = measured
+        measured = Measured(report.link_gbps, compute_ms, report.pinned_bytes >= report.host_bytes, cost.picture)
+        for node, picture in itertools.product((report.node_id, None), (cost.picture, None)):
+            self._measured[device, file, node, picture] = measured
 
-    def measured(self, device: str, file: Path, node: str | None) -> Measured | None:
-        """What runs of ``file`` on ``device`` have shown. Those of ``node`` count first: they have its picture size."""
-        return self._measured.get((device, file, node)) or self._measured.get((device, file, None))
+    def measured(self, device: str, file: Path, node: str | None, picture: _Picture | None = None) -> Measured | None:
+        """What runs of ``file`` on ``device`` have shown: those of ``picture``'s size first, then those of ``node``."""
+        runs = itertools.product((picture, None), (node, None))
+        found = (self._measured.get((device, file, by, size)) for size, by in runs)
+        return next((measured for measured in found if measured is not None), None)
 
     def as_json(self) -> dict[str, dict[str, Any]]:
         """The last report of each node, by its id."""

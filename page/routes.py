@@ -41,12 +41,17 @@ _KINDS = tuple(dict.fromkeys(kind for node in PLANNED_NODES.values() for kind in
 
 @dataclass(frozen=True)
 class Question:
-    """A question of the page: the plan of which file, for which widgets? ``node`` is the node's id, if it has run."""
+    """A question of the page: the plan of which file, for which widgets?
+
+    ``node`` is the node's id, if it has run. ``picture`` is the width and height in pixels that its graph asks for, if
+    that is known.
+    """
 
     folder: str
     name: str
     wanted: Residency
     node: str | None
+    picture: tuple[int, int] | None = None
 
 
 def register(server: Any) -> None:
@@ -114,7 +119,7 @@ async def _answer_plan(request: web.Request, reports: Reports) -> web.Response:
         )
         return web.json_response({"problem": problem}, status=404)
     device = str(comfy.model_management.get_torch_device())
-    measured = reports.measured(device, path, question.node)
+    measured = reports.measured(device, path, question.node, question.picture)
     return web.json_response(text=await answer_for(path, folder, question.wanted, measured, version))
 
 
@@ -132,7 +137,8 @@ def parse_question(query: Mapping[str, str]) -> Question:
     if not (min(counts.values()) >= -1 and max(counts.values()) < 1000 and 0 <= budget <= _MAX_BUDGET_GIB):
         raise ValueError(f"{' and '.join(_KINDS)} are -1 to 999, budget is 0 to 1024 (GiB)")
     given = tuple((kind, count) for kind, count in counts.items() if count >= 0)
-    return Question(folder, name, Residency(given, round(budget * GIB) or None), query.get("node"))
+    picture = (int(query["width"]), int(query["height"])) if {"width", "height"} <= query.keys() else None
+    return Question(folder, name, Residency(given, round(budget * GIB) or None), query.get("node"), picture)
 
 
 def _look_up(folder: str, name: str) -> tuple[Path | None, Version | None]:

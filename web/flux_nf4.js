@@ -73,6 +73,17 @@ function reportOf(node) {
   return Object.values(reports).find((report) => nodeOf(report.node_id) === node);
 }
 
+/** {width, height} of the pictures that the graph of ``node`` makes, where all of its latents begin with one size. */
+function pictureOf(node) {
+  const valueOf = (other, name) => other.widgets?.find((widget) => widget.name === name)?.value;
+  const sizes = (node.graph?._nodes ?? [])
+    .filter(({ outputs }) => outputs?.some(({ type }) => type === "LATENT"))
+    .map((other) => ({ width: valueOf(other, "width"), height: valueOf(other, "height") }))
+    .filter(({ width, height }) => Number.isInteger(width) && Number.isInteger(height));
+  const isOne = new Set(sizes.map(({ width, height }) => `${width}x${height}`)).size === 1;
+  return isOne ? sizes[0] : {};
+}
+
 function applyDefaultBudget(node, { budget }) {
   const widget = budget && node.widgets?.find(({ name }) => name === budget);
   const value = setting(DEFAULT_BUDGET);
@@ -124,7 +135,7 @@ app.registerExtension({
     const inputs = nodes[node.comfyClass]?.plan;
     if (!inputs || !node.addDOMWidget) return;
     applyDefaultBudget(node, inputs);
-    const plan = new NodePlan(node, inputs, { getJson, reportOf, locale });
+    const plan = new NodePlan(node, inputs, { getJson, reportOf, pictureOf, locale });
     plans.set(node, plan);
     if (setting(SHOW_BAR) === false) plan.setShown(false);
     const { onRemoved } = node;

@@ -7,7 +7,7 @@ export class NodePlan {
   /**
    * @param node The LiteGraph node.
    * @param inputs Names of the widgets that the plan depends on: {folder, file, counts: {kind: widget}, budget}.
-   * @param page What this needs of the page: getJson(path), reportOf(node), locale().
+   * @param page What this needs of the page: getJson(path), reportOf(node), pictureOf(node), locale().
    */
   constructor(node, inputs, page) {
     Object.assign(this, { node, page, folder: inputs.folder });
@@ -83,6 +83,7 @@ export class NodePlan {
     }
     const report = this.page.reportOf(this.node);
     if (report) values.node = report.node_id; // what it has measured counts first
+    Object.assign(values, this.page.pictureOf(this.node)); // what was measured at that size is better still
     return `?${new URLSearchParams(values)}`;
   }
 

@@ -7,6 +7,9 @@ const gib = (bytes) => `${fixed(bytes / GIB, 2)} GiB`;
 const gb = (bytes) => `${fixed(bytes / 1e9, 2)} GB`;
 const ms = (value) => `${fixed(value, value < 100 ? 1 : 0)} ms`;
 
+/** " (1024x768)" of [1024, 768]. */
+const sizeOf = (picture) => (picture ? ` (${picture.join("x")})` : "");
+
 /** "5 double and 9 single" of {double: 5, single: 9}. */
 const listOf = (counts, and, before = "", after = "") =>
   Object.entries(counts)
@@ -15,7 +18,7 @@ const listOf = (counts, and, before = "", after = "") =>
 
 /** Rows of [term, value] for a view of `viewOf`, in the words of ``say``. */
 function figuresIn(say) {
-  return ({ device_bytes, least_device_bytes, most_device_bytes, host_bytes, all_host_bytes, bytes_per_forward, compute_ms, stall_ms, run }) => {
+  return ({ device_bytes, least_device_bytes, most_device_bytes, host_bytes, all_host_bytes, bytes_per_forward, compute_ms, stall_ms, picture, run }) => {
     const rows = [];
     if (device_bytes != null) rows.push(["VRAM", gib(device_bytes)]);
     else rows.push(["VRAM", say.from(gib(least_device_bytes), gib(most_device_bytes))]);
@@ -23,8 +26,8 @@ function figuresIn(say) {
     if (all_host_bytes) rows.push([say.allRam, gib(all_host_bytes)]);
     if (bytes_per_forward != null) rows.push([say.perStep, gb(bytes_per_forward)]);
     if (run?.link_gbps) rows.push([say.bus, `${fixed(run.link_gbps, 1)} GB/s`]);
-    if (run?.cost?.total_ms) rows.push([say.measured, say.step(ms(run.cost.total_ms), ms(run.cost.stall_ms))]);
-    else if (compute_ms != null) rows.push([say.predicted, say.step(ms(compute_ms + stall_ms), ms(stall_ms))]);
+    if (run?.cost?.total_ms) rows.push([say.measured, say.step(ms(run.cost.total_ms), ms(run.cost.stall_ms)) + sizeOf(run.cost.picture)]);
+    else if (compute_ms != null) rows.push([say.predicted, say.step(ms(compute_ms + stall_ms), ms(stall_ms)) + sizeOf(picture)]);
     if (run?.int8) rows.push(["int8", say.int8(run.int8, fixed(run.int8.times, 2))]);
     return rows;
   };

@@ -115,7 +115,7 @@ class Streaming:
         return next((tensor for tensor in found if tensor is not None), None)
 
     def give(self, extras: Extras) -> None:
-        """Give the layers of the blocks ``extras``. If these are new, the streamers must be started before a forward."""
+        """Give the layers of the blocks ``extras``. If these are new, streamers must be started before a forward."""
         self.forget()
         if _by_name(extras) != _by_name(self.extras):
             self.extras = {}  # what the layers have if the next lines fail

@@ -1,12 +1,16 @@
 """Benchmarks say at once what they need, on any Python; and their modules import one another one way only."""
 
 import ast
+import importlib.util
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+import two_gpus
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 TEXTS = {path.stem: path.read_text("utf-8") for path in FOLDER.glob("*.py")}
@@ -22,15 +26,16 @@ NEED_GPU = (
     "soak",
     "streaming",
     "trace_of_calls",
+    "two_gpus",
     "workflow",
 )
 
 
 def run(name, *arguments, **variables):
-    """Its exit code, and what it says in 60 seconds."""
+    """Its exit code, and what it says in 120 seconds."""
     environment = {k: v for k, v in os.environ.items() if k not in ("COMFYUI_PATH", "FLUX_NF4_ENTERED")} | variables
     command = [sys.executable, str(FOLDER / f"{name}.py"), *arguments]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     return ended.returncode, ended.stdout, ended.stderr
 
 
@@ -96,3 +101,28 @@ def test_modules_import_one_another_one_way_only():
         for name in free:
             del left[name]
     assert left == {}, "these import one another"
+
+
+def test_one_gpu_is_told_at_once(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(SystemExit, match="This measures two GPUs, and PyTorch sees one here"):
+        two_gpus.require_two_gpus()
+
+
+def test_a_dry_run_shares_the_work_of_two_devices(comfyui, tmp_path):
+    """Or says that this ComfyUI cannot."""
+    has_split = importlib.util.find_spec("comfy.multigpu") is not None
+    folders = ("--output", str(tmp_path / "results"), "--folder", str(tmp_path))
+    short = ("--steps", "2", "--rounds", "1", *folders)
+    code, said, error = run("two_gpus", "--dry-run", *short, COMFYUI_PATH=str(comfyui))
+    if not has_split:
+        assert code == 1
+        assert error.endswith("This ComfyUI has no MultiGPU CFG Split: 0.33.0 has it, 0.3.75 has not.\n")
+        return
+    assert code == 0, error
+    found = json.loads((tmp_path / "results" / "two_gpus.json").read_text())
+    for resident in two_gpus.RESIDENT:
+        assert f"{resident}: one GPU" in said
+        assert 0 <= found[resident]["difference"] < 1e-5
+        assert found[resident]["ratio"] > 0

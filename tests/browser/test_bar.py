@@ -138,7 +138,14 @@ def report(node, **changes):
     """What the server pushes while a node's model runs, where all blocks of `FULL_SIZE` were to stay."""
     kinds = ["double"] * 19 + ["single"] * 38
     everything = list(range(len(kinds)))
-    cost = {"copied_bytes": 0, "pinned_bytes": 0, "refetched": 0, "total_ms": 176.4, "stall_ms": 2.4}
+    cost = {
+        "copied_bytes": 0,
+        "pinned_bytes": 0,
+        "refetched": 0,
+        "total_ms": 176.4,
+        "stall_ms": 2.4,
+        "picture": [1024, 768],
+    }
     return {
         "node_id": str(node),
         "kinds": kinds,
@@ -174,13 +181,37 @@ def test_what_a_run_has_shown_takes_the_place_of_the_plan_until_a_widget_changes
         FULL_SIZE,
     )
     push(page, report(node, wanted=wanted, resident=stays, streamed=streamed, pinned_bytes=3 << 30))
-    said = page.wait_for_bar("176 ms, of which 2.4 ms waiting")
+    said = page.wait_for_bar("176 ms, of which 2.4 ms waiting (1024x768)")
     assert "5 / 19 double 9 / 38 single" in said
     assert "VRAM 6.00 GiB RAM 6.00 GiB, 50 % pinned RAM in total 11.06 GiB" in said
     assert "Bus 54.5 GB/s" in said
     page.page.evaluate("(id) => { const w = app.graph.getNodeById(id).widgets[1]; w.value = 3; w.callback(3) }", node)
     said = page.wait_for_bar("3 / 19 double")
     assert "176 ms, of which 2.4 ms" not in said
+
+
+def test_it_asks_for_what_was_measured_at_the_size_of_the_graphs_pictures(page):
+    """Where the graph has one: with two, or none, it asks for no size."""
+    asked = []
+    page.page.on("request", lambda request: asked.append(request.url) if "/flux_nf4/plan?" in request.url else None)
+    page.add_node(ckpt_name=FULL_SIZE)
+    page.wait_for_bar("RAM in total 11.06 GiB")
+    wait_until(lambda: asked, page)
+    assert "width" not in asked[-1]
+    page.add_node("EmptySD3LatentImage", width=1152, height=896)
+    page.page.evaluate("() => app.extensionManager.workflow.activeWorkflow.changeTracker.checkState()")
+    wait_until(lambda: "width=1152&height=896" in asked[-1], page)
+    page.add_node("EmptyLatentImage", width=512, height=512)
+    page.page.evaluate("() => app.extensionManager.workflow.activeWorkflow.changeTracker.checkState()")
+    wait_until(lambda: "width" not in asked[-1], page)
+
+
+def wait_until(holds, page):
+    for _ in range(100):
+        if holds():
+            return
+        page.page.wait_for_timeout(100)
+    raise AssertionError("it did not come to hold in ten seconds")
 
 
 def test_after_a_run_the_bar_of_an_automatic_node_says_what_to_do_next(page):

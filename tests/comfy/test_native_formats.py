@@ -17,6 +17,7 @@ import comfy.utils
 import loras
 import pytest
 import torch
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 from native_files import has_formats
 from tiny_flux import tiny_config
 
@@ -26,6 +27,7 @@ from flux_nf4.offload.plan import Residency
 if not has_formats():
     pytest.skip("this ComfyUI has not all of the formats", allow_module_level=True)
 
+from comfy_kitchen.exceptions import NoCapableBackendError
 from comfy_kitchen.registry import registry
 from comfy_kitchen.tensor import QuantizedTensor
 
@@ -131,6 +133,10 @@ def streamed(patcher, resident=1):
     return stream_model(patcher, Residency((("double", resident), ("single", resident))), None)
 
 
+def patched_by(patcher, file, strength=1.0):
+    return comfy.sd.load_lora_for_models(patcher, None, file, strength, 0)[0]
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_streamed_is_as_in_stock_comfyui(kind, load_native, latents, copies):
     patcher = load_native(kind)
@@ -148,7 +154,7 @@ def test_a_lora_leaves_the_multiplications_as_they_are(
     file = loras.kohya(shapes, rank=16)
 
     def with_lora(patcher):
-        return comfy.sd.load_lora_for_models(patcher, None, file, 4.0, 0)[0]
+        return patched_by(patcher, file, 4.0)
 
     reference = latents(with_lora(dense))
     comfy.model_management.unload_all_models()
@@ -169,3 +175,65 @@ def test_a_lora_leaves_the_multiplications_as_they_are(
 
     assert error(found) < 0.9 * error(plain), "it has no effect"
     assert error(found) < error(stock), "the weight that stock ComfyUI quantises once more is nearer"
+
+
+@pytest.mark.parametrize("kind", ["fp8", "INT8 ConvRot"])
+def test_compiled_blocks_take_a_lora_too(kind, load_native, latents, shapes, copies):
+    """As ComfyUI's own helper compiles them; the backend computes as torch does, but for the order of additions."""
+    ours, file = streamed(load_native(kind)), loras.kohya(shapes, rank=16)
+    plain, expected = latents(ours), latents(patched_by(ours, file))
+    torch.compiler.reset()
+    compiled = patched_by(ours, file)
+    keys = ["diffusion_model.double_blocks.1", "diffusion_model.single_blocks.1"]
+    set_torch_compile_wrapper(model=compiled, backend="eager", keys=keys)
+    found = latents(compiled)
+    assert compiled.model.streaming.streamer.whole_blocks
+    assert (found - expected).norm() < 0.01 * (expected - plain).norm()
+    assert torch.equal(latents(ours), plain)
+
+
+def by_bypass(patcher, file):
+    return comfy.sd.load_bypass_lora_for_models(patcher, None, file, 1.0, 0)[0]
+
+
+def compiled(patcher, _):
+    clone = patcher.clone()
+    set_torch_compile_wrapper(model=clone, backend="eager", keys=["diffusion_model.single_blocks.0"])
+    return clone
+
+
+@pytest.mark.parametrize(("bind", "what"), [(by_bypass, "a LoRA by bypass"), (compiled, "torch.compile")])
+def test_what_is_bound_to_layers_is_refused_and_the_model_stays(bind, what, load_native, latents, shapes, copies):
+    patcher, file = load_native("INT8 ConvRot"), loras.kohya(shapes)
+    before = latents(patcher)
+    bound = bind(patcher, file)
+    expected = latents(bound)
+    with pytest.raises(ValueError, match=rf"has {what}.* Put the node Stream Model Blocks before the one"):
+        streamed(bound)
+    assert torch.equal(latents(bound), expected)
+    assert torch.equal(latents(patcher), before)
+    after = latents(bind(streamed(patcher), file))
+    torch.testing.assert_close(after, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_lora_of_another_family_is_said_and_changes_nothing(load_native, latents, copies, caplog):
+    ours = streamed(load_native("INT8 ConvRot"))
+    expected = latents(ours)
+    name = "lora_unet_down_blocks_1_attentions_0_proj_in"
+    other = {f"{name}.lora_up.weight": torch.ones(64, 4), f"{name}.lora_down.weight": torch.ones(4, 64)}
+    assert torch.equal(latents(patched_by(ours, other)), expected)
+    assert any("Is the LoRA for a model of another family" in line for line in caplog.messages)
+
+
+def test_a_format_without_a_kernel_here_is_said_and_the_model_goes_on(load_native, latents, copies, monkeypatch):
+    ours = streamed(load_native("INT8 ConvRot"))
+    expected = latents(ours)
+
+    def refuse(self, name, *_, **__):
+        raise NoCapableBackendError(name, {"eager": "compute capability 6.1"})
+
+    with monkeypatch.context() as without:
+        without.setattr(type(registry), "get_implementation", refuse)
+        with pytest.raises(RuntimeError, match=r"comfy-kitchen [\d.]+ cannot compute .* on cpu .* 6\.1.* bf16"):
+            latents(ours)
+    assert torch.equal(latents(ours), expected)

@@ -1,6 +1,7 @@
 """What a run has measured becomes one piece of advice, which the page gets with the report."""
 
 import pytest
+import torch
 
 from flux_nf4.offload.comfyui.streaming import StreamingReport
 from flux_nf4.offload.telemetry import ForwardCost
@@ -42,6 +43,14 @@ def test_a_run_says_what_to_do_next(changes, code):
 @pytest.mark.parametrize("changes", [{"total_ms": None}, {"stall_ms": None}, {"link_gbps": None}])
 def test_what_was_not_measured_is_not_guessed(changes):
     assert advise_next(report(**changes)) is None
+
+
+def test_a_run_tells_the_size_of_its_picture(load, sample, copies):
+    patcher = load(2, 2)
+    for height, width, steps in ((8, 12, 2), (16, 8, 8)):  # each eighth forward is timed
+        sample(patcher, steps=steps, latent=torch.zeros(1, 16, height, width))
+        assert patcher.report().cost.picture == (8 * width, 8 * height)
+        assert report_as_json(patcher.report())["cost"]["picture"] == (8 * width, 8 * height)
 
 
 def test_the_page_gets_it_with_the_report():

@@ -1,6 +1,7 @@
 """What an answer to the page costs, and what it costs no more."""
 
 import asyncio
+import dataclasses
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from flux_nf4.page import answers as answers_module
 from flux_nf4.page.answers import answer_for, version_of
 from flux_nf4.page.file_plan import Measured
 from flux_nf4.page.reports import Reports
+from flux_nf4.page.routes import parse_question
 
 MEASURED = Measured(link_gbps=12.0, compute_ms=3.0)
 
@@ -107,8 +109,8 @@ def test_a_problem_names_no_folder(tmp_path):
     assert gone["problem"].startswith("gone.safetensors: it cannot be read (No such file or directory)")
 
 
-def report(node, total_ms=64.0, stall_ms=10.0, gbps=50.0):
-    cost = ForwardCost(copied_bytes=0, pinned_bytes=0, refetched=0, total_ms=total_ms, stall_ms=stall_ms)
+def report(node, total_ms=64.0, stall_ms=10.0, gbps=50.0, picture=None):
+    cost = ForwardCost(0, 0, 0, total_ms=total_ms, stall_ms=stall_ms, picture=picture)
     return StreamingReport(node, ("double", "single"), (), (), (), 1, 2, 2, gbps, cost)
 
 
@@ -123,6 +125,35 @@ def test_what_was_measured_is_of_its_device_file_and_node():
     assert reports.measured("cuda:0", file, "9").compute_ms == 80.0, "the last of that file"
     assert reports.measured("cuda:1", file, "1").link_gbps == 6.0
     assert reports.measured("cuda:0", Path("other.safetensors"), "1") is None
+
+
+def test_what_was_measured_is_of_its_size_of_picture_first():
+    reports, file = Reports(), Path("flux.safetensors")
+    large, small, other = (1024, 1024), (512, 512), (768, 768)
+    reports.add(report("1", 170.0, picture=large), "cuda:0", file)
+    reports.add(report("2", 64.0, picture=small), "cuda:0", file)
+
+    def compute_ms(node, picture=None):
+        return reports.measured("cuda:0", file, node, picture).compute_ms
+
+    assert (compute_ms("1", large), compute_ms("1"), compute_ms("1", other)) == (80.0, 80.0, 80.0)
+    assert (compute_ms("1", small), compute_ms("2", large)) == (27.0, 80.0), "another node's, of that size"
+    assert compute_ms("9") == 27.0, "the last of that file"
+    assert reports.measured("cuda:0", file, "1", other).picture == large, "it says what it is of"
+    reports.add(report("1", 70.0, picture=small), "cuda:0", file)
+    assert (compute_ms("1"), compute_ms("1", large)) == (30.0, 80.0)
+
+
+def test_an_answer_says_at_which_size_it_was_measured(full_size, monkeypatch):
+    monkeypatch.setitem(globals(), "MEASURED", dataclasses.replace(MEASURED, picture=(1024, 768)))
+    (answer,), _ = answers(full_size, [2 << 30])
+    assert answer["picture"] == [1024, 768]
+    assert answer["compute_ms"] == 3.0 * 57
+
+
+@pytest.mark.parametrize(("asked", "picture"), [({"width": "64", "height": "32"}, (64, 32)), ({"width": "64"}, None)])
+def test_a_question_may_name_the_size_of_the_picture(asked, picture):
+    assert parse_question({"folder": "checkpoints", "file": "a.safetensors"} | asked).picture == picture
 
 
 def test_reports_are_read_while_the_sampler_adds_to_them():

@@ -167,3 +167,24 @@ def test_the_time_between_samplings_is_in_no_forward():
 def test_without_a_timed_forward_there_is_no_line(model):
     assert summarise(None, True) is None
     assert summarise(model.streamer.telemetry, True) is None
+
+
+def test_the_cost_of_a_forward_says_which_picture_it_was_for():
+    device = SimulatedDevice()
+    telemetry = Telemetry(device, 3)
+    for picture in (None, (1024, 1024), (512, 512)):
+        telemetry.picture = picture
+        for _ in range(2):
+            for block in range(3):
+                telemetry.tile((block, 0))
+        telemetry.picture = (1, 1)  # of a forward that has not begun
+        telemetry.rest()
+        device.synchronise()
+        assert telemetry.last.picture == picture
+    telemetry.picture = (8, 8)
+    for block in (0, 1, 2, 0):
+        telemetry.tile((block, 0))
+    telemetry.picture = (16, 16)
+    telemetry.tile((1, 0))
+    device.synchronise()
+    assert telemetry.last.picture == (8, 8)

@@ -1,0 +1,127 @@
+"""ComfyUI's *MultiGPU CFG Split* on a streamed model: what a second GPU wins, and whether the picture is the same.
+
+    COMFYUI_PATH=~/ComfyUI python benchmarks/two_gpus.py
+
+It samples a full-size Flux in NF4 with CFG 4, on one GPU (which computes both prompts of a step as one batch) and on
+two (one prompt each), in turns: with all blocks that fit in VRAM, and with none. It needs two GPUs and a ComfyUI that
+has the node (0.33.0 or later). Run it with ComfyUI's Python. It also writes ``two_gpus.json``. A batch of two may round
+otherwise than two batches of one do, so it says how far the latents are from each other, too.
+"""
+
+import importlib
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import needs_torch  # noqa: F401
+import torch
+from about import about
+from arguments import begin, parser_for, require_gpu
+from inside_comfyui import import_package, use_allocator_of_comfyui
+
+RESIDENT = {"auto": (), "0/0": (0, 0)}
+"""Double and single blocks that stay; none: as many as there is room for."""
+
+
+def require_two_gpus() -> None:
+    """
+    Raises:
+        SystemExit: PyTorch sees fewer.
+    """
+    require_gpu()
+    if torch.cuda.device_count() < 2:
+        raise SystemExit("This measures two GPUs, and PyTorch sees one here (torch.cuda.device_count() is 1).")
+
+
+def split(patcher: Any) -> Any:
+    """What the node *MultiGPU CFG Split* makes of ``patcher``, for two GPUs.
+
+    Raises:
+        SystemExit: this ComfyUI has no such node.
+    """
+    try:
+        multigpu: Any = importlib.import_module("comfy.multigpu")
+    except ImportError:
+        raise SystemExit("This ComfyUI has no MultiGPU CFG Split: 0.33.0 has it, 0.3.75 has not.") from None
+    made = multigpu.create_multigpu_deepclones(patcher, 2, reuse_loaded=True)
+    others = made.get_additional_models_with_key("multigpu")
+    assert len(others) == 1, "the model has no twin on a second device"
+    return made
+
+
+@contextmanager
+def two_devices_of_one_cpu() -> Iterator[None]:
+    """For a dry run: ComfyUI sees them as it sees two GPUs."""
+    import comfy.model_management
+
+    management: Any = comfy.model_management
+    before = getattr(management, "get_all_torch_devices", None)
+    management.get_all_torch_devices = lambda **_: [torch.device("cpu"), torch.device("cpu", 1)]
+    try:
+        yield
+    finally:
+        management.get_all_torch_devices = before
+
+
+def measure(patchers: dict[str, Any], case: Any, rounds: int) -> dict[str, Any]:
+    """Seconds of whole samplings of each of ``patchers``, in turns, each after one that warms up; and their latents."""
+    from comfy_model import at_work
+
+    seconds: dict[str, list[float]] = {name: [] for name in patchers}
+    latents: dict[str, torch.Tensor] = {}
+    for _ in range(rounds):
+        for name, patcher in patchers.items():
+            with at_work(patcher, case) as model:
+                model.sample(lambda: None, 2)
+                started = time.perf_counter()
+                latents[name] = model.sample(lambda: None)  # on the CPU: the devices are done
+                seconds[name].append(time.perf_counter() - started)
+    one, two = (latents[name].float() for name in ("one", "two"))
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    return {
+        "seconds": seconds,
+        "ratio": medians["two"] / medians["one"],
+        "is_equal": torch.equal(one, two),
+        "difference": float((two - one).norm() / one.norm()),
+    }
+
+
+def said(resident: str, found: dict[str, Any]) -> str:
+    one, two = (statistics.median(found["seconds"][name]) for name in ("one", "two"))
+    picture = "equal to the bit" if found["is_equal"] else f"{found['difference']:.1e} away"
+    return f"{resident}: one GPU {one:.2f} s, two {two:.2f} s, {found['ratio']:.3f} of it; latents {picture}"
+
+
+def main() -> None:
+    parser = parser_for(__doc__)
+    parser.add_argument("--steps", type=int, default=8, help="steps of each sampling")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each way")
+    given = parser.parse_args()
+    if not given.dry_run:
+        require_two_gpus()
+    begin(given)
+    use_allocator_of_comfyui()
+    import_package()
+    from cases import Case
+    from streamed import load, with_residency
+    from weights import Files
+
+    files = Files(given.folder, given.checkpoint, given.dry_run)
+    files.enter()
+    small = {"pixels": 64, "text_tokens": 8} if given.dry_run else {}
+    case = Case("cfg", steps=given.steps, cfg=4.0, **small)
+    results: dict[str, Any] = {"about": about(), "steps": given.steps}
+    with torch.inference_mode(), two_devices_of_one_cpu() if given.dry_run else nullcontext():
+        patcher = load(files.nf4())
+        for resident, counts in RESIDENT.items():
+            one = with_residency(patcher, *counts)
+            results[resident] = measure({"one": one, "two": split(one)}, case, given.rounds)
+            print(said(resident, results[resident]), flush=True)
+    (given.output / "two_gpus.json").write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
