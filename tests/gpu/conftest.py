@@ -45,6 +45,7 @@ def _nothing_is_loaded():
 def load_recipe(tmp_path_factory):
     """A function: the model of a recipe, made on the device and loaded as the nodes do."""
     folder = tmp_path_factory.mktemp("checkpoints")
+    has_computed = False
 
     def load(recipe, latent_side=8, staging_bytes=600_000):
         path = folder / f"{len(list(folder.iterdir()))}.safetensors"
@@ -53,7 +54,12 @@ def load_recipe(tmp_path_factory):
             if recipe.hidden == HIDDEN:
                 config = detection_of(recipe.double_blocks, recipe.single_blocks)
                 patch.setattr(comfy.model_detection, "model_config_from_unet", config)
-            return Model(load_transformer(read_catalogue(path)), recipe, latent_side, staging_bytes)
+            model = Model(load_transformer(read_catalogue(path)), recipe, latent_side, staging_bytes)
+        nonlocal has_computed
+        if not has_computed:  # in ComfyUI 0.33 the first forward of a process rounds otherwise, with any modules
+            model.sample(model.resident())
+            has_computed = True
+        return model
 
     return load
 
