@@ -125,6 +125,7 @@ class Family:
         renames: Ends of names that some tools write, and their ends in ComfyUI's model.
         variant: What describes one model within the family, from its shapes, such as "dev".
         embeddings: Weights of two dimensions that are no Linear's: they are never in 4 bits.
+        told_by_config: What is true in the ``config.json`` of some models, and the empty tensor that tells ComfyUI so.
         since: The version of ComfyUI that first had this model, from its shapes; "" if all that we support have it.
         modulation: Layers whose outputs are computed ahead; None where the blocks have none.
     """
@@ -137,6 +138,7 @@ class Family:
     renames: Mapping[str, str] = field(default_factory=dict)
     variant: Callable[[Shapes], str] = field(default=lambda _: "")
     embeddings: frozenset[str] = frozenset()
+    told_by_config: Mapping[str, str] = field(default_factory=dict)
     since: Callable[[Shapes], str] = field(default=lambda _: "")
     modulation: Modulation | None = None
 

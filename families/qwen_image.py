@@ -15,4 +15,5 @@ QWEN_IMAGE = Family(
     ),
     ("img_in.weight", "proj_out.weight"),
     embeddings=frozenset({"time_text_embed.addition_t_embedding.weight"}),
+    told_by_config={"zero_cond_t": "__index_timestep_zero__"},  # Edit 2511: pictures that are given have timestep 0
 )

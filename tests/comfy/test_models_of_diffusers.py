@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import comfy.model_detection
 import comfy.samplers
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from flux_nf4.checkpoints import load_transformer, streamed
 from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
+from flux_nf4.nf4_loader.checkpoint.config import true_in_config
 from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
 from flux_nf4.nf4_loader.checkpoint.require import require_transformer
 from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
@@ -265,3 +267,27 @@ def test_the_two_models_of_ideogram_4_make_one_picture(quantised, monkeypatch, c
     assert copies.nbytes > 0
     assert torch.equal(latents(ours[0], twins[1]), wanted), "one of stock ComfyUI beside one of ours"
     assert torch.equal(latents(twins[0], ours[1]), wanted), "one of ours beside one of stock ComfyUI"
+
+
+def test_what_only_the_config_says_of_qwen_image_edit_2511_is_known_and_saved(tmp_path, monkeypatch):
+    """Its tensors are those of the other Qwen-Images; ComfyUI is told by an empty tensor."""
+    small = replace(SMALL["Qwen-Image"], config=SMALL["Qwen-Image"].config | {"zero_cond_t": True})
+    use_small_defaults(small, monkeypatch)
+    save_dense(small, tmp_path / "dense")
+    save_quantised(small, tmp_path / "dense", tmp_path / "quantised", nested=False)
+    _, model = load(tmp_path / "quantised")
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    FluxNF4QuantiseSave().save(streamed(model, Residency(()), None), "saved", "output", "nf4", "fp32", "")
+    (path,) = tmp_path.glob("*.safetensors")
+    catalogue, again = load(path)
+    for transformer in (model.model.diffusion_model, again.model.diffusion_model):
+        knows = hasattr(transformer, "default_ref_method")
+        assert not knows or transformer.default_ref_method == "index_timestep_zero"
+        assert ("__index_timestep_zero__" in catalogue.transformer) == knows
+    (tmp_path / "quantised" / "config.json").write_text("[" * 100_000)
+    key = tmp_path / "quantised" / "config.json"
+    assert true_in_config(key.parent) == frozenset()
+    key.unlink()
+    assert true_in_config(key.parent) == frozenset()
+    key.write_text('{"zero_cond_t": true, "a": 1, "b": false}')
+    assert true_in_config(key.parent) == {"zero_cond_t"}
