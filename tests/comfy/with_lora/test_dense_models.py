@@ -108,7 +108,9 @@ def test_what_nodes_read_of_a_resident_block_is_in_host_memory(streamed, with_lo
         bound = streamed.model.get_parameter(key)
         assert weight.untyped_storage().data_ptr() in arena
         is_streamed = "_mod." in key  # computed ahead, so on the device only while it is computed
-        assert (bound.untyped_storage().data_ptr() in arena) == (is_streamed and bound.nbytes >= record_module.SMALL_BYTES)
+        assert (bound.untyped_storage().data_ptr() in arena) == (
+            is_streamed and bound.nbytes >= record_module.SMALL_BYTES
+        )
         assert torch.equal(weight, bound)
 
 
