@@ -48,7 +48,7 @@ def _count_input(kind: str, most: int, mib: int, default: int = 7, least: int = 
 
 
 _OLD = "_cuda_size"
-_FLUX1_BLOCKS = dict(zip(FLUX1.lists.items(), ((19, 16, 182), (38, 37, 76)), strict=True))
+_FLUX1_BLOCKS = dict(zip(FLUX1.lists.items(), ((19, 16, 122), (38, 37, 61)), strict=True))
 """Of each list of Flux.1's blocks: how many there are, how many the old nodes let stay, and MiB of one in NF4."""
 
 COUNTED = dict(FLUX1.lists)

@@ -31,7 +31,7 @@ from flux_nf4.nf4_loader.checkpoint.shards import read_checkpoint_header
 from flux_nf4.nf4_loader.checkpoint.tensors import Weight4bit
 from flux_nf4.offload.plan import BlockSize, Residency
 from flux_nf4.page.encoder_plan import encoder_other_bytes, encoder_sizes
-from flux_nf4.page.file_plan import block_sizes, make_plan, other_bytes
+from flux_nf4.page.file_plan import block_sizes, make_plan, modulation_sizes, other_bytes
 
 _KEY, _VALUE = 60, 120  # characters of metadata that are shown
 _DTYPE = torch.bfloat16  # what tensors that are not packed are on a GPU
@@ -106,6 +106,9 @@ def describe(catalogue: Catalogue, sizes: Sequence[BlockSize]) -> Iterator[str]:
     yield f"model         {_model(catalogue.found, catalogue.logical_shapes)}"
     yield f"blocks        {', '.join(f'{counts[kind]} {kind}' for kind in catalogue.found.family.kinds)}"
     yield from _sizes_and_kinds(sizes, catalogue.parts)
+    if ahead := modulation_sizes(catalogue, _DTYPE):
+        size = f"{sum(layer.nbytes for layer in ahead) / GIB:.2f} GiB"
+        yield f"  {'modulation':<12}{size} beside the blocks, computed ahead of the steps"
     ram, disk = catalogue.transformer_ram / GIB, catalogue.transformer_bytes / GIB
     yield f"transformer   {ram:.2f} GiB in RAM ({disk:.2f} on disk)"
     for part, prefix in (("CLIP-L", CLIP_L_PREFIX), ("T5-XXL", T5_PREFIX), ("VAE", VAE_PREFIX)):

@@ -5,6 +5,6 @@ flat bytes), ``ring`` (places in the staging bytes, integers), ``pinning`` (who 
 ``arena`` (host memory of our own), ``file_map`` and ``file_arena`` (memory of files), ``ram`` (how much there is),
 ``copies`` (streams and events), ``bounce`` (copies of what is not pinned), ``block`` (the records of one),
 ``staging`` (tiles in the ring), ``conveyor`` (fetch, wait, release), ``put`` (what stays on the device), ``streamer``
-(who stays), ``telemetry`` (what it cost). ``host_memory`` is for models that are not streamed. ``comfyui`` is for
-ComfyUI's memory manager; nothing else here knows ComfyUI.
+(who stays), ``telemetry`` (what it cost), ``ahead`` (outputs computed before they are needed). ``host_memory`` is for
+models that are not streamed. ``comfyui`` is for ComfyUI's memory manager; nothing else here knows ComfyUI.
 """

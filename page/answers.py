@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..memory import GIB
-from ..nf4_loader.checkpoint.catalogue import read_catalogue
+from ..nf4_loader.checkpoint.catalogue import Catalogue, read_catalogue
 from ..nf4_loader.checkpoint.encoder_file import read_encoder_file
 from ..nf4_loader.checkpoint.errors import CheckpointError, reason
 from ..nf4_loader.checkpoint.require import require_all_in_one, require_transformer
@@ -16,7 +16,7 @@ from ..nf4_loader.models.streamed_encoders import encoder_dtype, require_4bit
 from ..nf4_loader.models.transformers import model_dtype
 from ..offload.plan import BlockSize, BudgetTooSmallError, Residency, least_device_bytes
 from .encoder_plan import encoder_other_bytes, encoder_sizes
-from .file_plan import Advice, Measured, advise, block_sizes, make_plan, other_bytes, predict_ms
+from .file_plan import Advice, Measured, advise, block_sizes, make_plan, modulation_sizes, other_bytes, predict_ms
 
 Version = tuple[int, int]
 """Time of change in ns and size in bytes of a file."""
@@ -36,7 +36,8 @@ class Answer:
     """The plan for a file: bytes, and ms of one forward where this machine's speed has been measured, with a picture of
     this width and height in pixels.
 
-    ``host_bytes`` are of the blocks; ``all_host_bytes`` of the whole file, None where the node loads only a part of it.
+    ``host_bytes`` are of the blocks and of their layers that are computed ahead; ``all_host_bytes`` of the whole file,
+    None where the node loads only a part of it.
     """
 
     blocks: tuple[BarBlock, ...]
@@ -83,6 +84,8 @@ class _File:
     blocks: tuple[BlockSize, ...]
     other_bytes: int
     all_host_bytes: int | None
+    ahead_host_bytes: int = 0
+    """Of the layers in the blocks that are computed ahead; ``blocks`` are without them."""
 
 
 _Key = tuple[Path, str]
@@ -138,15 +141,19 @@ def _read_file(path: Path, folder: str) -> _File | Problem:
 def _read_all_in_one(path: Path) -> _File:
     catalogue = read_catalogue(path)
     require_all_in_one(catalogue)
-    dtype = model_dtype(catalogue)
-    return _File(block_sizes(catalogue, dtype), other_bytes(catalogue, dtype), catalogue.ram_bytes)
+    return _of_transformer(catalogue, catalogue.ram_bytes)
 
 
 def _read_transformer(path: Path) -> _File:
     catalogue = read_catalogue(path)
     require_transformer(catalogue)
+    return _of_transformer(catalogue, None)
+
+
+def _of_transformer(catalogue: Catalogue, all_host_bytes: int | None) -> _File:
     dtype = model_dtype(catalogue)
-    return _File(block_sizes(catalogue, dtype), other_bytes(catalogue, dtype), None)
+    ahead_host_bytes = sum(size.nbytes for size in modulation_sizes(catalogue, dtype))
+    return _File(block_sizes(catalogue, dtype), other_bytes(catalogue, dtype), all_host_bytes, ahead_host_bytes)
 
 
 def _read_encoder(path: Path) -> _File:
@@ -179,7 +186,7 @@ def _answer(file: _File, wanted: Residency, measured: Measured | None) -> str:
         device_bytes=None if plan is None else other + plan.device_bytes,
         least_device_bytes=least,
         most_device_bytes=other + sum(block.nbytes for block in blocks),
-        host_bytes=sum(block.nbytes for block in blocks),
+        host_bytes=sum(block.nbytes for block in blocks) + file.ahead_host_bytes,
         all_host_bytes=file.all_host_bytes,
         bytes_per_forward=None if plan is None else plan.bytes_per_forward,
         compute_ms=compute_ms,

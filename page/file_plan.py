@@ -93,21 +93,27 @@ def other_bytes(catalogue: Catalogue, dtype: torch.dtype) -> int:
     modulation needs, which is computed ahead."""
     family = _family(catalogue)
     others = [tensor for name, tensor in catalogue.transformer.items() if family.block_of(name) is None]
-    return sum(sum(_tensor_bytes(tensor, dtype)) for tensor in others) + _modulation_bytes(catalogue, dtype)
+    weights = plan_for(modulation_sizes(catalogue, dtype), (), 0).device_bytes
+    kept = AHEAD * dtype.itemsize * sum(tensor.shape[0] for name, tensor in _modulation(catalogue) if _is_weight(name))
+    return sum(sum(_tensor_bytes(tensor, dtype)) for tensor in others) + weights + kept
 
 
-def _modulation_bytes(catalogue: Catalogue, dtype: torch.dtype) -> int:
-    """Bytes on the device to compute the modulation ahead: the ring and small parts of its weights, and outputs."""
-    family = _family(catalogue)
+def modulation_sizes(catalogue: Catalogue, dtype: torch.dtype) -> tuple[BlockSize, ...]:
+    """The layers of the blocks that are computed ahead, as their streamer has them, in the file's order."""
     layers: dict[tuple[str, int, str], dict[str, list[Field]]] = {}
-    output_bytes = 0
-    for found, tensor in _in_blocks(catalogue):
-        if family.is_modulation(found):
-            layer, _, name = found.name.partition(".")
-            _add(layers.setdefault((found.blocks, found.index, layer), {}), name, tensor, dtype)
-            output_bytes += tensor.shape[0] * dtype.itemsize if name.endswith("weight") else 0
-    sizes = [size_of("modulation", owners, whole=True) for owners in layers.values()]
-    return plan_for(sizes, (), 0).device_bytes + AHEAD * output_bytes
+    for found, tensor in _modulation(catalogue):
+        layer, _, name = found.name.partition(".")
+        _add(layers.setdefault((found.blocks, found.index, layer), {}), name, tensor, dtype)
+    return tuple(size_of("modulation", owners, whole=True) for owners in layers.values())
+
+
+def _modulation(catalogue: Catalogue) -> Iterator[tuple[BlockTensor, TransformerTensor]]:
+    family = _family(catalogue)
+    return ((found, tensor) for found, tensor in _in_blocks(catalogue) if family.is_modulation(found))
+
+
+def _is_weight(tensor: BlockTensor) -> bool:
+    return tensor.name.endswith(".weight")
 
 
 def _tensor_bytes(tensor: TransformerTensor, dtype: torch.dtype) -> list[int]:

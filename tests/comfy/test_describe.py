@@ -61,6 +61,7 @@ def test_the_bar_shows_what_a_budget_keeps(tmp_path, monkeypatch, capsys):
     make_sparse_checkpoint(path)
     printed = lines(path, monkeypatch, capsys, "--budget", "3")
     assert "RAM in total  11.06 GiB" in printed
+    assert "  modulation  1.69 GiB beside the blocks, computed ahead of the steps" in printed
     bars = [line.split()[1] for line in printed if line.endswith(" stay")]
     assert [len(bar) for bar in bars] == [19, 38]
     assert all(set(bar) == set("█▄") for bar in bars)

@@ -1,0 +1,128 @@
+"""Outputs that are computed ahead: used only for the bits that they were computed from, and right after anything."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from flux_nf4.offload import ahead as ahead_module
+from flux_nf4.offload.ahead import AHEAD, Ahead
+
+
+class Layer(nn.Module):
+    """Counts its calls, each of which has an input."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(float(factor)), requires_grad=False)
+        self.inputs = []
+
+    def forward(self, vec):
+        self.inputs.append(vec.clone())
+        return vec * self.weight
+
+
+class World:
+    """Two layers, and a schedule of vectors: the forward of each foretells those after it."""
+
+    def __init__(self, count=20, rows=1):
+        torch.manual_seed(0)
+        self.schedule = [torch.randn(rows, 4) for _ in range(count)]
+        self.layers = [Layer(2), Layer(3)]
+        self.ahead = Ahead(self.layers, self.foretell)
+
+    def foretell(self, vector, most):
+        found = [index for index, one in enumerate(self.schedule) if torch.equal(one, vector)]
+        return self.schedule[found[0] + 1 :][:most] if found else None
+
+    def forward(self, vector):
+        """Whether the outputs are right, and how many inputs each layer has seen since the last forward."""
+        vector = vector.clone()
+        self.ahead.begin()
+        with torch.inference_mode():
+            outputs = [layer(vector) for layer in self.layers]
+        counts = [len(layer.inputs) for layer in self.layers]
+        for layer, output in zip(self.layers, outputs, strict=True):
+            layer.inputs.clear()
+            assert torch.equal(output, vector * layer.weight)
+        return counts
+
+
+@pytest.fixture
+def world():
+    return World()
+
+
+def test_the_first_of_the_foretold_forwards_computes_all_of_them(world):
+    counts = [world.forward(vector) for vector in world.schedule]
+    expected = [[0, 0]] * len(counts)
+    expected[0], expected[AHEAD] = [AHEAD, AHEAD], [len(counts) - AHEAD] * 2
+    assert counts == expected
+
+
+def test_a_vector_of_other_bits_is_computed(world):
+    world.schedule = [torch.zeros(1, 4), torch.ones(1, 4)]
+    assert world.forward(torch.zeros(1, 4)) == [2, 2]
+    assert world.forward(-torch.zeros(1, 4)) == [2, 2], "its bits are others"
+    assert world.forward(torch.full((1, 4), 0.5)) == [1, 1]
+
+
+@pytest.mark.parametrize("other", [torch.ones(2, 4), torch.ones(1, 4, dtype=torch.float64)], ids=["rows", "dtype"])
+def test_a_vector_of_another_shape_or_dtype_is_computed_by_itself(other, world):
+    world.forward(world.schedule[0])
+    assert world.forward(other) == [1, 1]
+    assert world.forward(world.schedule[1]) == [0, 0]
+
+
+def test_each_vector_is_computed_in_a_call_of_its_own_and_of_its_shape():
+    world = World(rows=2)
+    with torch.inference_mode():
+        world.layers[0](world.schedule[0])
+    assert [tuple(vector.shape) for vector in world.layers[0].inputs] == [(2, 4)] * AHEAD
+
+
+def test_what_is_missing_is_computed_when_it_is_called(world):
+    world.ahead.begin()
+    with torch.inference_mode():
+        world.layers[0](world.schedule[0].clone())
+    world.layers[0].inputs.clear()
+    assert world.forward(world.schedule[0]) == [0, AHEAD]
+    assert world.forward(world.schedule[3]) == [0, 0]
+    assert world.forward(world.schedule[1]) == [2, 2], "what is over is not kept"
+
+
+def test_after_forgetting_other_weights_count(world):
+    world.forward(world.schedule[0])
+    world.layers[0].weight.fill_(7.0)
+    world.ahead.forget()
+    world.forward(world.schedule[1])
+
+
+def test_no_more_rows_are_kept_than_there_is_room_for(world, monkeypatch):
+    monkeypatch.setattr(ahead_module, "MOST_ROWS", AHEAD + 2)
+    other = World()
+    world.forward(world.schedule[0])
+    both, world.schedule = world.schedule, [vector + 1 for vector in other.schedule]
+    assert world.forward(world.schedule[0]) == [2, 2]
+    assert world.forward(world.schedule[2]) == [1, 1]
+    assert world.forward(both[1]) == [0, 0]
+
+
+def test_gradients_are_those_of_the_layer(world):
+    world.layers[0].weight.requires_grad_(True)
+    for _ in range(2):
+        vector = world.schedule[0].clone().requires_grad_(True)
+        world.layers[0](vector).sum().backward()
+        assert torch.equal(vector.grad, torch.full((1, 4), 2.0))
+
+
+def test_layers_do_not_keep_what_they_are_diverted_to(world):
+    gc.disable()
+    try:
+        gone = weakref.ref(world.ahead)
+        del world.ahead
+        assert gone() is None
+    finally:
+        gc.enable()
