@@ -35,6 +35,8 @@ _WITHOUT_DYNAMIC = (
 )
 """For ComfyUIs that would move it by their dynamic VRAM."""
 
+_TYPES_WITH_TWO = ("flux", "sd3")
+
 State = dict[str, torch.Tensor]
 
 
@@ -166,6 +168,7 @@ def build_encoders(files: Sequence[EncoderFile], clip_type: str, embedding_direc
     for file in files:
         require_type(file, clip_type)
         _require_4bit_or_plain(file)
+    _require_number(files, clip_type)
     if len({file.encoder for file in files}) < len(files):
         raise CheckpointError(
             files[1].path,
@@ -194,6 +197,19 @@ def build_encoders(files: Sequence[EncoderFile], clip_type: str, embedding_direc
     weights = _adopt(files, clip, states, sources)
     del kept
     return BuiltEncoders(clip, weights)
+
+
+def _require_number(files: Sequence[EncoderFile], clip_type: str) -> None:
+    """ComfyUI would make another model of too few or too many."""
+    if clip_type == "flux" and len(files) < 2:
+        raise CheckpointError(
+            files[0].path,
+            "Flux.1 needs two text encoders, CLIP-L and T5-XXL: pick the other one as the second (clip_name2).",
+        )
+    if clip_type not in _TYPES_WITH_TWO and len(files) > 1:
+        raise CheckpointError(
+            files[1].path, f"type {clip_type} has one text encoder: set the second (clip_name2) to none."
+        )
 
 
 def _let_go(clip: comfy.sd.CLIP) -> None:

@@ -14,7 +14,7 @@ from flux_nf4.offload.comfyui.clip import StreamedClip, stream_clip
 from flux_nf4.offload.comfyui.large_layers import HostEmbedding
 from flux_nf4.offload.plan import Residency
 
-QWEN3 = next((tiny for tiny in TINY if tiny.clip_type == "lumina2"), None)
+QWEN3 = next(tiny for tiny in TINY if tiny.clip_type == "lumina2")
 DUAL = {"l": [[(1, 1.0)] * 77], "t5xxl": [[(3, 1.0), (14, 1.2), (159, 1.0), (1, 1.0)]]}
 
 
@@ -26,13 +26,14 @@ def dtype(request):
 @pytest.fixture(scope="module")
 def twin(tmp_path_factory):
     """A dense Qwen3 4B by ComfyUI's names."""
-    assert QWEN3 is not None
     return dense_twin(save(QWEN3, tmp_path_factory.mktemp("qwen3")))
 
 
 @pytest.fixture
 def clip(twin, dtype, monkeypatch):
     """ComfyUI's own CLIP with one text encoder."""
+    if not QWEN3.is_known:
+        pytest.skip("this ComfyUI has no Qwen3 4B")
     make_small(monkeypatch, QWEN3)
     state = {name: tensor.to(dtype) for name, tensor in for_comfyui(QWEN3, twin).items()}
     return comfy.sd.load_text_encoder_state_dicts([state], clip_type=comfy.sd.CLIPType.LUMINA2)

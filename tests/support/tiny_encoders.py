@@ -171,7 +171,8 @@ def make_small(monkeypatch: Any, tiny: Tiny) -> None:
     monkeypatch.setattr(table, "ENCODERS", tuple(small))
     monkeypatch.setattr(comfy.sd, "detect_te_model", functools.partial(_detect, comfy.sd.detect_te_model))
     monkeypatch.setattr("comfy.model_management.text_encoder_dtype", lambda *_, **__: torch.float32)
-    _shrink(monkeypatch, tiny)
+    if hasattr(llama, tiny.comfy_config):
+        _shrink(monkeypatch, tiny)
     real = qwen_vl.Qwen2VLVisionTransformer
     vision = {"hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "num_layers": 2}
     monkeypatch.setattr(qwen_vl, "Qwen2VLVisionTransformer", lambda **given: real(**given | vision))
