@@ -13,7 +13,7 @@ from ..bounce import through_bounce_buffers
 from ..copies import copies_to
 from ..plan import ResidencyPlan
 from ..streamer import Streamer
-from ..telemetry import ForwardCost
+from ..telemetry import ForwardCost, summarise
 from .lasting import lasting_allocations
 from .lora_reader import leave_out_half_pairs
 from .modulation import Modulated, modulated
@@ -169,6 +169,12 @@ class Streaming:
             streamer.start(plan, copies, whole_blocks=whole_blocks)
         if streamer.plan is not None and streamer.plan != before:
             self._say_plan(streamer.plan, wanted)
+
+    def log_forwards(self) -> None:
+        """`rest`, and log what the forwards so far have cost."""
+        self.rest()
+        if summary := summarise(self.streamer.telemetry, self.all_pinned):
+            logger.info("Streaming: %s", summary)
 
     def _say_plan(self, plan: ResidencyPlan, wanted: ResidencyPlan | None) -> None:
         logger.info(
