@@ -216,7 +216,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def report_forwards(self) -> None:
         """Log what the forwards so far have cost, and tell the observers: the next forward may be far off."""
-        self._streaming.log_forwards()
+        self._streaming.rest()
         tell_observers(self)
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:

@@ -137,11 +137,13 @@ class Streaming:
             streamer.stop()
 
     def rest(self) -> None:
-        """A sampling is over: nothing of it is kept, and the latest forward ends here."""
+        """A sampling is over: nothing of it is kept, the latest forward ends here, and the log says what it cost."""
         self.forget()
         for streamer in self.streamers:
             if streamer.telemetry is not None:
                 streamer.telemetry.rest()
+        if summary := summarise(self.streamer.telemetry, self.all_pinned):
+            logger.info("Streaming: %s", summary)
 
     def say_once(self, text: str) -> None:
         """A warning in the log, the first time it is said of this model."""
@@ -169,12 +171,6 @@ class Streaming:
             streamer.start(plan, copies, whole_blocks=whole_blocks)
         if streamer.plan is not None and streamer.plan != before:
             self._say_plan(streamer.plan, wanted)
-
-    def log_forwards(self) -> None:
-        """`rest`, and log what the forwards so far have cost."""
-        self.rest()
-        if summary := summarise(self.streamer.telemetry, self.all_pinned):
-            logger.info("Streaming: %s", summary)
 
     def _say_plan(self, plan: ResidencyPlan, wanted: ResidencyPlan | None) -> None:
         logger.info(
