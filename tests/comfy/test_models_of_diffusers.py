@@ -157,7 +157,7 @@ def test_describe_names_the_model_its_layout_and_its_blocks(small, quantised, mo
 
 def test_the_bar_gets_its_blocks(small, quantised):
     _, folder = quantised(small)
-    question = answer_for(folder, False, Residency((), 10**8), Measured(0.001, 1.0))
+    question = answer_for(folder, "diffusion_models", Residency((), 10**8), Measured(0.001, 1.0))
     with ThreadPoolExecutor(1) as thread:  # Playwright, which other tests use, leaves a loop running in this one
         answer = json.loads(thread.submit(asyncio.run, question).result())
     sizes = block_sizes(read_catalogue(folder), torch.float32)
