@@ -27,7 +27,6 @@ from ..plan import (
     plan_for,
     spread,
 )
-from ..telemetry import summarise
 from .compiled import is_compiled
 from .lasting import lasting_allocations
 from .node_names import QUANTISE, STREAM
@@ -36,7 +35,7 @@ from .patch_log import PatchRun
 from .patching import Patch, add, patches_under
 from .retry import retry_with_less
 from .streaming import Streaming, StreamingReport, refuse_to_save, tell_observers
-from .weights import in_logical_shapes, key_patches, weight_of
+from .weights import key_patches, weight_of
 
 logger = logging.getLogger(__name__)
 
@@ -216,10 +215,8 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         self.report_forwards()
 
     def report_forwards(self) -> None:
-        """Log and tell the observers what the forwards so far have cost: more may be long in coming."""
+        """Log what the forwards so far have cost, and tell the observers: the next forward may be far off."""
         self._streaming.rest()
-        if summary := summarise(self._streaming.streamer.telemetry, self._streaming.all_pinned):
-            logger.info("Streaming: %s", summary)
         tell_observers(self)
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
@@ -265,8 +262,8 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, list[Any]]:
         """Each weight without its patches, in host memory, and its patches."""
-        weights = in_logical_shapes(self.model, self.model_state_dict(filter_prefix))
-        return key_patches(self.model, weights, self.patches, self._streaming.in_host_memory)
+        state = self.model_state_dict(filter_prefix)
+        return key_patches(self.model, state, self.patches, self._streaming.in_host_memory)
 
     def patch_hooks(self, hooks: Any) -> None:
         """Put the patches of ``hooks`` (a HookGroup or None) into effect, at the strengths that they have now."""

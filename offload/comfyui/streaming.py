@@ -13,7 +13,7 @@ from ..bounce import through_bounce_buffers
 from ..copies import copies_to
 from ..plan import ResidencyPlan
 from ..streamer import Streamer
-from ..telemetry import ForwardCost
+from ..telemetry import ForwardCost, summarise
 from .lasting import lasting_allocations
 from .lora_reader import leave_out_half_pairs
 from .modulation import Modulated, modulated
@@ -137,11 +137,13 @@ class Streaming:
             streamer.stop()
 
     def rest(self) -> None:
-        """A sampling is over: nothing of it is kept, and the latest forward ends here."""
+        """A sampling is over: nothing of it is kept, the latest forward ends here, and the log says what it cost."""
         self.forget()
         for streamer in self.streamers:
             if streamer.telemetry is not None:
                 streamer.telemetry.rest()
+        if summary := summarise(self.streamer.telemetry, self.all_pinned):
+            logger.info("Streaming: %s", summary)
 
     def say_once(self, text: str) -> None:
         """A warning in the log, the first time it is said of this model."""

@@ -12,14 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
-def in_logical_shapes(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of ``state``, a state dict of ``model``; parameters and buffers of the same names in their place."""
-    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    return {key: own.get(key, tensor) for key, tensor in state.items()}
-
-
 def weight_of(model: nn.Module, key: str) -> torch.Tensor | None:
-    """Tensor ``key`` of the model's state dict, as `in_logical_shapes` gives it; None if there is none.
+    """Tensor ``key`` of the model's state dict, or the parameter or buffer of that name; None if there is neither.
 
     It makes the state dict of the module that has the tensor, and not of the whole model.
     """
@@ -35,18 +29,18 @@ def weight_of(model: nn.Module, key: str) -> torch.Tensor | None:
 
 def key_patches(
     model: nn.Module,
-    weights: Mapping[str, torch.Tensor],
+    state: Mapping[str, torch.Tensor],
     patches: Mapping[str, Sequence[Any]],
     in_host_memory: Callable[[nn.Module, str], torch.Tensor | None],
 ) -> dict[str, list[Any]]:
-    """What ``ModelPatcher.get_key_patches`` returns: for each of ``weights`` a list of a pair and of its patches.
+    """What ``ModelPatcher.get_key_patches`` returns: for each tensor of the ``state`` dict a pair, then its patches.
 
     The pair is the weight in host memory, and the function of its layer that converts it to the values that the layer
     computes with. ``in_host_memory`` gives the tensor of a module that is streamed, and None of another.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     found = {}
-    for key, weight in weights.items():
+    for key, weight in _in_logical_shapes(model, state).items():
         path, _, name = key.rpartition(".")
         module = modules[path]
         if not hasattr(module, name):
@@ -58,6 +52,12 @@ def key_patches(
         convert: Callable[..., torch.Tensor] = getattr(module, f"convert_{name}", _as_it_is)
         found[key] = [(weight, convert), *patches.get(key, ())]
     return found
+
+
+def _in_logical_shapes(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of ``state``; parameters and buffers of the same names in their place."""
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    return {key: own.get(key, tensor) for key, tensor in state.items()}
 
 
 def _as_it_is(weight: torch.Tensor, **_: Any) -> torch.Tensor:

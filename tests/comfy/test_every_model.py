@@ -12,7 +12,7 @@ import pytest
 import torch
 from model_families import CASES
 
-from flux_nf4.offload.comfyui import adopt
+from flux_nf4.offload.comfyui import block_lists
 from flux_nf4.offload.comfyui.adopt import stream_model
 from flux_nf4.offload.comfyui.patcher import StreamedModelPatcher
 from flux_nf4.offload.plan import Residency
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 def test_streamed_is_as_in_stock_comfyui(name, copies, monkeypatch):
     """None of its blocks resident, and half of them."""
     # Some small models have parts of full size.
-    monkeypatch.setattr(adopt, "_LEAST_PART", 0.01)
+    monkeypatch.setattr(block_lists, "_LEAST_PART", 0.01)
     monkeypatch.setattr(StreamedModelPatcher, "staging_bytes", 1)
     case = CASES[name]
     model = model_case.make_model(case)

@@ -333,11 +333,11 @@ def test_a_model_in_scaled_fp8_is_quantised_with_its_lora(tmp_path, one_block_of
 @pytest.mark.parametrize(
     ("name", "tensor", "problem"),
     [
-        ("weight", torch.ones(HIDDEN, 64, dtype=torch.int8), r"a Parameter of torch\.int8, of which"),
+        ("weight", torch.ones(HIDDEN, 64, dtype=torch.int8), r"a Parameter of torch\.int8, whose"),
         (
             "weight",
             torch.ones(HIDDEN * 32, 1, dtype=torch.uint8),
-            r"a Parameter of torch\.uint8, of which",
+            r"a Parameter of torch\.uint8, whose",
         ),
         ("pre_quant_scale", torch.ones(64), "its layer multiplies its input by these numbers"),
     ],

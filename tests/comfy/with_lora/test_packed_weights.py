@@ -65,6 +65,7 @@ def test_a_patch_of_the_packed_shape_is_refused(load_packed, shapes, with_lora, 
     name, (rows, columns) = next(iter(shapes.items()))
     patched = with_lora(load_packed(), loras.kohya({name: (rows, columns // 2)}))
     assert not patched.patches
+    patched.clone()  # until then more patches may follow, and the line is for all of them
     assert "0 patches applied at strength 1, 1 skipped" in caplog.text
 
 
