@@ -59,3 +59,17 @@ def _in_4bit(prefix: str, shapes: layout.Shapes) -> dict[str, Tensor]:
 
 def _dense(prefix: str, shapes: layout.Shapes, dtype: str) -> dict[str, Tensor]:
     return {prefix + name: (dtype, shape, None) for name, shape in shapes.items()}
+
+
+def make_sparse_int8(path: Path, *, double_blocks: int = 19, single_blocks: int = 38) -> None:
+    """Write the transformer of a Flux.1-dev in ComfyUI's INT8 ConvRot: the blocks' matrices, the rest in bf16."""
+    said = json.dumps({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 256}).encode()
+    tensors: dict[str, Tensor] = {}
+    for name, shape in layout.flux(double_blocks, single_blocks, guidance=True).items():
+        if len(shape) != 2 or "_blocks." not in name:
+            tensors[name] = ("BF16", shape, None)
+            continue
+        tensors[name] = ("I8", shape, None)
+        tensors[f"{name}_scale"] = ("F32", (shape[0], 1), None)
+        tensors[name.removesuffix("weight") + "comfy_quant"] = ("U8", (len(said),), said)
+    write_sparse(path, tensors)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-_SIZES = {"U8": 1, "F8_E4M3": 1, "F16": 2, "BF16": 2, "F32": 4}
+_SIZES = {"U8": 1, "I8": 1, "F8_E4M3": 1, "F16": 2, "BF16": 2, "F32": 4}
 
 Tensor = tuple[str, tuple[int, ...], bytes | None]
 """Dtype, shape, and the bytes that it begins with; the rest reads as zero."""

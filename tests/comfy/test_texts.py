@@ -41,6 +41,14 @@ def test_the_node_for_any_model_names_every_format(kind):
     assert kind in ("bf16", "fp16") or set(kind.lower().split()) <= set(node.SEARCH_ALIASES)
 
 
+def test_the_readmes_have_a_row_for_each_node_of_today():
+    english, chinese = ((environment.ROOT / name).read_text("utf-8") for name in READMES)
+    for name in NAMES:
+        if not name.startswith("MZ_"):
+            assert f"| **{NODE_DISPLAY_NAME_MAPPINGS[name]}** |" in english
+            assert f"| **{TRANSLATED[name]['display_name']}** |" in chinese
+
+
 def test_nodes_for_old_graphs_are_marked_and_stand_last_in_every_language():
     old = {name for name in NAMES if name.startswith("MZ_")}
     for mapping in (NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, TRANSLATED):

@@ -6,9 +6,10 @@ import environment
 import pytest
 import torch
 from comfy_server import link_model
+from native_files import has_formats
 from PIL import Image
 from safetensors.torch import save_file
-from sparse_checkpoint import make_sparse_checkpoint
+from sparse_checkpoint import make_sparse_checkpoint, make_sparse_int8
 
 EXAMPLES = environment.ROOT / "example_workflows"
 NAMES = sorted(path.stem for path in (EXAMPLES / "api").glob("*.json"))
@@ -40,6 +41,9 @@ def small(server, checkpoint, tmp_path_factory):
     dense = tmp_path_factory.mktemp("dense") / "dense.safetensors"
     make_sparse_checkpoint(dense, double_blocks=1, single_blocks=1, is_all_in_one=False, is_4bit=False)
     link_model(dense, server.base, "diffusion_models")
+    int8 = dense.with_name("int8.safetensors")
+    make_sparse_int8(int8, double_blocks=1, single_blocks=1)
+    link_model(int8, server.base, "diffusion_models")
     loaders = ("MZ_Flux1CheckpointLoaderNF4_cpuDynOffload", "FluxNF4CheckpointLoaderStreamed")
     return {
         **{loader: {"ckpt_name": checkpoint.name} for loader in loaders},
@@ -60,6 +64,8 @@ def example(small, checkpoint):
         workflow = json.loads((EXAMPLES / "api" / f"{name}.json").read_text("utf-8"))
         for key, node in list(workflow.items()):
             node["inputs"] |= small.get(node["class_type"], {})
+            if node["class_type"] == "UNETLoader" and "int8" in name and has_formats():
+                node["inputs"]["unet_name"] = "int8.safetensors"
             if node["class_type"] == "FluxKontextImageScale":  # to a megapixel
                 scale = {"upscale_method": "area", "width": 64, "height": 64, "crop": "disabled"}
                 node |= {"class_type": "ImageScale", "inputs": node["inputs"] | scale}
