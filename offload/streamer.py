@@ -21,7 +21,7 @@ from .file_arena import FileArena
 from .pinning import THE_LIMIT, PinnableMemory, Shortfall
 from .plan import BlockSize, ResidencyPlan, plan_for, spread
 from .put import put, put_missing, write
-from .record import RecordLayout, extras_layouts
+from .record import RecordLayout, extras_layouts, refuse_copies
 from .staging import RingMemory, ring_memory
 from .telemetry import Telemetry
 
@@ -80,11 +80,8 @@ class Streamer:
         self._ring: RingMemory | None = None
         self._conveyor: Conveyor | None = None
 
-    def __deepcopy__(self, memo: object) -> "Streamer":
-        raise TypeError(
-            "a streamed model cannot be copied with copy.deepcopy: the copy would move the blocks of the original. Use "
-            "ModelPatcher.clone, or copy the model before it is streamed."
-        )
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        refuse_copies(memo)
 
     @property
     def telemetry(self) -> Telemetry | None:

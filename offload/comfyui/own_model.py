@@ -2,7 +2,8 @@
 
 Nodes put state on the model object that all clones of a MODEL share. With other settings, a loader of ComfyUI's gives
 a newly read model, which has none of that state. Here it gives a new object: the file is read once, and for ComfyUI's
-memory manager all of them are one model.
+memory manager all of them are one model. The transformer stays the same object: nodes that change it (RES4LYF) change
+its blocks as well, and either both must be new or neither.
 """
 
 import copy
@@ -14,9 +15,6 @@ import comfy.model_patcher
 import comfy.utils
 import torch
 from torch import nn
-
-_OWN = ("diffusion_model", "model_sampling")
-"""Modules that nodes put state on, too."""
 
 
 @dataclass
@@ -95,17 +93,11 @@ class SharedModulesPatcher(comfy.model_patcher.ModelPatcher):
 
 def _over_the_same_modules(model: nn.Module) -> nn.Module:
     """Another object with the attributes of ``model``; setting one of either changes nothing of the other's."""
-    other = _shallow_copy(model)
-    for name in _OWN:
-        module = other._modules.get(name)
-        if module is not None:
-            other._modules[name] = _shallow_copy(module)
-    return other
-
-
-def _shallow_copy(module: nn.Module) -> nn.Module:
-    other = copy.copy(module)
-    for name, value in vars(module).items():
+    other = copy.copy(model)
+    for name, value in vars(model).items():
         if isinstance(value, dict | list | set):
             vars(other)[name] = copy.copy(value)
+    schedule = other._modules.get("model_sampling")
+    if schedule is not None:
+        other._modules["model_sampling"] = copy.deepcopy(schedule)
     return other

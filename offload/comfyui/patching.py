@@ -88,10 +88,6 @@ class Patching:
         self.scratch_bytes = 0
         """Bytes that a forward needs, for a moment, to patch its largest dense weight."""
 
-    def use(self, model: nn.Module) -> None:
-        """Patch ``model`` from now on: another object over the same modules."""
-        self._model_of = weakref.ref(model)  # which has this: a cycle would keep its memory until a collection
-
     def apply(
         self,
         patches: Mapping[str, Sequence[Patch]],

@@ -30,7 +30,7 @@ def shifted(patcher, shift=3.0):
         schedule = Shifted(patched.model.model_config)
         schedule.set_parameters(shift)
         patched.add_object_patch("model_sampling", schedule)
-        patched.model._shifted_by = patched.model.diffusion_model._shifted_by = shift
+        patched.model._shifted_by = shift
     return patched
 
 
@@ -42,14 +42,14 @@ def test_other_settings_are_as_a_model_that_was_read_anew(loaded, sample, copies
     for counts in ((2, 2), (0, 0), (5, 1)):
         other = loaded(*counts)
         assert torch.equal(sample(shifted(other)), expected)
-        assert not hasattr(loaded(*counts).model.diffusion_model, "_shifted_by")
+        assert not hasattr(loaded(*counts).model, "_shifted_by")
         assert torch.equal(sample(loaded(*counts)), plain)
 
 
 def test_clones_share_what_was_put_on_the_model(loaded, copies):
     first = loaded(1, 1)
     shifted(first)
-    assert first.clone().model._shifted_by == first.clone().clone().model.diffusion_model._shifted_by == 3.0
+    assert first.clone().model._shifted_by == first.clone().clone().model._shifted_by == 3.0
 
 
 def test_models_in_turn_have_their_own_object_patches(loaded, sample, copies):
