@@ -8,13 +8,14 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..memory import is_out_of_memory
 from . import pinning_ahead
 from .arena import HostArena
 from .block import Block, Extras, HostRecord, blocks_in, extras_in, layouts_of, split
 from .call_order import CallOrders
-from .conveyor import Conveyor, tensors_replaced
+from .conveyor import Conveyor, hooks_of_residents, tensors_replaced
 from .copies import Copies, InlineCopies
 from .extras import Places, Travelling, remove_staying
 from .file_arena import FileArena
@@ -79,6 +80,7 @@ class Streamer:
         self._copies: Copies = _NOWHERE
         self._ring: RingMemory | None = None
         self._conveyor: Conveyor | None = None
+        self._hooks: list[RemovableHandle] = []
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         refuse_copies(memo)
@@ -319,6 +321,7 @@ class Streamer:
             self._stream(plan)
         else:
             self._ring = None
+            self._hooks = hooks_of_residents(self.blocks, plan.resident) if self.whole_blocks else []
         for index in plan.resident:
             block = self.blocks[index]
             block.is_resident = True  # first: where memory runs out, the next candidate drops it
@@ -337,6 +340,9 @@ class Streamer:
 
     def _close(self) -> None:
         """Stop streaming. The ring's memory is kept for the next conveyor."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
         conveyor, self._conveyor = self._conveyor, None
         if conveyor is not None:
             conveyor.close()
