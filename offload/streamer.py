@@ -82,7 +82,7 @@ class Streamer:
         self._conveyor: Conveyor | None = None
         self._hooks: list[RemovableHandle] = []
 
-    def __deepcopy__(self, memo: object) -> NoReturn:
+    def __deepcopy__(self, memo: object) -> None:
         refuse_copies(memo)
 
     @property
@@ -313,9 +313,8 @@ class Streamer:
     def _apply(self, plan: ResidencyPlan) -> None:
         self._close()
         self.plan = plan
-        resident = set(plan.resident)
         for index, block in enumerate(self.blocks):
-            if block.is_resident != (index in resident):
+            if block.is_resident != (index in plan.resident):
                 block.drop()
         if plan.streamed:
             self._stream(plan)
@@ -340,9 +339,8 @@ class Streamer:
 
     def _close(self) -> None:
         """Stop streaming. The ring's memory is kept for the next conveyor."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        while self._hooks:
+            self._hooks.pop().remove()
         conveyor, self._conveyor = self._conveyor, None
         if conveyor is not None:
             conveyor.close()

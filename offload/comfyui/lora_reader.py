@@ -1,6 +1,7 @@
 """LoRA files in which half of a pair is missing: the log names the layer, and the others work.
 
-ComfyUI's reader skips a lone ``lora_down``, but raises KeyError on a lone ``lora_up``, before any model is asked.
+ComfyUI's reader skips a lone ``lora_down``, but raises KeyError on a lone ``lora_up``. It is the same reader for all
+models: it is replaced only while there are streamed ones, and for others it still does what it did.
 """
 
 import functools
@@ -23,8 +24,14 @@ _MARK = "leaves_out_half_pairs"
 _FRAMES = 12
 """How far up from the reader the function is that applies the LoRA to a model, at most."""
 
-def leave_out_half_pairs() -> None:
-    """From now on ComfyUI's reader skips a lone ``lora_up``, too. Files that it could read give the same as before."""
+_streamed: set[int] = set()
+"""The ids of the streamed models."""
+
+
+def leave_out_half_pairs(model: nn.Module) -> None:
+    """For LoRAs that are read for streamed models, as long as ``model``, which is one, is there."""
+    _streamed.add(id(model))
+    weakref.finalize(model, _stop_without_models, id(model))
     load = getattr(LoRAAdapter.load, "__func__", None)
     if load is None or hasattr(load, _MARK):
         return  # somebody has replaced it; or this is done, perhaps by another copy of this package

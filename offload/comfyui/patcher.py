@@ -272,8 +272,7 @@ class StreamedModelPatcher(SharedModulesPatcher):
         """Put the patches of ``hooks`` (a HookGroup or None) into effect, at the strengths that they have now."""
         if hooks is None and self.current_hooks is None:
             return  # nothing changes: ComfyUI asks for this at the end of each sampling
-        before = self._streaming.streamer.plan
-        patches = patches_under(hooks, self.patches, self.hook_patches)
+        before, patches = self._streaming.streamer.plan, patches_under(hooks, self.patches, self.hook_patches)
         try:
             with self.use_ejected():
                 self._apply_patches(patches, self.weight_wrapper_patches, self.load_device, self.compute)

@@ -238,7 +238,7 @@ def attach_streaming(
     ``mapped`` and ``each`` see `Streamer`, for ``patch_in_weights`` `Patching`. ``twin`` streams an equal model to
     another device: both share its arenas.
     """
-    leave_out_half_pairs()
+    leave_out_half_pairs(model)
     blocks = [block for group in groups.values() for block in group]
     modulation = modulated(model, blocks, mapped or {}, each, None if twin is None else twin.modulation)
     ahead = modulation.ahead.modules if modulation is not None else frozenset()
