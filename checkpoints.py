@@ -111,7 +111,7 @@ def load_transformer(catalogue: Catalogue) -> StreamedModelPatcher:
 
 
 def streamed(loaded: StreamedModelPatcher, residency: Residency, node_id: str | None) -> StreamedModelPatcher:
-    """A MODEL with settings of its own.
+    """A MODEL with settings of its own, and a model object of its own, which nodes may put state on.
 
     It is a clone of ``loaded``. When the clone goes, ComfyUI still knows ``loaded`` as the model on the device, and can
     unload it.
@@ -120,6 +120,7 @@ def streamed(loaded: StreamedModelPatcher, residency: Residency, node_id: str | 
         ValueError: the budget is too small.
     """
     patcher = loaded.clone()
+    patcher.take_own_model()
     patcher.residency, patcher.node_id = residency, node_id
     patcher.require_budget()
     return patcher

@@ -11,8 +11,9 @@ The host never waits (`bounce` apart). On the device, compute waits for the copy
 waits for all compute launched before it ("free"), because that compute may read the bytes that the copy overwrites.
 """
 
+import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -72,10 +73,7 @@ class Conveyor:
             self._hook(key)
             self._hook_inside(key, presence)
         if self._whole_blocks:
-            # Compiled code is shared by blocks of equal structure, hooks included: residents have the same ones.
-            for index in self._plan.resident:
-                for local in range(len(self._blocks[index].tiles)):
-                    self._hook_inside((index, local), Presence(here=True))
+            self._hooks += hooks_of_residents(self._blocks, self._plan.resident)
         if self._staged:
             self.fetch((0, *self._ring.beside[0]))
 
@@ -195,19 +193,8 @@ class Conveyor:
         Mostly the tile is in use when they are called. It is not where another package calls them from a module of its
         own or by ``block.forward``, or where the block ran another block in its midst.
         """
-        conveyor, block = weakref.proxy(self), self._blocks[key[0]]
-
-        def fetch() -> None:
-            conveyor._before(key)
-
-        outside: Any = torch.compiler.disable(fetch)
-
-        def unless_present(*_: object) -> None:
-            if not presence.here:  # in compiled code this is a guard, and all that is left of the hook
-                outside()
-
-        for module in block.modules_of(key[1]) - {block.tiles[key[1]].module}:
-            self._hooks.append(module.register_forward_pre_hook(unless_present))
+        conveyor = weakref.proxy(self)
+        self._hooks += _hooks_inside(self._blocks[key[0]], key[1], presence, lambda: conveyor._before(key))
 
     def _lose_ring(self) -> None:
         """Another conveyor takes the ring: what is in it is gone."""
@@ -221,6 +208,28 @@ class Conveyor:
             self._lost_ring = False
             self._memory.give_to(self._lose_ring)
             self._released()
+
+
+def hooks_of_residents(blocks: Sequence[Block], resident: Sequence[int]) -> list[RemovableHandle]:
+    """Hooks on the layers of resident blocks like those of streamed ones, for compiled code.
+
+    Blocks of equal structure share it, hooks included. And what is compiled for layers without a hook is not compiled
+    again when one comes: it would then read the weights of a streamed block in host memory.
+    """
+    tiles = [(blocks[index], local) for index in resident for local in range(len(blocks[index].tiles))]
+    every = [_hooks_inside(block, local, Presence(here=True), lambda: None) for block, local in tiles]
+    return list(itertools.chain.from_iterable(every))
+
+
+def _hooks_inside(block: Block, local: int, presence: Presence, fetch: Callable[[], None]) -> list[RemovableHandle]:
+    outside: Any = torch.compiler.disable(fetch)
+
+    def unless_present(*_: object) -> None:
+        if not presence.here:  # in compiled code this is a guard, and all that is left of the hook
+            outside()
+
+    layers = block.modules_of(local) - {block.tiles[local].module}
+    return [layer.register_forward_pre_hook(unless_present) for layer in layers]
 
 
 def tensors_replaced(layer: str, index: int) -> RuntimeError:

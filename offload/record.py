@@ -13,7 +13,7 @@ import functools
 import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -315,3 +315,12 @@ def keep_in_place(block: nn.Module) -> None:
             return reference()
 
         module._apply = stay  # type: ignore[method-assign]
+        module.__deepcopy__ = refuse_copies  # type: ignore[assignment]
+
+
+def refuse_copies(memo: object) -> NoReturn:
+    """Raises TypeError: a copy would have the hooks that move the original."""
+    raise TypeError(
+        "a streamed model, its blocks and its layers cannot be copied with copy.deepcopy: the copy would move the "
+        "blocks of the original. Use ModelPatcher.clone, or copy the model before it is streamed."
+    )

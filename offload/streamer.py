@@ -8,20 +8,21 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..memory import is_out_of_memory
 from . import pinning_ahead
 from .arena import HostArena
 from .block import Block, Extras, HostRecord, blocks_in, extras_in, layouts_of, split
 from .call_order import CallOrders
-from .conveyor import Conveyor, tensors_replaced
+from .conveyor import Conveyor, hooks_of_residents, tensors_replaced
 from .copies import Copies, InlineCopies
 from .extras import Places, Travelling, remove_staying
 from .file_arena import FileArena
 from .pinning import THE_LIMIT, PinnableMemory, Shortfall
 from .plan import BlockSize, ResidencyPlan, plan_for, spread
 from .put import put, put_missing, write
-from .record import RecordLayout, extras_layouts
+from .record import RecordLayout, extras_layouts, refuse_copies
 from .staging import RingMemory, ring_memory
 from .telemetry import Telemetry
 
@@ -79,12 +80,10 @@ class Streamer:
         self._copies: Copies = _NOWHERE
         self._ring: RingMemory | None = None
         self._conveyor: Conveyor | None = None
+        self._hooks: list[RemovableHandle] = []
 
-    def __deepcopy__(self, memo: object) -> "Streamer":
-        raise TypeError(
-            "a streamed model cannot be copied with copy.deepcopy: the copy would move the blocks of the original. Use "
-            "ModelPatcher.clone, or copy the model before it is streamed."
-        )
+    def __deepcopy__(self, memo: object) -> None:
+        refuse_copies(memo)
 
     @property
     def telemetry(self) -> Telemetry | None:
@@ -314,14 +313,14 @@ class Streamer:
     def _apply(self, plan: ResidencyPlan) -> None:
         self._close()
         self.plan = plan
-        resident = set(plan.resident)
         for index, block in enumerate(self.blocks):
-            if block.is_resident != (index in resident):
+            if block.is_resident != (index in plan.resident):
                 block.drop()
         if plan.streamed:
             self._stream(plan)
         else:
             self._ring = None
+            self._hooks = hooks_of_residents(self.blocks, plan.resident) if self.whole_blocks else []
         for index in plan.resident:
             block = self.blocks[index]
             block.is_resident = True  # first: where memory runs out, the next candidate drops it
@@ -340,6 +339,8 @@ class Streamer:
 
     def _close(self) -> None:
         """Stop streaming. The ring's memory is kept for the next conveyor."""
+        while self._hooks:
+            self._hooks.pop().remove()
         conveyor, self._conveyor = self._conveyor, None
         if conveyor is not None:
             conveyor.close()

@@ -97,6 +97,7 @@ def _adopt(patcher: comfy.model_patcher.ModelPatcher, kind: Kind) -> StreamedMod
     clone.__class__ = kind.patcher
     clone.backup, clone.object_patches_backup, clone.hook_backup = {}, {}, {}
     clone.backup_buffers, clone.pinned = {}, set()
+    clone.take_own_model()
     clone.cached_patcher_init = _init_of_streamed(patcher, kind)
     clone.retry_with_less_resident()
     return clone

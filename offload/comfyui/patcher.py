@@ -30,6 +30,7 @@ from ..plan import (
 from .compiled import is_compiled
 from .lasting import lasting_allocations
 from .node_names import QUANTISE, STREAM
+from .own_model import SharedModulesPatcher
 from .patch_check import accepted
 from .patch_log import PatchRun
 from .patching import Patch, add, patches_under
@@ -40,7 +41,10 @@ from .weights import key_patches, weight_of
 logger = logging.getLogger(__name__)
 
 
-class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
+_SETTINGS = ("residency", "staging_bytes", "whole_blocks", "compute", "node_id", "cached_patcher_init")
+
+
+class StreamedModelPatcher(SharedModulesPatcher):
     """Keeps some of a model's blocks on the load device and streams the others at every forward.
 
     The model must have gone through `attach_streaming`. Settings belong to the patcher: set them on a fresh one or a
@@ -80,12 +84,8 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         """ComfyUI's, with the settings."""
         self.patch_run = self.patch_run.tell()
         other = super().clone(*args, **kwargs)
-        other.residency = self.residency
-        other.staging_bytes = self.staging_bytes
-        other.whole_blocks = self.whole_blocks
-        other.compute = self.compute
-        other.node_id = self.node_id
-        other.cached_patcher_init = self.cached_patcher_init
+        for name in _SETTINGS:
+            setattr(other, name, getattr(self, name))
         return other
 
     @property
@@ -269,10 +269,9 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
         """Put the patches of ``hooks`` (a HookGroup or None) into effect, at the strengths that they have now."""
         if hooks is None and self.current_hooks is None:
             return  # nothing changes: ComfyUI asks for this at the end of each sampling
-        before = self._streaming.streamer.plan
+        before, patches = self._streaming.streamer.plan, patches_under(hooks, self.patches, self.hook_patches)
         try:
             with self.use_ejected():
-                patches = patches_under(hooks, self.patches, self.hook_patches)
                 self._apply_patches(patches, self.weight_wrapper_patches, self.load_device, self.compute)
                 self.current_hooks = hooks
             if before is not None:
@@ -304,7 +303,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     @property
     def _needs_whole_blocks(self) -> bool:
         """Whether to stream whole blocks: it is asked for, or a node runs blocks or the model through torch.compile."""
-        return self.whole_blocks or is_compiled(self, [block.module for block in self._streaming.streamer.blocks])
+        return self.whole_blocks or is_compiled(self, self._streaming.streamer.blocks)
 
     @property
     def _compute_dtype(self) -> torch.dtype:
@@ -328,6 +327,7 @@ class StreamedModelPatcher(comfy.model_patcher.ModelPatcher):
     def residency_changed(self) -> None:
         """Tell ComfyUI and the observers how much is on the device now."""
         self.model.model_loaded_weight_memory = self._held_bytes()
+        self._share_state()
         tell_observers(self)
 
     def _held_bytes(self) -> int:

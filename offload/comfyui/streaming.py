@@ -18,6 +18,7 @@ from .lasting import lasting_allocations
 from .lora_reader import leave_out_half_pairs
 from .modulation import Modulated, modulated
 from .node_names import QUANTISE
+from .own_model import SharedState
 from .patching import Extras, Patching
 from .pins import pin_limit
 
@@ -61,6 +62,7 @@ class Streaming:
     """The layers in the blocks that are computed ahead, which ``streamer`` does not move."""
     said: set[str] = field(default_factory=set)
     extras: Extras = field(default_factory=dict)
+    shared: SharedState = field(default_factory=SharedState)
 
     @property
     def streamers(self) -> tuple[Streamer, ...]:
@@ -238,7 +240,7 @@ def attach_streaming(
     ``mapped`` and ``each`` see `Streamer`, for ``patch_in_weights`` `Patching`. ``twin`` streams an equal model to
     another device: both share its arenas.
     """
-    leave_out_half_pairs()
+    leave_out_half_pairs(model)
     blocks = [block for group in groups.values() for block in group]
     modulation = modulated(model, blocks, mapped or {}, each, None if twin is None else twin.modulation)
     ahead = modulation.ahead.modules if modulation is not None else frozenset()

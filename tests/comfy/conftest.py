@@ -77,6 +77,21 @@ def load(tiny_file, tiny_config):
 
 
 @pytest.fixture
+def dense(load):
+    """A stock patcher of a dense model with random weights, in the tiny model's shape."""
+    config = load().model.model_config
+    made = type(config)(dict(config.unet_config))
+    made.set_inference_dtype(torch.float32, None)
+    torch.manual_seed(0)
+    model = made.get_model({}, "")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.02)
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(model, cpu, cpu)
+
+
+@pytest.fixture
 def read_model(tiny_config, monkeypatch):
     """A function: ComfyUI's model of a tiny file of any layout and depth, all of it read."""
 

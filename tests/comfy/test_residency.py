@@ -8,6 +8,7 @@ import pytest
 import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 
+from flux_nf4.offload.comfyui import streaming
 from flux_nf4.offload.comfyui.patcher import StreamedModelPatcher
 from flux_nf4.offload.plan import Residency
 from flux_nf4.offload.telemetry import Telemetry
@@ -198,3 +199,16 @@ def test_the_last_forward_ends_with_the_sampling(load, sample, copies, monkeypat
     sample(patcher, steps=3)
     assert ended[0] == before + 2
     assert patcher.model.streaming.streamer.telemetry.forwards == before + 3
+
+
+def test_an_observer_that_fails_ends_no_prompt(load, sample, expected, copies, monkeypatch, caplog):
+    seen = []
+
+    def fails(patcher):
+        seen.append(patcher)
+        raise RuntimeError("the page has gone")
+
+    monkeypatch.setattr(streaming, "observers", [fails, seen.append])
+    assert torch.equal(sample(load(1, 1)), expected)
+    assert len(seen) >= 4, "told while it is loaded and when it ends, and the next one after the one that fails"
+    assert "a report was not delivered" in caplog.text

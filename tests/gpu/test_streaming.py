@@ -11,6 +11,8 @@ import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from gpu_models import DEVICE, TINY
 from tiny_flux import detection_of
+from torch._dynamo.utils import counters
+from torch._inductor import cudagraph_trees
 
 from flux_nf4.checkpoints import Residency
 from flux_nf4.offload.comfyui.adopt import stream_model
@@ -165,6 +167,23 @@ def test_compiled_blocks_give_the_same_latents_streamed_and_resident(tiny):
     assert torch.equal(latents[2], latents[0])
     uncompiled = tiny.sample(tiny.resident())
     assert (latents[0] - uncompiled).norm() / uncompiled.norm() < 0.05
+
+
+def test_cuda_graphs_of_compiled_blocks_give_the_same_latents_streamed_and_resident(tiny):
+    """A graph has the addresses of the weights in it, and those of a streamed block change."""
+    keys = ["diffusion_model.double_blocks.0", "diffusion_model.single_blocks.0"]
+    latents, graphs = [], []
+    for patcher in (tiny.resident(), tiny.with_counts(0, 0), tiny.half()):
+        torch.compiler.reset()
+        patcher.staging_bytes = 8 << 20
+        set_torch_compile_wrapper(model=patcher, backend="inductor", mode="reduce-overhead", keys=keys)
+        latents.append([tiny.sample(patcher) for _ in range(2)])
+        manager = cudagraph_trees.get_manager(DEVICE.index or 0, create_if_none_exists=False)
+        graphs.append(sum(map(len, manager.roots.values())) if manager is not None else 0)
+        skipped = counters["inductor"]["cudagraph_skips"]
+        print(f"{len(patcher.report().streamed)} blocks streamed: {graphs[-1]} graphs captured, {skipped} skipped")
+    assert all(torch.equal(found, latents[0][0]) for of_patcher in latents for found in of_patcher)
+    assert graphs[0], "no graph was captured, so this shows nothing"
 
 
 def test_a_streamed_forward_allocates_and_waits_no_more_than_a_resident_one(model):

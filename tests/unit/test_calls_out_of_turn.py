@@ -10,6 +10,7 @@ from streaming_model import StreamedModel, Value
 from torch import nn
 
 from flux_nf4.offload import record as record_module
+from flux_nf4.offload.copies import InlineCopies
 from flux_nf4.offload.plan import plan_for
 from flux_nf4.offload.streamer import Streamer
 
@@ -210,3 +211,54 @@ def test_a_block_that_runs_another_one_in_its_midst_goes_on_with_its_own_layers(
     for _ in range(3):
         streamed.forward()
     streamed.check()
+
+
+class TwoLayers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.two(self.one(x).tanh())
+
+
+class OwnTwoLayers(TwoLayers):
+    """Another package's module with the layers of a block."""
+
+    def __init__(self, block):
+        nn.Module.__init__(self)
+        self.one, self.two = block.one, block.two
+
+
+class Once(InlineCopies):
+    """Copies what the host memory had when this was made, which is then overwritten: who reads it there computes 0."""
+
+    def __init__(self, arena):
+        super().__init__(torch.device("cpu"))
+        self._saved = [(memory.data_ptr(), memory.clone()) for memory in arena.records]
+        for memory in arena.records:
+            memory.zero_()
+
+    def copy(self, destination, source, **events):
+        start, saved = max((pair for pair in self._saved if pair[0] <= source.data_ptr()), key=lambda pair: pair[0])
+        super().copy(destination, saved[source.data_ptr() - start :][: source.nbytes], **events)
+
+
+@pytest.mark.parametrize("by", [lambda block: block, OwnTwoLayers], ids=["block", "own block"])
+@pytest.mark.parametrize("first", [(0, 1, 2), (1,), ()], ids=str)
+def test_what_was_compiled_under_one_plan_is_right_under_the_next(by, first, monkeypatch):
+    """Compiled code is kept for layers that had no hook when one comes to them."""
+    monkeypatch.setattr(record_module, "SMALL_BYTES", 64)
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    blocks, x = [TwoLayers() for _ in range(3)], torch.randn(2, 16)
+    expected = [block(x) for block in blocks]
+    streamer = Streamer({"double": blocks})
+    copies = Once(streamer.arena)
+    compiled = [torch.compile(by(block), backend="eager") for block in blocks]
+    sizes = streamer.sizes(whole_blocks=True)
+    for resident in (first, (), (0,), (0, 1, 2), ()):
+        streamer.start(plan_for(sizes, resident, 0), copies, whole_blocks=True)
+        assert all(torch.equal(run(x), wanted) for run, wanted in zip(compiled, expected, strict=True))
+    streamer.stop()
+    assert not any(layer._forward_pre_hooks for block in blocks for layer in block.modules())

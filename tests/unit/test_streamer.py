@@ -1,5 +1,6 @@
 """The streamer on a CPU "device": the same fetch, wait and release as on a GPU, with every copy counted."""
 
+import copy
 import functools
 import gc
 import itertools
@@ -141,6 +142,20 @@ def test_without_a_plan_blocks_compute_from_host_memory(expected):
     assert streamer.device_bytes == 0
 
 
+@pytest.mark.parametrize(
+    "part", [lambda model: model, lambda model: model.doubles[1], lambda model: model.singles[0].second]
+)
+def test_a_copy_of_a_model_a_block_or_a_layer_is_refused(part, expected):
+    """It would have hooks that move the original."""
+    model, streamer, _, _ = streamed(double=1)
+    with pytest.raises(TypeError, match=r"ModelPatcher\.clone"):
+        copy.deepcopy(part(model))
+    assert torch.equal(model(X), expected)
+    streamer.stop()
+    with pytest.raises(TypeError, match=r"ModelPatcher\.clone"):
+        copy.deepcopy(part(model))
+
+
 def test_device_bytes_are_those_of_the_plan():
     _, streamer, _, plan = streamed(double=2, single=1)
     assert streamer.device_bytes == plan.device_bytes
@@ -211,6 +226,19 @@ def test_changing_the_plan_keeps_the_output_and_moves_the_difference(expected):
         stayed = kept.keys() & set(plan.resident)
         assert all(residents(streamer)[index] == kept[index] for index in stayed)
         kept = residents(streamer)
+
+
+def test_other_copies_to_the_same_device_leave_residents_where_they_are(expected):
+    """What is pinned may change between two starts, and with it whether copies go through bounce buffers."""
+    model, streamer, _, plan = streamed(double=2, single=3)
+    before = [block.own.buffer for block in streamer.blocks if block.is_resident]
+    copies = CountingCopies()
+    streamer.start(plan, copies)
+    resident = [block.own for block in streamer.blocks if block.is_resident]
+    assert all(own.buffer is buffer for own, buffer in zip(resident, before, strict=True))
+    homes = {own.host.data_ptr() for own in resident}
+    assert not homes.intersection(copies.sources)
+    assert torch.equal(model(X), expected)
 
 
 def test_starting_again_stacks_no_hooks(expected):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from comfy.weight_adapter import LoRAAdapter
 
+from flux_nf4.offload.comfyui import lora_reader
 from flux_nf4.offload.comfyui.lora_reader import leave_out_half_pairs
 
 BAD = "diffusion_model.double_blocks.0.img_mlp.0"
@@ -97,7 +98,7 @@ def test_so_is_one_of_any_other_kind(kind, load, with_lora, log):
 
 
 def test_a_pair_without_its_lower_half_is_skipped_and_named(load, twin, shapes, with_lora, log):
-    """ComfyUI's own reader would stop there: for streamed models it does not, nor for others from then on."""
+    """ComfyUI's own reader stops there: for streamed models it does not, for others it still does."""
     file = loras.generic(shapes)
     del file[f"{BAD}.lora_A.weight"]
     rest = {f"diffusion_model.{name}.weight" for name in shapes} - {f"{BAD}.weight"}
@@ -105,7 +106,8 @@ def test_a_pair_without_its_lower_half_is_skipped_and_named(load, twin, shapes, 
     assert log(logging.WARNING) == [
         f"LoRA: the file lacks {BAD}.lora_A.weight, so the layer that it is for stays unchanged"
     ]
-    assert with_lora(twin, file).patches.keys() == rest
+    with pytest.raises(KeyError, match="lora_A"):
+        with_lora(twin, file)
     assert len(with_lora(load(), loras.generic(shapes)).patches) == len(rest) + 1
 
 
@@ -119,25 +121,52 @@ def reader(monkeypatch):
     return set_to
 
 
-def test_a_reader_that_another_package_has_wrapped_is_wrapped_once_more_and_once_only(reader):
-    def raises(cls, layer, file):
-        return file[f"{layer}.up"], file[f"{layer}.down"]
+def raises(cls, layer, file):
+    return file[f"{layer}.up"], file[f"{layer}.down"]
 
+
+def test_a_reader_that_another_package_has_wrapped_is_wrapped_once_more_and_once_only(reader, load):
     @functools.wraps(raises)
     def of_another_package(*arguments):
         return raises(*arguments)
 
+    model = load()
     reader(classmethod(of_another_package))
     for _ in range(2):
-        leave_out_half_pairs()
+        leave_out_half_pairs(model.model)
         assert LoRAAdapter.load("layer", {"layer.up": 1}) is None
         assert LoRAAdapter.load("layer", {"layer.up": 1, "layer.down": 2}) == (1, 2)
     assert LoRAAdapter.load.__func__.__wrapped__ is of_another_package
 
 
+def test_without_streamed_models_the_reader_is_comfyuis(reader, monkeypatch):
+    monkeypatch.setattr(lora_reader, "_streamed", set())
+    comfyuis = classmethod(raises)
+    reader(comfyuis)
+    one, two = (torch.nn.Linear(1, 1) for _ in range(2))
+    leave_out_half_pairs(one)
+    leave_out_half_pairs(two)
+    del one
+    assert LoRAAdapter.__dict__["load"] is not comfyuis
+    del two
+    assert LoRAAdapter.__dict__["load"] is comfyuis
+
+
+def test_a_reader_that_was_wrapped_after_ours_is_left_alone(reader, monkeypatch):
+    monkeypatch.setattr(lora_reader, "_streamed", set())
+    reader(classmethod(raises))
+    model = torch.nn.Linear(1, 1)
+    leave_out_half_pairs(model)
+    ours = LoRAAdapter.load
+    wrapped = classmethod(lambda cls, *given: ours(*given))
+    reader(wrapped)
+    del model
+    assert LoRAAdapter.__dict__["load"] is wrapped
+
+
 def test_a_reader_that_is_no_method_is_left_alone(reader):
     reader(staticmethod(lambda *_: "its own"))
-    leave_out_half_pairs()
+    leave_out_half_pairs(torch.nn.Linear(1, 1))
     assert LoRAAdapter.load("layer", {}) == "its own"
 
 

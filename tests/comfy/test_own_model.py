@@ -1,0 +1,109 @@
+"""State that other nodes put on the model object: other settings of a loader have none of it, as in stock ComfyUI."""
+
+import gc
+
+import comfy.model_management
+import comfy.model_sampling
+import pytest
+import torch
+
+from flux_nf4.offload.comfyui.adopt import stream_model
+from flux_nf4.offload.plan import Residency
+
+
+@pytest.fixture(params=["4 bits", "dense"])
+def loaded(request, load, dense):
+    """A function: what a loader gives for these numbers of double and single blocks."""
+    if request.param == "4 bits":
+        return load
+    return lambda *counts: stream_model(dense, Residency(tuple(zip(("double", "single"), counts, strict=True))), None)
+
+
+class Shifted(comfy.model_sampling.ModelSamplingFlux, comfy.model_sampling.CONST):
+    """Another schedule: what DyPE and ModelSamplingFlux put in the place of a model's own."""
+
+
+def shifted(patcher, shift=3.0):
+    """As a node that patches once and remembers on the model object that it has."""
+    patched = patcher.clone()
+    if not hasattr(patched.model, "_shifted_by"):
+        schedule = Shifted(patched.model.model_config)
+        schedule.set_parameters(shift)
+        patched.add_object_patch("model_sampling", schedule)
+        patched.model._shifted_by = shift
+    return patched
+
+
+def test_other_settings_are_as_a_model_that_was_read_anew(loaded, sample, copies):
+    plain = sample(loaded(2, 2))
+    first = loaded(2, 2)
+    expected = sample(shifted(first))
+    assert not torch.equal(expected, plain)
+    for counts in ((2, 2), (0, 0), (5, 1)):
+        other = loaded(*counts)
+        assert torch.equal(sample(shifted(other)), expected)
+        assert not hasattr(loaded(*counts).model, "_shifted_by")
+        assert torch.equal(sample(loaded(*counts)), plain)
+
+
+def test_clones_share_what_was_put_on_the_model(loaded, copies):
+    first = loaded(1, 1)
+    shifted(first)
+    assert first.clone().model._shifted_by == first.clone().clone().model._shifted_by == 3.0
+
+
+def test_models_in_turn_have_their_own_object_patches(loaded, sample, copies):
+    one, two = loaded(1, 1), loaded(3, 3)
+    plain, patched = sample(one), sample(shifted(one))
+    block = "diffusion_model.double_blocks.0"
+    calls = []
+
+    class Counting(torch.nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, *args, **kwargs):
+            calls.append(1)
+            return self.block(*args, **kwargs)
+
+    counting = two.clone()
+    counting.add_object_patch(block, Counting(two.get_model_object(block)))
+    again = shifted(loaded(1, 1))
+    for _ in range(2):
+        assert torch.equal(sample(counting), plain)
+        assert calls
+        calls.clear()
+        assert torch.equal(sample(again), patched)
+        assert torch.equal(sample(two), plain)
+        assert torch.equal(sample(one), plain)
+        assert not calls
+
+
+def test_comfyui_has_one_entry_and_knows_what_is_on_the_device(loaded, sample, copies):
+    one, two = loaded(1, 1), loaded(4, 4)
+    sample(one)
+    sample(shifted(two))
+    (entry,) = [entry for entry in comfy.model_management.current_loaded_models if entry.model.is_clone(one)]
+    held = two.model.streaming.streamer.device_bytes
+    assert one.loaded_size() == two.loaded_size() == entry.model_loaded_memory() >= held > 0
+    del two
+    gc.collect()
+    (entry,) = [entry for entry in comfy.model_management.current_loaded_models if entry.model.is_clone(one)]
+    assert entry.real_model() is not None
+    assert entry.model_loaded_memory() == one.loaded_size() >= held
+    comfy.model_management.unload_all_models()
+    assert one.loaded_size() == one.model.streaming.streamer.device_bytes == 0
+    sample(one)
+    assert one.loaded_size() > 0
+
+
+def test_patches_of_the_models_in_turn_reach_tensors_of_no_block(load, sample, copies):
+    one, two = load(1, 1).clone(), load(2, 2)
+    plain = sample(two)
+    bias = one.model.diffusion_model.img_in.bias
+    one.add_patches({"diffusion_model.img_in.bias": ("diff", (torch.ones_like(bias),))})
+    patched = sample(one)
+    assert not torch.equal(patched, plain)
+    assert torch.equal(sample(two), plain)
+    assert torch.equal(sample(one), patched)
