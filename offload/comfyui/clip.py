@@ -74,6 +74,9 @@ class StreamedEncoderPatcher(StreamedModelPatcher):
     def retry_with_less_resident(self) -> None:
         """Nothing: ComfyUI runs no wrapper around text encoders, so `StreamedEncoders` does it."""
 
+    def take_own_model(self) -> None:
+        """Nothing: a CLIP and its patcher have one model object, and nodes keep their settings on the CLIP."""
+
     def model_size(self) -> int:
         """Bytes that must be on the load device, or are there."""
         if self._computes_from_host:
@@ -131,6 +134,11 @@ class StreamedEncoderPatcher(StreamedModelPatcher):
         if self._large.is_on_device:
             self._large.take_back()
             self._streaming.outside_bytes -= self._large.nbytes
+
+    @property
+    def _bytes_beside_blocks(self) -> int:
+        # The large layers leave the device before a budget is too small for them.
+        return super()._bytes_beside_blocks - (self._large.nbytes if self._large.is_on_device else 0)
 
     @property
     def _bytes_of_all_others(self) -> int:

@@ -104,9 +104,12 @@ class StreamedModelPatcher(SharedModulesPatcher):
         Raises:
             BudgetTooSmallError: the message says what the least is.
         """
-        budget = self.residency.budget_bytes
-        if budget is not None:
-            plan_by_budget(self._sizes, budget, other_bytes=self._streaming.other_bytes + self._streaming.kept_bytes)
+        if (budget := self.residency.budget_bytes) is not None:
+            plan_by_budget(self._sizes, budget, other_bytes=self._bytes_beside_blocks)
+
+    @property
+    def _bytes_beside_blocks(self) -> int:  # of a budget
+        return self._streaming.other_bytes + self._streaming.kept_bytes
 
     def model_size(self) -> int:
         """Bytes that the model wants on the load device: ComfyUI makes this much room. It is not the whole model."""

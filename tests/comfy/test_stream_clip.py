@@ -169,6 +169,16 @@ def test_it_is_not_saved_by_nodes_that_would_write_it_wrong(clip, clip_copies):
         streamed(clip, 0).get_sd()
 
 
+def test_a_small_budget_is_not_too_small_after_all_of_it_was_resident(clip, clip_copies):
+    whole = stream_clip(clip, Residency(), None)
+    least = whole.patcher.model_size()
+    whole.patcher.load(torch.device("cpu"), 0)
+    assert whole.patcher.model.large_layers.is_on_device
+    small = stream_clip(clip, Residency(budget_bytes=least), None)
+    small.patcher.load(torch.device("cpu"), least + 1)
+    assert small.patcher.loaded_size() <= least
+
+
 def test_it_asks_for_what_it_needs_and_takes_what_is_free(clip, clip_copies):
     ours = stream_clip(clip, Residency(), None)
     patcher, streamer = ours.patcher, ours.patcher.model.streaming.streamer
