@@ -68,7 +68,7 @@ def test_a_run_of_nothing_says_so(load, patches, caplog):
         assert patched.add_patches({"clip_l.no.layer": adapter}) == []
     patched.clone()
     (line,) = lines(caplog)
-    assert "none of its keys is of this model" in line
+    assert "none of its keys belongs to this model" in line
 
 
 def test_no_state_dict_of_the_whole_model_is_made(load, patches, monkeypatch):
