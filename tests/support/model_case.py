@@ -1,5 +1,7 @@
 """What a case of `model_families` is, and how to make its model and run it."""
 
+import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,7 +57,17 @@ def is_there(case):
 
 def known(parameters, config):
     """What of ``config`` this version's ``parameters`` have: some are newer."""
-    return {key: value for key, value in config.items() if key in (*parameters.__dataclass_fields__, "image_model")}
+    names = {*inspect.signature(parameters).parameters, "image_model"}
+    return {key: value for key, value in config.items() if key in names}
+
+
+def known_to(module, name, config):
+    """`known` for class ``name`` of ``module``, which may be newer as a whole: then all of ``config``."""
+    try:
+        parameters = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        return config
+    return known(parameters, config)
 
 
 def make_model(case):

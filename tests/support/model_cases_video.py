@@ -1,7 +1,7 @@
 """Cases of `model_families`: classes that make video, sound and shapes."""
 
 from comfy.ldm.hunyuan_video.model import HunyuanVideoParams
-from model_case import Case, known, seconds, t
+from model_case import Case, known, known_to, seconds, t
 from model_configs import AUDIO, CLIP_VISION, COSMOS, HUNYUAN, TEXT, UNET, VIDEO, WAN
 
 CASES = {
@@ -299,25 +299,29 @@ CASES = {
     ),
     "ACE-Step 1.5": Case(
         "ACEStep15",
-        {
-            "in_channels": 48,
-            "hidden_size": 64,
-            "text_hidden_dim": 32,
-            "timbre_hidden_dim": 16,
-            "audio_acoustic_hidden_dim": 16,
-            "num_dit_layers": 3,
-            "num_lyric_layers": 1,
-            "num_timbre_layers": 1,
-            "num_tokenizer_layers": 1,
-            "num_heads": 2,
-            "num_kv_heads": 1,
-            "head_dim": 32,
-            "intermediate_size": 64,
-            "fsq_dim": 64,
-            "encoder_hidden_size": 64,
-            "encoder_intermediate_size": 64,
-            "encoder_num_heads": 2,
-        },
+        known_to(
+            "comfy.ldm.ace.ace_step15",
+            "AceStepConditionGenerationModel",
+            {
+                "in_channels": 48,
+                "hidden_size": 64,
+                "text_hidden_dim": 32,
+                "timbre_hidden_dim": 16,
+                "audio_acoustic_hidden_dim": 16,
+                "num_dit_layers": 3,
+                "num_lyric_layers": 1,
+                "num_timbre_layers": 1,
+                "num_tokenizer_layers": 1,
+                "num_heads": 2,
+                "num_kv_heads": 1,
+                "head_dim": 32,
+                "intermediate_size": 64,
+                "fsq_dim": 64,
+                "encoder_hidden_size": 64,
+                "encoder_intermediate_size": 64,
+                "encoder_num_heads": 2,
+            },
+        ),
         (1, 16, 20),
         {**TEXT, "lyric_embed": t(1, 8, 32), "refer_audio": t(1, 16, 20), "is_covers": False},
     ),
