@@ -30,11 +30,15 @@ class SharedState:
         """``model`` is to be patched, with ``originals`` for what its object patches replace. Object patches of other
         patchers are taken back: in part they are on modules that this model has as well."""
         if self._originals is not originals:
-            before = self._patched() if self._patched is not None else None
-            for key, original in self._originals.items():
-                comfy.utils.set_attr(model if before is None else before, key, original)
-            self._originals.clear()
+            self.restore(model)
         self._patched, self._originals = weakref.ref(model), originals
+
+    def restore(self, model: nn.Module) -> None:
+        """Take back the object patches that are in effect, on ``model`` if the one that has them is gone."""
+        before = self._patched() if self._patched is not None else None
+        for key, original in self._originals.items():
+            comfy.utils.set_attr(model if before is None else before, key, original)
+        self._originals.clear()
 
 
 class SharedModulesPatcher(comfy.model_patcher.ModelPatcher):
@@ -49,7 +53,11 @@ class SharedModulesPatcher(comfy.model_patcher.ModelPatcher):
     """The object that was loaded last. Without it, ComfyUI takes what it has on the device for gone."""
 
     def take_own_model(self) -> None:
-        """Have a model object of its own from now on; not for a patcher that has clones or is loaded."""
+        """Have a model object of its own from now on; not for a patcher that has clones or is loaded.
+
+        Its modules are as they were read: object patches of a loaded model come back when that is loaded again.
+        """
+        self._shared.restore(self.model)
         self.model = _over_the_same_modules(self.model)
         self.object_patches_backup = {}
 

@@ -67,11 +67,13 @@ def test_models_in_turn_have_their_own_object_patches(loaded, sample, copies):
             calls.append(1)
             return self.block(*args, **kwargs)
 
+    assert one.get_model_object("model_sampling") is not two.get_model_object("model_sampling")
     counting = two.clone()
     counting.add_object_patch(block, Counting(two.get_model_object(block)))
     again = shifted(loaded(1, 1))
     for _ in range(2):
         assert torch.equal(sample(counting), plain)
+        assert not isinstance(loaded(2, 2).get_model_object(block), Counting), "another's patch is no original"
         assert calls
         calls.clear()
         assert torch.equal(sample(again), patched)
