@@ -117,6 +117,7 @@ def _measure(
     device, is_cuda = patcher.load_device, patcher.load_device.type == "cuda"
     with at_work(with_residency(patcher, setting.double, setting.single), case) as model:
         model.load()
+        model.forward()  # in ComfyUI 0.33 the first one of a process rounds otherwise
         output = model.forward().cpu()
         if is_cuda:
             torch.cuda.empty_cache()

@@ -105,10 +105,13 @@ def _peak_gib(device: torch.device) -> float:
 
 def run(files: Files, cases: Sequence[Case], rounds: int, prompts: int, output: Path) -> dict[str, Any]:
     """Measure each case; the figures so far are in ``output`` after each."""
+    from comfy_model import at_work
     from streamed import load
 
     with torch.inference_mode():
         patchers = {"before": load_as_before(files.nf4()), "ahead": load(files.nf4())}
+        with at_work(patchers["before"].clone(), cases[0]) as model:
+            model.sample(_nothing, 1)  # in ComfyUI 0.33 the first forward of a process rounds otherwise
         weights = patchers["ahead"].model.streaming.modulation.streamer.sizes()
         results: dict[str, Any] = {"modulation_bytes": sum(size.nbytes for size in weights), "rows": []}
         for setting in SETTINGS:
