@@ -29,12 +29,20 @@ class BnbLinear(nn.Module):
 
     def __init__(self, linear: Any) -> None:
         super().__init__()
-        packed, absmax, how = linear.packed_weight()
+        (how,), (tensors,) = linear.parts, linear.tensors
         code = get_4bit_type(how.quant_type, device="cpu")
         kind = {"blocksize": how.blocksize, "quant_type": how.quant_type}
-        state = QuantState(absmax=absmax, shape=torch.Size(how.shape), code=code, dtype=linear.dtype, **kind)
+        state = QuantState(absmax=tensors["absmax"], shape=torch.Size(how.shape), code=code, dtype=linear.dtype, **kind)
+        if how.nested:
+            nested, codes = tensors["nested_absmax"], tensors["nested_map"][0]
+            state.nested, state.offset = True, tensors["nested_offset"][0]
+            state.state2 = QuantState(absmax=nested, blocksize=how.nested[0].blocksize, code=codes, dtype=torch.float32)
         self.weight = bitsandbytes.nn.Params4bit(
-            packed.view(-1, 1), quant_state=state, compress_statistics=False, bnb_quantized=True, **kind
+            tensors["packed"].view(-1, 1),
+            quant_state=state,
+            compress_statistics=bool(how.nested),
+            bnb_quantized=True,
+            **kind,
         )
         self.bias = linear.bias
 

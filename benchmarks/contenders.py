@@ -29,7 +29,7 @@ class Contender:
     description: str
 
 
-NF4_RESIDENT, DENSE_RESIDENT = "bnb-nf4", "comfy-bf16"
+NF4_RESIDENT, NESTED_RESIDENT, DENSE_RESIDENT = "bnb-nf4", "bnb-nf4-v1", "comfy-bf16"
 
 CONTENDERS = (
     Contender(
@@ -45,6 +45,15 @@ CONTENDERS = (
     Contender("streamed-resident-int8", "streamed", "19/38 int8", "this package, all in VRAM, int8 where faster"),
     Contender("streamed-0-0-compiled", "streamed", "0/0 compiled", "this package, no block stays, blocks compiled"),
     Contender("streamed-resident-compiled", "streamed", "19/38 compiled", "this package, all in VRAM, blocks compiled"),
+    Contender(NESTED_RESIDENT, "bnb-v1", "resident", "NF4 with nested absmax (v1 files), as bnb-nf4"),
+    *(
+        Contender(f"streamed-v1{ending}", "streamed-v1", setting, f"this package, nested absmax (v1 files), {what}")
+        for ending, setting, what in (
+            ("-0-0", "0/0", "no block stays"),
+            ("-resident", "19/38", "all in VRAM"),
+            ("-resident-compiled", "19/38 compiled", "all in VRAM, blocks compiled"),
+        )
+    ),
     Contender(DENSE_RESIDENT, "comfy-bf16", "automatic", "ComfyUI's loader, bf16, in VRAM as far as it has room"),
     Contender("comfy-bf16-offloaded", "comfy-bf16", "offloaded", "the same, all weights offloaded"),
     Contender("comfy-fp8", "comfy-fp8", "automatic", "ComfyUI's loader, fp8 e4m3, in VRAM as far as it has room"),
@@ -77,18 +86,19 @@ def family_maker(name: str, options: Options) -> Callable[[], Family]:
     something that the family needs is not here.
     """
     files = options.files
-    if name == "streamed":
+    nf4 = functools.partial(files.nf4, nested=name.endswith("-v1"))
+    if name in ("streamed", "streamed-v1"):
         import comfy.model_management
         from streamed import Streamed
 
         from flux_nf4.nf4_loader.linear.kernels import warm_up
 
         warm_up(comfy.model_management.get_torch_device())
-        return functools.partial(Streamed, files.nf4())
-    if name == "bnb":
+        return functools.partial(Streamed, nf4())
+    if name in ("bnb", "bnb-v1"):
         from bnb_modules import BnbModules
 
-        return functools.partial(BnbModules, files.nf4())
+        return functools.partial(BnbModules, nf4())
     if name.startswith("diffusers-"):
         from diffusers_model import Diffusers
 

@@ -97,7 +97,9 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
     )
     yield "|---" * 10 + "|"
     for row in rows:
-        dynamic = row.loaded is not None and row.loaded.has_dynamic_vram and row.contender.family != "streamed"
+        dynamic = (
+            row.loaded is not None and row.loaded.has_dynamic_vram and not row.contender.family.startswith("streamed")
+        )
         name = f"{row.contender.name} (dynamic VRAM)" if dynamic else row.contender.name
         if row.ms is None:
             yield f"| {name} | {row.failure or 'not reached'} |" + " |" * 8

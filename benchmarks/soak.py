@@ -3,10 +3,10 @@
     COMFYUI_PATH=~/ComfyUI python benchmarks/soak.py
     COMFYUI_PATH=~/ComfyUI python benchmarks/soak.py --checkpoint flux1-dev-bnb-nf4-v2.safetensors --prompts 200
 
-Run it with ComfyUI's Python. Prompts are drawn at random, with a fixed seed: size of the picture, LoRAs, blocks that
-stay, and now and then all models unloaded before it, as ComfyUI's button does. It fails if a picture is not bit-equal
-to the first one of its size and LoRAs, whatever blocks stayed, or if memory grew: of the device, pinned, or of the
-host. Writes ``soak.json``.
+Run it with ComfyUI's Python. Prompts are drawn at random, with a fixed seed: which file (NF4, NF4 with nested absmax,
+INT8 ConvRot where ComfyUI knows it), size of the picture, LoRAs, blocks that stay, and now and then all models unloaded
+before it, as ComfyUI's button does. It fails if a picture is not bit-equal to the first one of its file, size and
+LoRAs, whatever blocks stayed, or if memory grew: of the device, pinned, or of the host. Writes ``soak.json``.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ SLACK_BYTES = {"device": 64 * MIB, "allocated": MIB, "pinned": 0, "resident": 64
 
 @dataclass(frozen=True)
 class Prompt:
+    file: str
     pixels: int
     loras: int
     double: int
@@ -44,7 +45,8 @@ class Prompt:
 
     def __str__(self) -> str:
         unloaded = ", all unloaded before" if self.unloads_first else ""
-        return f"{self.pixels}x{self.pixels}, {self.loras} LoRAs, {self.double}/{self.single} blocks stay{unloaded}"
+        blocks = f"{self.double}/{self.single} blocks stay"
+        return f"{self.file}, {self.pixels}x{self.pixels}, {self.loras} LoRAs, {blocks}{unloaded}"
 
 
 @dataclass(frozen=True)
@@ -69,18 +71,40 @@ class Done:
         return f"{self.prompt}: {self.seconds:.2f} s; MiB in use: {memory}"
 
 
-def prompts(count: int, *, is_tiny: bool) -> list[Prompt]:
+def load_all(files: Files) -> dict[str, Any]:
+    """A streamed patcher of each file, all with the same weights before they were quantised."""
+    from native_files import has_formats
+    from streamed import load
+
+    patchers = {"nf4": load(files.nf4()), "nested": load(files.nf4(nested=True))}
+    if has_formats():
+        import comfy.sd
+
+        from flux_nf4.offload.comfyui.adopt import stream_model
+        from flux_nf4.offload.plan import Residency
+
+        loaded = comfy.sd.load_diffusion_model(str(files.native("int8")))
+        patchers["int8"] = stream_model(loaded, Residency(), None)
+    return patchers
+
+
+def prompts(count: int, names: Sequence[str], *, is_tiny: bool) -> list[Prompt]:
     draw = random.Random(0)
     sizes = (64, 96) if is_tiny else (512, 768, 1024)
     depths = (*((n, n) for n in range(2)), TINY_BLOCKS) if is_tiny else ((0, 0), (7, 7), (12, 24), (3, 0), (19, 38))
     drawn = []
     for _ in range(count):
-        pixels, loras, counts = draw.choice(sizes), draw.choice((0, 0, 1, 2)), draw.choice(depths)
-        drawn.append(Prompt(pixels, loras, *counts, unloads_first=draw.random() < 0.1))
+        name, pixels, loras, counts = (
+            draw.choice(names),
+            draw.choice(sizes),
+            draw.choice((0, 0, 1, 2)),
+            draw.choice(depths),
+        )
+        drawn.append(Prompt(name, pixels, loras, *counts, unloads_first=draw.random() < 0.1))
     return drawn
 
 
-def run(patcher: Any, prompt: Prompt, steps: int, text_tokens: int) -> Done:
+def run(patchers: Mapping[str, Any], prompt: Prompt, steps: int, text_tokens: int) -> Done:
     import comfy.model_management
     from comfy_model import ComfyModel
     from streamed import with_residency
@@ -89,25 +113,27 @@ def run(patcher: Any, prompt: Prompt, steps: int, text_tokens: int) -> Done:
         comfy.model_management.unload_all_models()
     case = Case("", prompt.pixels, steps=steps, loras=prompt.loras, rank=16, text_tokens=text_tokens)
     started = time.perf_counter()
-    picture = ComfyModel(with_residency(patcher, prompt.double, prompt.single), case).sample(lambda: None)
+    patcher = with_residency(patchers[prompt.file], prompt.double, prompt.single)
+    picture = ComfyModel(patcher, case).sample(lambda: None)
     seconds = time.perf_counter() - started
     digest = hashlib.sha256(picture.float().numpy().tobytes()).hexdigest()
     gc.collect()
-    return Done(prompt, digest, seconds, memory_of(patcher))
+    return Done(prompt, digest, seconds, memory_of(list(patchers.values())))
 
 
-def memory_of(patcher: Any) -> Memory:
-    use = Use.now(patcher.load_device)
-    return Memory(use.device, use.allocated, patcher.model.streaming.streamer.pinned_bytes, resident_bytes())
+def memory_of(patchers: Sequence[Any]) -> Memory:
+    use = Use.now(patchers[0].load_device)
+    pinned = sum(patcher.model.streaming.streamer.pinned_bytes for patcher in patchers)
+    return Memory(use.device, use.allocated, pinned, resident_bytes())
 
 
 def other_pictures(done: Sequence[Done]) -> list[int]:
-    """Indices of prompts whose picture is not the first one of their size and LoRAs."""
-    first: dict[tuple[int, int], str] = {}
+    """Indices of prompts whose picture is not the first one of their file, size and LoRAs."""
+    first: dict[tuple[str, int, int], str] = {}
     return [
         index
         for index, one in enumerate(done)
-        if first.setdefault((one.prompt.pixels, one.prompt.loras), one.digest) != one.digest
+        if first.setdefault((one.prompt.file, one.prompt.pixels, one.prompt.loras), one.digest) != one.digest
     ]
 
 
@@ -130,16 +156,14 @@ def main() -> None:
     begin(given)
     until = time.monotonic() + 60 * given.minutes
     import_package()
-    from streamed import load
-
     files = Files(given.folder, given.checkpoint, given.dry_run)
     files.enter()
     done: list[Done] = []
     with torch.inference_mode():
-        patcher = load(files.nf4())
-        for prompt in prompts(given.prompts, is_tiny=given.dry_run):
+        patchers = load_all(files)
+        for prompt in prompts(given.prompts, list(patchers), is_tiny=given.dry_run):
             if time.monotonic() < until:
-                done.append(run(patcher, prompt, given.steps, text_tokens=8 if given.dry_run else 512))
+                done.append(run(patchers, prompt, given.steps, text_tokens=8 if given.dry_run else 512))
                 print(f"{len(done)}: {done[-1]}", flush=True)
     grown, others = growth(done), other_pictures(done)
     too_much = [kind for kind, nbytes in grown.items() if nbytes > SLACK_BYTES[kind]]

@@ -4,6 +4,7 @@ The NF4 file is made by bitsandbytes itself, on the GPU in seconds; the others a
 format, so that all contenders compute about the same picture.
 """
 
+import functools
 import importlib.util
 import json
 import math
@@ -43,7 +44,7 @@ class Files:
 
     def make(self, family: str) -> None:
         """Make what ``family`` (`contenders.family_maker`) reads, so that its loading can be timed without that."""
-        self.nf4()
+        self.nf4(nested=family.endswith("-v1"))
         if family == "gguf" and importlib.util.find_spec("gguf"):
             self.gguf()
         elif family == "comfy-fp8":
@@ -53,7 +54,10 @@ class Files:
         elif family == "comfy-bf16" or family.startswith("diffusers-"):
             self.dense(torch.bfloat16)
 
-    def nf4(self) -> Path:
+    def nf4(self, *, nested: bool = False) -> Path:
+        """The user's file; if there is none or its absmax has to be ``nested``, one with random weights."""
+        if nested:
+            return self.made("flux-nf4-v1.safetensors", functools.partial(self._make_nf4, nested=True))
         return self.checkpoint or self.made("flux-nf4.safetensors", self._make_nf4)
 
     def dense(self, dtype: torch.dtype) -> Path:
@@ -87,13 +91,20 @@ class Files:
             partial.replace(path)
         return path
 
-    def _make_nf4(self, path: Path) -> None:
+    def _make_nf4(self, path: Path, *, nested: bool = False) -> None:
         from make_checkpoint import Recipe, forget_weights, make_checkpoint
         from tiny_flux import HIDDEN
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         (doubles, singles), hidden = (TINY_BLOCKS, HIDDEN) if self.is_tiny else ((19, 38), 3072)
-        recipe = Recipe(double_blocks=doubles, single_blocks=singles, hidden=hidden, unet_only=True, device=device)
+        recipe = Recipe(
+            nested=nested,
+            double_blocks=doubles,
+            single_blocks=singles,
+            hidden=hidden,
+            unet_only=True,
+            device=device,
+        )
         make_checkpoint(path, recipe)
         forget_weights()
         if device == "cuda":

@@ -33,6 +33,19 @@ def test_contenders_with_the_same_weights_make_the_same_picture(case, tiny_files
         assert (difference.compared_with, difference.is_equal, difference.relative_error) == ("bnb-nf4", True, 0.0)
 
 
+def test_contenders_with_nested_absmax_make_one_picture(tiny_files, tmp_path):
+    figures = {}
+    for name in ("bnb-nf4-v1", "streamed-v1-0-0", "streamed-v1-resident-compiled"):
+        contender = next(one for one in CONTENDERS if one.name == name)
+        family = family_maker(contender.family, Options(tiny_files))()
+        setting = contender.setting.replace("19/38", "2/3")
+        figures[name] = take_turn(family, setting, name, CASES["tiny"], Effort(2, 0.01), tmp_path)
+    assert tiny_files.nf4(nested=True).stat().st_size < tiny_files.nf4().stat().st_size
+    assert figures.pop("bnb-nf4-v1").difference is None
+    for turn in figures.values():
+        assert (turn.difference.compared_with, turn.difference.is_equal) == ("bnb-nf4-v1", True)
+
+
 def test_a_turn_is_timed(tiny_files, tmp_path):
     family = family_maker("streamed", Options(tiny_files))()
     calls = take_turn(family, "0/0", "x", CASES["tiny"], Effort(3, 60), tmp_path)

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent.parent
 MIB = 2**20
 
 
-def done(pixels=64, loras=0, digest="a", device=0, allocated=0, pinned=0, resident=0):
-    prompt = soak.Prompt(pixels, loras, 0, 0, unloads_first=False)
+def done(pixels=64, loras=0, digest="a", device=0, allocated=0, pinned=0, resident=0, file="nf4"):
+    prompt = soak.Prompt(file, pixels, loras, 0, 0, unloads_first=False)
     return soak.Done(prompt, digest, 1.0, soak.Memory(device, allocated, pinned, resident))
 
 
@@ -21,15 +21,16 @@ def test_growth_is_the_second_half_against_the_first():
     assert soak.growth(run) == {"device": -MIB, "allocated": 0, "pinned": 1, "resident": 3}
 
 
-def test_a_picture_that_is_not_the_first_of_its_size_and_loras_is_found():
+def test_a_picture_that_is_not_the_first_of_its_file_size_and_loras_is_found():
     run = [done(), done(pixels=96, digest="b"), done(), done(loras=1, digest="c"), done(digest="b"), done(loras=1)]
-    assert soak.other_pictures(run) == [4, 5]
+    run += [done(file="int8", digest="d"), done(file="int8")]
+    assert soak.other_pictures(run) == [4, 5, 7]
 
 
 def test_prompts_differ_in_everything_and_are_the_same_each_time():
-    drawn = soak.prompts(200, is_tiny=False)
-    assert drawn == soak.prompts(200, is_tiny=False)
-    for field in ("pixels", "loras", "double", "unloads_first"):
+    drawn = soak.prompts(200, ["nf4", "nested"], is_tiny=False)
+    assert drawn == soak.prompts(200, ["nf4", "nested"], is_tiny=False)
+    for field in ("file", "pixels", "loras", "double", "unloads_first"):
         assert len({getattr(prompt, field) for prompt in drawn}) > 1
 
 
