@@ -4,7 +4,6 @@ import contextlib
 import copy
 import sys
 import types
-import weakref
 
 import comfy.lora
 import comfy.model_management
@@ -15,6 +14,7 @@ import pytest
 import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from flux_nf4 import nodes
 from flux_nf4.offload import block as block_module
@@ -33,7 +33,7 @@ def host_memory(patcher):
 
 @pytest.mark.parametrize(
     "residency",
-    [Residency(), Residency((("double", 2), ("single", 3))), Residency(budget_bytes=14_000_000)],
+    [Residency(), Residency((("double", 2), ("single", 3))), Residency(budget_bytes=22_000_000)],
     ids=["automatic", "counts", "budget"],
 )
 def test_a_streamed_dense_model_gives_the_same_latents(residency, dense, sample, copies):
@@ -157,18 +157,23 @@ def test_what_was_made_for_the_dense_layers_is_refused_with_advice(bind, what, d
 
 def test_the_old_memory_goes_block_by_block(dense, monkeypatch):
     """So that streaming takes the RAM of the model and one block, not of two models."""
-    blocks = [*dense.model.diffusion_model.double_blocks, *dense.model.diffusion_model.single_blocks]
-    old = [weakref.ref(block.get_parameter(next(iter(dict(block.named_parameters()))))) for block in blocks]
-    alive = []
+    doubles, singles = dense.model.diffusion_model.double_blocks, dense.model.diffusion_model.single_blocks
+    modulation = [layer.lin for block in doubles for layer in (block.img_mod, block.txt_mod)]
+    modulation += [block.modulation.lin for block in singles]
+    others = [*(block.img_attn.qkv for block in doubles), *(block.linear1 for block in singles)]
+    old = [[StorageWeakRef(layer.weight.untyped_storage()) for layer in layers] for layers in (modulation, others)]
+    count, alive = len(modulation), []
+    del doubles, singles, modulation
     make = block_module.Block
 
     def counting(*args):
-        alive.append(sum(reference() is not None for reference in old))
+        alive.append([sum(not memory.expired() for memory in of) for of in old])
         return make(*args)
 
     monkeypatch.setattr(block_module, "Block", counting)
     stream_model(dense, Residency(), None)
-    assert alive == list(range(len(blocks), 0, -1))
+    assert alive[:count] == [[left, len(others)] for left in range(count, 0, -1)]
+    assert alive[count:] == [[0, left] for left in range(len(others), 0, -1)]
 
 
 def test_a_lack_of_ram_is_said(dense, monkeypatch, caplog):

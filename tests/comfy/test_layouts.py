@@ -19,6 +19,7 @@ from flux_nf4.families import FLUX1
 from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
 from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
 from flux_nf4.nf4_loader.models.transformers import block_groups
+from flux_nf4.offload.comfyui.modulation import modulation_in
 from flux_nf4.offload.plan import Residency
 from flux_nf4.offload.streamer import Streamer
 from flux_nf4.page.file_plan import block_sizes
@@ -114,7 +115,10 @@ def check_sizes(model, path):
     """What is said of the file before it is read is what the model takes."""
     catalogue = read_catalogue(path)
     sizes = block_sizes(catalogue, model.diffusion_model.dtype)
-    assert [size.nbytes for size in sizes] == [size.nbytes for size in Streamer(block_groups(model)).sizes()]
+    groups = block_groups(model)
+    ahead = modulation_in(model, [block for group in groups.values() for block in group])
+    streamer = Streamer(groups, without={module for layer in ahead for module in layer.modules()})
+    assert [size.nbytes for size in sizes] == [size.nbytes for size in streamer.sizes()]
     for name, module in model.diffusion_model.named_modules():
         tensor = catalogue.transformer.get(f"{name}.weight")
         if isinstance(module, Linear4bit) and len(tensor.weights4bit) == len(tensor.parts):

@@ -90,17 +90,17 @@ def test_a_device_copies_from_the_files_memory(
     expected = in_arena(file, monkeypatch, sample, *counts)
     with caplog.at_level(logging.INFO):
         patcher = load(file, *counts)
-    streamer = patcher.model.streaming.streamer
+    streaming = patcher.model.streaming
     packed = sum(part.nbytes for part in read_catalogue(file).parts)
-    assert streamer.file.nbytes > 0.9 * packed
-    assert streamer.ram_bytes < 0.1 * packed
+    assert sum(streamer.file.nbytes for streamer in streaming.streamers) > 0.9 * packed
+    assert sum(streamer.ram_bytes for streamer in streaming.streamers) < 0.1 * packed
     assert torch.equal(sample(patcher), expected)
-    assert streamer.all_pinned
-    assert sum(registrar.registered.values()) == streamer.pinned_bytes == streamer.host_bytes
+    assert streaming.all_pinned
+    assert sum(registrar.registered.values()) == streaming.pinned_bytes == streaming.host_bytes
     (said,) = [record.message for record in caplog.records if "of tiny.safetensors stay in the file" in record.message]
     assert "reading 0.0" in said
     if counts == (0, 0):
-        assert streamer.telemetry.last.pinned_bytes == streamer.telemetry.last.copied_bytes
+        assert streaming.streamer.telemetry.last.pinned_bytes == streaming.streamer.telemetry.last.copied_bytes
 
 
 def test_the_file_is_pinned_while_the_rest_is_loaded(file, tiny_config, copies, registrar):
@@ -224,15 +224,16 @@ def test_a_second_device_shares_files_memory_and_arena(file, tiny_config, copies
     second = load(file)
     assert not second.is_clone(first)
     assert (first.load_device, second.load_device) == (torch.device("cpu"), torch.device("cpu", 0))
-    streamers = [patcher.model.streaming.streamer for patcher in (first, second)]
-    assert streamers[0].arena is streamers[1].arena
-    assert [tensor.data_ptr() for of in streamers[0].file.tensors for tensor in of] == [
-        tensor.data_ptr() for of in streamers[1].file.tensors for tensor in of
-    ]
+    streamings = [patcher.model.streaming for patcher in (first, second)]
+    for ours, theirs in zip(*(streaming.streamers for streaming in streamings), strict=True):
+        assert ours.arena is theirs.arena
+        assert [tensor.data_ptr() for of in ours.file.tensors for tensor in of] == [
+            tensor.data_ptr() for of in theirs.file.tensors for tensor in of
+        ]
     assert torch.equal(sample(second), expected)
-    assert sum(registrar.registered.values()) == streamers[0].pinned_bytes
+    assert sum(registrar.registered.values()) == streamings[0].pinned_bytes
     assert load(file).is_clone(second)
-    del first, streamers
+    del first, streamings, ours, theirs
     comfy.model_management.unload_all_models()
     gc.collect()
     assert torch.equal(sample(second), expected)

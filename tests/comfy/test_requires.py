@@ -7,6 +7,7 @@ import comfy.model_patcher
 import pytest
 
 from flux_nf4.offload.comfyui import requires
+from flux_nf4.offload.comfyui.own_model import SharedModulesPatcher
 from flux_nf4.offload.comfyui.patcher import StreamedModelPatcher
 from flux_nf4.offload.comfyui.requires import UnknownComfyUIError, require_comfyui
 
@@ -25,7 +26,7 @@ def names_of_patchers_in(path):
             case ast.Attribute(ast.Call(ast.Name("super")), name) if is_patchers:
                 yield name
             case ast.Attribute(ast.Name(variable), name) if variable in variables:
-                if name not in vars(StreamedModelPatcher):
+                if not any(name in vars(ours) for ours in (StreamedModelPatcher, SharedModulesPatcher)):
                     yield name
 
 
