@@ -1,4 +1,4 @@
-"""Makes an NF4 or FP4 file of Flux.1, Flux 2 or Chroma, from bf16, fp16, fp8 or GGUF.
+"""Makes an NF4 or FP4 file of Flux.1, FLUX.2, Chroma, Qwen-Image, Ideogram 4 or Krea 2, from bf16, fp16, fp8 or GGUF.
 
 The model may be one file, shards or a folder of diffusers.
 
