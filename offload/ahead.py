@@ -149,9 +149,10 @@ class Ahead:
         room = MOST_ROWS - sum(run.kept_rows for run in self._runs)
         count = min(AHEAD, room // len(vector))
         coming = self._foretell(vector, count - 1) if count > 0 else None
-        # The caller's vector may be memory that a captured graph writes again.
-        vectors = [vector.clone(), *(one for one in coming or () if _are_alike(one, vector))]
-        run = _Run([_Forward(one, [None] * len(self.blocks)) for one in vectors])
+        with self._lasting():
+            # The caller's vector may be memory that a captured graph writes again.
+            vectors = [one.clone() for one in (vector, *(coming or ())) if _are_alike(one, vector)]
+            run = _Run([_Forward(one, [None] * len(self.blocks)) for one in vectors])
         if coming is not None:
             self._runs.append(run)
         return run

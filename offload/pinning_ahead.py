@@ -40,8 +40,9 @@ def start(owner: object, pieces: Sequence[Piece], registrar: Registrar) -> None:
     """
     global _thread
     wait()
-    _thread = _Ahead(owner, pieces, registrar)
-    _thread.start()
+    thread = _Ahead(owner, pieces, registrar)
+    thread.start()  # before others can wait for it
+    _thread = thread
 
 
 def wait() -> None:

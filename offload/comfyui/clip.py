@@ -18,6 +18,7 @@ from .node_names import STREAM_ENCODER
 from .patcher import StreamedModelPatcher
 from .retry import with_less
 from .streaming import attach_streaming, refuse_to_save
+from .weights import weight_of
 
 
 class StreamedEncoders(nn.Module):
@@ -60,6 +61,7 @@ def stream_encoders(model: nn.Module) -> None:
     streaming: Any = model.streaming
     large = LargeLayers(model, [block.module for block in streaming.streamer.blocks])
     streaming.outside_bytes -= large.nbytes
+    streaming.only_in_ram += large.nbytes
     model.large_layers = large  # type: ignore[assignment]
     model.__class__ = type(f"Streamed{type(model).__name__}", (StreamedEncoders, type(model)), {})
 
@@ -73,6 +75,12 @@ class StreamedEncoderPatcher(StreamedModelPatcher):
 
     def retry_with_less_resident(self) -> None:
         """Nothing: ComfyUI runs no wrapper around text encoders, so `StreamedEncoders` does it."""
+
+    def _add(self, to: Any, patches: Mapping[Any, Any], strength: float, strength_model: float) -> list[Any]:
+        # ComfyUI hands the patches of the MODEL on to the CLIP as well: that they are not for it is no news.
+        keys = {patch: patch if isinstance(patch, str) else patch[0] for patch in patches}
+        own = {patch: value for patch, value in patches.items() if weight_of(self.model, keys[patch]) is not None}
+        return super()._add(to, own, strength, strength_model) if own else []
 
     def take_own_model(self) -> None:
         """Nothing: a CLIP and its patcher have one model object, and nodes keep their settings on the CLIP."""
@@ -115,6 +123,7 @@ class StreamedEncoderPatcher(StreamedModelPatcher):
     def _place_large_layers(self, device: torch.device, room: float) -> None:
         """Have them on ``device`` if the whole model has ``room`` there (bytes), else in host memory."""
         if self._computes_from_host:
+            self._give_large_layers_up()
             return
         sizes, budget = self._sizes, self.residency.budget_bytes
         taken = self._streaming.patching.device_bytes + plan_for(sizes, range(len(sizes))).device_bytes
@@ -129,11 +138,13 @@ class StreamedEncoderPatcher(StreamedModelPatcher):
                     raise
             else:
                 self._streaming.outside_bytes += self._large.nbytes
+                self._streaming.only_in_ram -= self._large.nbytes
 
     def _give_large_layers_up(self) -> None:
         if self._large.is_on_device:
             self._large.take_back()
             self._streaming.outside_bytes -= self._large.nbytes
+            self._streaming.only_in_ram += self._large.nbytes
 
     @property
     def _bytes_beside_blocks(self) -> int:

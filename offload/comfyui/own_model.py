@@ -79,13 +79,15 @@ class SharedModulesPatcher(comfy.model_patcher.ModelPatcher):
         """ComfyUI's."""
         self._shared.use(self.model, self.object_patches_backup)
         root = self
-        while isinstance(root.parent, SharedModulesPatcher):
+        while isinstance(root.parent, SharedModulesPatcher) and root.parent.is_clone(self):
             root = root.parent
         root.keeps = self.model
         return super().patch_model(*args, **kwargs)
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
         """ComfyUI's."""
+        if unpatch_weights:
+            self.current_hooks = None  # else ComfyUI takes their patches back by putting all others on the device
         super().unpatch_model(device_to, unpatch_weights)
         if unpatch_weights:
             self._share_state()

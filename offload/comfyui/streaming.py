@@ -58,6 +58,8 @@ class Streaming:
     patching: Patching
     outside_bytes: int
     """Of the model's tensors that are in no block."""
+    only_in_ram: int = field(default=0, kw_only=True)
+    """Bytes of those that are left in RAM, and are not in ``outside_bytes``."""
     modulation: Modulated | None = None
     """The layers in the blocks that are computed ahead, which ``streamer`` does not move."""
     said: set[str] = field(default_factory=set)
@@ -91,7 +93,7 @@ class Streaming:
     @property
     def ram_bytes(self) -> int:
         """Bytes of RAM that the model takes."""
-        return self.outside_bytes + sum(streamer.ram_bytes for streamer in self.streamers)
+        return self.outside_bytes + self.only_in_ram + sum(streamer.ram_bytes for streamer in self.streamers)
 
     @property
     def host_bytes(self) -> int:
@@ -120,11 +122,16 @@ class Streaming:
         """Give the layers of the blocks ``extras``. If these are new, streamers must be started before a forward."""
         self.forget()
         if _by_name(extras) != _by_name(self.extras):
-            self.extras = {}  # what the layers have if the next lines fail
             ahead = frozenset() if self.modulation is None else self.modulation.ahead.modules
-            for streamer in self.streamers:
-                modules = extras.keys() & ahead if streamer is not self.streamer else extras.keys() - ahead
-                streamer.set_extras({module: tensors for module, tensors in extras.items() if module in modules})
+            self.extras = {}
+            try:
+                for streamer in self.streamers:
+                    modules = extras.keys() & ahead if streamer is not self.streamer else extras.keys() - ahead
+                    streamer.set_extras({module: tensors for module, tensors in extras.items() if module in modules})
+            except BaseException:
+                for streamer in self.streamers:
+                    streamer.set_extras({})
+                raise
         self.extras = extras
 
     def forget(self) -> None:

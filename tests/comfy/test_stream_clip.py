@@ -179,6 +179,36 @@ def test_a_small_budget_is_not_too_small_after_all_of_it_was_resident(clip, clip
     assert small.patcher.loaded_size() <= least
 
 
+def test_patches_for_the_model_beside_it_are_no_news(clip, clip_copies, caplog):
+    ours = streamed(clip, 0)
+    assert ours.patcher.add_patches({"diffusion_model.x.weight": ("diff", (torch.zeros(1),))}, 1.0) == []
+    assert not ours.patcher.patches
+    assert not caplog.records
+
+
+def test_what_hooks_had_put_on_the_device_leaves_it(clip, clip_copies):
+    ours = streamed(clip, None)
+    patcher, patching = ours.patcher, ours.patcher.model.streaming.patching
+    key = next(name for name, tensor in patcher.model.named_parameters() if name.endswith("norm.weight"))
+    patcher.add_patches({key: ("diff", (torch.ones_like(patcher.model.get_parameter(key)),))}, 1.0)
+    patcher.load(torch.device("cpu"), 0)
+    assert patching.device_bytes
+    patcher.current_hooks = comfy.hooks.HookGroup()
+    patcher.unpatch_model(torch.device("cpu"))
+    assert not patching.device_bytes
+
+
+def test_large_layers_take_ram_wherever_they_are(clip, clip_copies):
+    patcher = stream_clip(clip, Residency(), None).patcher
+    patcher.load(torch.device("cpu"), patcher.model_size() + 1)
+    left_out = patcher.get_ram_usage()
+    assert not patcher.model.large_layers.is_on_device
+    patcher.load(torch.device("cpu"), 0)
+    assert patcher.model.large_layers.is_on_device
+    assert patcher.get_ram_usage() == left_out
+    assert left_out > patcher.model.large_layers.nbytes + patcher.model.streaming.streamer.ram_bytes
+
+
 def test_it_asks_for_what_it_needs_and_takes_what_is_free(clip, clip_copies):
     ours = stream_clip(clip, Residency(), None)
     patcher, streamer = ours.patcher, ours.patcher.model.streaming.streamer
