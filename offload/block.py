@@ -102,7 +102,7 @@ class MappedRecord:
         self.buffer: torch.Tensor | None = None
         self._of_layers = tuple(
             tuple(
-                BoundTile(block, tile_of(field.module, 0, (field,)), tensors[field.module, field.name])
+                BoundTile(block, tile_of(field.module, 0, (field,)), tensors[field.module, field.name], has_values=True)
                 for field in tile.fields
             )
             for tile in layout.tiles
@@ -257,7 +257,7 @@ def blocks_in(
             f"of {sum(needed):,} bytes: it is another model's"
         )
     for module, (own, _), names in zip(modules, splits, mapped, strict=True):
-        give(module, own, names)  # they are copied from there
+        give(module, own, names)  # small ones are copied from there
     blocks = []
     for index, (module, kind, (own, in_file), names) in enumerate(zip(modules, kinds, splits, mapped, strict=True)):
         blocks.append(

@@ -262,8 +262,8 @@ class BoundTile:
     ``home`` are views of the host record. The modules have these whenever the tile is not on the device.
     """
 
-    def __init__(self, block: nn.Module, tile: Tile, record: torch.Tensor) -> None:
-        """Copy the values of the tensors into ``record``, and bind ``tile`` of ``block`` to its bytes there."""
+    def __init__(self, block: nn.Module, tile: Tile, record: torch.Tensor, *, has_values: bool = False) -> None:
+        """Bind ``tile`` of ``block`` to its bytes in ``record``, and copy the tensors' values there unless it has them."""
         self.tile = tile
         self.module = block.get_submodule(tile.module)
         modules = {path: block.get_submodule(path) for path in {field.module for field in tile.fields}}
@@ -271,13 +271,15 @@ class BoundTile:
             (modules[field.module]._parameters if field.is_parameter else modules[field.module]._buffers, field.name)
             for field in tile.fields
         )
-        self.refill(record, [tensors[name] for tensors, name in self._targets])
+        if has_values:
+            self._use(record)
+        else:
+            self.refill(record, [tensors[name] for tensors, name in self._targets])
         self.bind(self.home)
 
     def refill(self, record: torch.Tensor, values: Sequence[torch.Tensor]) -> None:
         """Make ``record`` the host record, and copy ``values`` into it, except those on the meta device."""
-        self.source = record[self.tile.offset : self.tile.offset + self.tile.nbytes]
-        self.home = views_of(self.tile, self.source)
+        self._use(record)
         pairs = [
             (value, view)
             for tensor, home in zip(values, self.home, strict=True)
@@ -288,6 +290,10 @@ class BoundTile:
             with torch.inference_mode(False), torch.no_grad():
                 for value, view in pairs:
                     view.copy_(value)
+
+    def _use(self, record: torch.Tensor) -> None:
+        self.source = record[self.tile.offset : self.tile.offset + self.tile.nbytes]
+        self.home = views_of(self.tile, self.source)
 
     def bind(self, views: Views) -> None:
         """Make the modules use ``views``."""
