@@ -263,7 +263,7 @@ class BoundTile:
     """
 
     def __init__(self, block: nn.Module, tile: Tile, record: torch.Tensor, *, has_values: bool = False) -> None:
-        """Bind ``tile`` of ``block`` to its bytes in ``record``, and copy the tensors' values there unless it has them."""
+        """Bind ``tile`` of ``block`` to its bytes in ``record``. Copy the tensors' values there, unless it has them."""
         self.tile = tile
         self.module = block.get_submodule(tile.module)
         modules = {path: block.get_submodule(path) for path in {field.module for field in tile.fields}}
