@@ -15,9 +15,9 @@ OLD_GRAPH = json.loads((environment.ROOT / "tests/support/old_graph.json").read_
 def test_the_plan_is_shown_before_anything_is_loaded(theme, page):
     page.set(**{"Comfy.ColorPalette": theme})
     page.add_node(ckpt_name=FULL_SIZE)
-    said = page.wait_for_bar("Bus, each step 4.77 GB")
+    said = page.wait_for_bar("Bus, each step 3.51 GB")
     assert "7 / 19 double 7 / 38 single in VRAM" in said
-    assert "VRAM 2.01 GiB RAM 6.21 GiB RAM in total 11.06 GiB Bus, each step 4.77 GB" in said
+    assert "VRAM 1.60 GiB RAM 6.21 GiB RAM in total 11.06 GiB Bus, each step 3.51 GB" in said
     picture = page.bar.get_by_role("img")
     assert picture.get_attribute("aria-label") == (
         "7 of 19 double blocks in VRAM, 12 streamed; 7 of 38 single blocks in VRAM, 31 streamed"
@@ -115,7 +115,7 @@ def test_an_automatic_budget_says_the_range_and_guesses_nothing(page):
     page.add_node("FluxNF4CheckpointLoaderStreamed", ckpt_name=FULL_SIZE)
     said = page.wait_for_bar("Automatic: ComfyUI's free VRAM decides")
     assert "19 double 38 single blocks" in said
-    assert "GiB to 6.24 GiB" in said
+    assert "GiB to 4.66 GiB" in said
     assert "Bus, each step" not in said
 
 
@@ -295,5 +295,5 @@ def test_the_bar_speaks_chinese(page):
     assert after_a_run.startswith("瓶颈是总线（8 GB/s），等待占每步的 31 %：请让更多块常驻")
     assert "等待占每步的 31 %" in pinned
     assert "总线较慢（8.0 GB/s），等待占每步的 31 %" in slow
-    assert "每步传输4.77 GB" in said
+    assert "每步传输3.51 GB" in said
     assert "所有块都常驻显存" in said

@@ -39,7 +39,8 @@ def test_the_plan_of_a_file_that_nobody_has_loaded(server, full_size):
     answer = plan(server, file=full_size)
     assert [block["kind"] for block in answer["blocks"]] == ["double"] * 19 + ["single"] * 38
     assert sum(block["is_resident"] for block in answer["blocks"]) == 14
-    assert sum(block["nbytes"] for block in answer["blocks"]) == answer["host_bytes"]
+    ahead = answer["host_bytes"] - sum(block["nbytes"] for block in answer["blocks"])
+    assert 0.27 < ahead / answer["host_bytes"] < 0.28  # the modulation
     streamed = [block["nbytes"] for block in answer["blocks"] if not block["is_resident"]]
     assert answer["bytes_per_forward"] == pytest.approx(sum(streamed), rel=1e-3)  # but for biases and norms
     assert answer["advice"]["code"] == "not_measured"
