@@ -24,8 +24,8 @@ PICTURES = environment.CACHE / "pictures" / "browser"
 
 @pytest.fixture(scope="session")
 def checkpoint():
-    """A checkpoint with one block of each kind, which can be run."""
-    return cached_checkpoint(environment.CACHE / "checkpoints", Recipe())
+    """A checkpoint with blocks of each kind, which can be run. All are larger than the ring: else none is streamed."""
+    return cached_checkpoint(environment.CACHE / "checkpoints", Recipe(double_blocks=2))
 
 
 @pytest.fixture(scope="session")

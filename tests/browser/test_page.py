@@ -142,7 +142,7 @@ def wait_until_idle(page):
 def test_a_prompt_is_queued_and_its_figures_appear(page, checkpoint):
     counts = {"double_blocks": 0, "single_blocks": 0}
     page.load_api(small_prompt(checkpoint, steps=3, **counts))  # the second forward is timed
-    page.wait_for_bar("0 / 1 double")
+    page.wait_for_bar("0 / 2 double")
     page.page.evaluate(
         """() => {
           window.progressed = new Set();
@@ -160,16 +160,16 @@ def test_a_prompt_is_queued_and_its_figures_appear(page, checkpoint):
 
 @pytest.mark.parametrize("renderer", ["canvas"], indirect=True)  # what says it is no part of a node
 def test_a_toast_says_that_a_run_had_too_little_memory(page, checkpoint):
-    counts = {"double_blocks": 1, "single_blocks": 1}
+    counts = {"double_blocks": 2, "single_blocks": 1}
     prompt = small_prompt(checkpoint, steps=1, **counts)
     prompt["10"] = {"class_type": "TestOutOfMemoryOnce", "inputs": {"model": ["1", 0]}}
     prompt["6"]["inputs"]["model"] = ["10", 0]
     page.load_api(prompt)
-    page.wait_for_bar("/ 1 double")
+    page.wait_for_bar("/ 2 double")
     page.page.evaluate("() => { app.queuePrompt(0) }")  # not awaited: a toast lives for ten seconds
-    text = "The GPU has room for 0 of 2 blocks"
+    text = "The GPU has room for 0 of 3 blocks"
     page.beside_the_bar(text).first.wait_for(timeout=120_000)
-    assert "0 / 1 double 0 / 1 single" in page.wait_for_bar(text)
+    assert "0 / 2 double 0 / 1 single" in page.wait_for_bar(text)
     assert page.run_axe().response["violations"] == []
     wait_until_idle(page)
     history = json.loads(page.server.get("/history"))
