@@ -181,7 +181,8 @@ def test_a_small_budget_is_not_too_small_after_all_of_it_was_resident(clip, clip
 
 def test_patches_for_the_model_beside_it_are_no_news(clip, clip_copies, caplog):
     ours = streamed(clip, 0)
-    assert ours.patcher.add_patches({"diffusion_model.x.weight": ("diff", (torch.zeros(1),))}, 1.0) == []
+    of_model = {f"diffusion_model.{name}.weight": ("diff", (torch.zeros(1),)) for name in "xy"}
+    assert ours.patcher.add_patches(of_model, 1.0) == []
     assert not ours.patcher.patches
     assert not caplog.records
 
