@@ -6,6 +6,7 @@ Both give the same bits: ``code[nibble] * absmax`` in fp32, rounded once to the 
 import functools
 import logging
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -52,6 +53,19 @@ def dequantise(packed: torch.Tensor, absmax: torch.Tensor, state: QuantState, dt
     """
     run: Dequantise = _dequantise_by_bitsandbytes if _has_kernels(packed.device) else dequantise_by_table
     return run(packed, absmax, state, dtype)
+
+
+def dequantise_rows(
+    packed: torch.Tensor, absmax: torch.Tensor, state: QuantState, dtype: torch.dtype, start: int, end: int
+) -> torch.Tensor:
+    """Expand rows ``start`` to ``end`` of a 4-bit weight: as `dequantise`, (end - start, in).
+
+    Each row has to begin a block of absmax: ``in`` is a multiple of the blocksize.
+    """
+    columns = state.shape[1]
+    codes, scales = columns // 2, columns // state.blocksize
+    rows = replace(state, shape=(end - start, columns))
+    return dequantise(packed[start * codes : end * codes], absmax[start * scales : end * scales], rows, dtype)
 
 
 def fp32_absmax(state: QuantState, absmax: torch.Tensor, tables: NestedTables | None) -> torch.Tensor:

@@ -9,7 +9,9 @@ import pytest
 import torch
 from gpu_models import DEVICE, TINY
 
+from flux_nf4.nf4_loader.checkpoint.quant_state import QuantState
 from flux_nf4.nf4_loader.linear import patched_weight
+from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
 
 FORMATS = {
     "nf4": {},
@@ -112,3 +114,26 @@ def test_many_rows_are_multiplied_with_the_patched_weight(wide, monkeypatch):
     patcher = comfy.sd.load_lora_for_models(wide.with_counts(0, 0), None, file, 0.8, 0)[0]
     wide.sample(patcher)
     assert shapes
+
+
+@pytest.mark.parametrize("rows", [600, 1600, 4608])
+def test_a_large_layer_has_the_bits_of_its_whole_weight_and_takes_less_memory(rows):
+    shape = (55296, 6144)  # linear1 of FLUX.2-dev
+    layer = Linear4bit([QuantState("nf4", 64, shape)], bias=False, dtype=torch.bfloat16, device=DEVICE)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    layer.packed_0.random_(0, 256, generator=generator)
+    layer.absmax_0.uniform_(generator=generator)
+    input = torch.randn(1, rows, shape[1], generator=generator, device=DEVICE, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        found, taken = with_peak(lambda: layer(input))
+        expected, whole = with_peak(lambda: torch.nn.functional.linear(input, layer.dequantise(torch.bfloat16)))
+    assert torch.equal(found, expected)
+    assert whole - taken > 400 << 20
+
+
+def with_peak(call):
+    """What ``call`` returns, and how many bytes of the device more than before it took at most."""
+    before = torch.cuda.memory_allocated(DEVICE)
+    torch.cuda.reset_peak_memory_stats(DEVICE)
+    result = call()
+    return result, torch.cuda.max_memory_allocated(DEVICE) - before
