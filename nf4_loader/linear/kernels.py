@@ -109,14 +109,31 @@ def has_gemm_4bit(device: torch.device) -> bool:
 
 
 def gemm_4bit(
-    input: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, state: QuantState, bias: torch.Tensor | None
+    input: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    state: QuantState,
+    bias: torch.Tensor | None,
+    tables: NestedTables | None = None,
 ) -> torch.Tensor:
-    """``input @ weight.T + bias`` by bitsandbytes (0.50 and later), in input's dtype; a weight as in `dequantise`.
+    """``input @ weight.T + bias`` by bitsandbytes (0.50 and later), in input's dtype.
 
     For few rows of input its kernel multiplies with the packed weight; for many it dequantises and multiplies.
+
+    Args:
+        packed: As in `dequantise`, like ``state``.
+        absmax: fp32, or uint8 if ``tables`` are given, which it is expanded with.
     """
+    nested = {}
+    if tables is not None:
+        if len(state.nested) == 1 and state.nested[0].blocksize == NESTED_BLOCKSIZE:
+            # All in one call: to expand absmax before it takes the host a third longer.
+            nested = {"absmax_8bit": absmax, "absmax_code": tables.map.view(-1), "absmax_offset": tables.offset}
+            absmax = tables.absmax
+        else:
+            absmax = fp32_absmax(state, absmax, tables)
     product: torch.Tensor = torch.ops.bitsandbytes.gemm_4bit.default(
-        input, packed.view(-1, 1), state.shape, absmax, state.blocksize, state.quant_type, bias=bias
+        input, packed.view(-1, 1), state.shape, absmax, state.blocksize, state.quant_type, bias=bias, **nested
     )
     return product
 

@@ -100,10 +100,15 @@ class Linear4bit(nn.Linear):
 
     def packed_weight(self, i: int = 0) -> tuple[torch.Tensor, torch.Tensor, QuantState]:
         """Packed codes, fp32 absmax and state of part i, which is in 4 bits: as `kernels` take them."""
+        packed, absmax, state, tables = self.stored_weight(i)
+        return packed, kernels.fp32_absmax(state, absmax, tables), state
+
+    def stored_weight(self, i: int = 0) -> tuple[torch.Tensor, torch.Tensor, QuantState, NestedTables | None]:
+        """Packed codes, absmax as it is held and state of part i, and the tables of its absmax if that is nested."""
         state: Any = self.parts[i]
         buffers: Any = self._buffers  # not by attribute: nn.Module looks for those in Python
         packed, absmax, *tables = [buffers[name] for name in self._names[i]]
-        return packed, kernels.fp32_absmax(state, absmax, NestedTables(*tables) if tables else None), state
+        return packed, absmax, state, NestedTables(*tables) if tables else None
 
     def dequantise(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight as a fresh dense tensor of the logical shape and ``dtype``, on its device."""

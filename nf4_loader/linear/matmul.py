@@ -91,7 +91,8 @@ def _has_a_kernel(layer: "Linear4bit", rows: int, dtype: torch.dtype, device: to
 
 
 def _fused(layer: "Linear4bit", input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return kernels.gemm_4bit(input, *layer.packed_weight(), bias)
+    packed, absmax, state, tables = layer.stored_weight()
+    return kernels.gemm_4bit(input, packed, absmax, state, bias, tables)
 
 
 def _expanded(layer: "Linear4bit", input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -120,6 +120,28 @@ def test_nested_absmax_is_expanded_bit_equal_to_bitsandbytes(monkeypatch, count,
 # With and without bitsandbytes
 
 
+@pytest.mark.parametrize(
+    ("parts", "blocksize", "expanded"),
+    [(1, 256, 0), (1, 128, 1), (2, 256, 2)],
+    ids=["as in a file", "in other blocks", "of a fused weight"],
+)
+def test_bitsandbytes_multiplies_with_nested_absmax(monkeypatch, parts, blocksize, expanded):
+    """It expands what it writes itself; the rest is expanded before."""
+    shape, calls, expand = (16 * parts, 512), [], kernels.expand_absmax
+    monkeypatch.setattr(kernels, "expand_absmax", lambda *args: calls.append(args) or expand(*args))
+    random = torch.Generator().manual_seed(0)
+    packed = torch.randint(256, (shape[0] * 256,), dtype=torch.uint8, generator=random)
+    codes = torch.randint(256, (shape[0] * 8,), dtype=torch.uint8, generator=random)
+    nested = (NestedAbsmax(16 * 8, blocksize),) * parts
+    tables = NestedTables(*(torch.rand(size, generator=random) for size in NestedTables.shapes(nested).values()))
+    state = QuantState("nf4", 64, shape, nested)
+    input, bias = torch.randn(3, 512, generator=random), torch.randn(shape[0], generator=random)
+    found = kernels.gemm_4bit(input, packed, codes, state, bias, tables)
+    assert len(calls) == expanded
+    weight = kernels.dequantise(packed, kernels.fp32_absmax(state, codes, tables), state, torch.float32)
+    torch.testing.assert_close(found, torch.nn.functional.linear(input, weight, bias), rtol=1e-5, atol=1e-4)
+
+
 @pytest.fixture
 def untried():
     """Kernels that have not looked for bitsandbytes yet."""
