@@ -66,5 +66,6 @@ def _enable_dynamic_vram(cli_args: Any) -> None:
     index = comfy.model_management.get_torch_device().index
     many = hasattr(control, "init_devices")  # newer ones take (device, GiB to leave free)
     if control.init_devices([(index, 0)]) if many else control.init_device(index):
+        control.set_log_info()  # without it each allocation is logged by Python, thousands in a forward
         comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
         comfy.memory_management.aimdo_enabled = True

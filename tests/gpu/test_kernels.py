@@ -75,7 +75,7 @@ def test_every_format_computes_what_its_values_say(rows, of_format):
         if layer.device == DEVICE:  # modulation may be in RAM
             input = random_input(layer, rows)
             with torch.inference_mode():
-                assert relative(layer(input), exact(layer, values_of(layer), input)) < 2**-8, name
+                assert relative(layer(input), exact(layer, values_of(layer), input)) < 2**-7, name
 
 
 @pytest.mark.parametrize("rows", [1, 4, 33, 512, 4096])
