@@ -34,8 +34,8 @@ class Encoder:
 
     Attributes:
         name: As people call it.
-        types: ComfyUI's CLIP types that it encodes prompts for, and the module of ``comfy.text_encoders`` that each type
-            needs for this encoder.
+        types: ComfyUI's CLIP types that it encodes prompts for, and the module of ``comfy.text_encoders`` that each
+            type needs for this encoder.
         layers: Its lists of layers, and the kind of each list's layers.
         first_layer: A tensor that its files have, and files of other encoders lack.
         width: Features of its hidden states; None if ``first_layer`` is enough to recognise it.
