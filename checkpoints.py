@@ -77,19 +77,20 @@ def load_all_in_one(catalogue: Catalogue) -> AllInOne:
     """
     require_comfyui()
     place = _place_of(catalogue)
-    model, clip, vae = _models.get(place), _clips.get(place), _vaes.get(place)
-    if clip is None or vae is None:
-        new = build_flux(catalogue) if model is None else None
-        source = _source_for(new, catalogue, place, with_others=True)
-        model = _read(new, catalogue, source) if new is not None else model
-        clip, vae = load_clip_and_vae(catalogue, folder_paths.get_folder_paths("embeddings"))
-        leave_without_copies(clip.patcher)
-        leave_without_copies(vae.patcher)
-        leave_unpinned(clip.patcher)
-    assert clip is not None
-    assert vae is not None
-    model = load_transformer(catalogue) if model is None else model
-    _models[place], _clips[place], _vaes[place] = model, clip, vae
+    clip, vae = _clips.get(place), _vaes.get(place)
+    if clip is not None and vae is not None:
+        return AllInOne(load_transformer(catalogue), clip, vae)
+    model = _models.get(place)
+    others_bytes = sum(entry.nbytes for part in (catalogue.text_encoders, catalogue.vae) for entry in part.values())
+    if model is None:
+        model = _models[place] = _load(catalogue, place, others_bytes)
+    else:
+        require_ram(catalogue.path, others_bytes, _make_room(others_bytes))
+    clip, vae = load_clip_and_vae(catalogue, folder_paths.get_folder_paths("embeddings"))
+    leave_without_copies(clip.patcher)
+    leave_without_copies(vae.patcher)
+    leave_unpinned(clip.patcher)
+    _clips[place], _vaes[place] = clip, vae
     return AllInOne(model, clip, vae)
 
 
@@ -104,9 +105,7 @@ def load_transformer(catalogue: Catalogue) -> StreamedModelPatcher:
     place = _place_of(catalogue)
     model = _models.get(place)
     if model is None:
-        new = build_flux(catalogue)
-        source = _source_for(new, catalogue, place, with_others=False)
-        model = _models[place] = _read(new, catalogue, source)
+        model = _models[place] = _load(catalogue, place)
     return model
 
 
@@ -136,9 +135,20 @@ def _place_of(catalogue: Catalogue) -> Place:
     return key_of(catalogue), comfy.model_management.get_torch_device()
 
 
+def _load(catalogue: Catalogue, place: Place, others_bytes: int = 0) -> StreamedModelPatcher:
+    """The transformer, read into memory that leaves ``others_bytes`` of RAM for the other parts of the file."""
+    model = build_flux(catalogue)
+    return _read(model, catalogue, _source_for(model, catalogue, place, others_bytes))
+
+
 @dataclass(frozen=True)
 class _Source:
-    """Where the blocks of a model get their bytes: what stays in the file, and an equal model that has the others."""
+    """Where the blocks of a model get their bytes.
+
+    Attributes:
+        in_file: The tensors that stay in the file.
+        twin: An equal model on another device, whose host memory has the other tensors. None: they are read.
+    """
 
     in_file: InFile
     twin: Streaming | None = None
@@ -191,8 +201,7 @@ def _pin_ahead(
 
 def _read_again(catalogue: Catalogue, **_: Any) -> StreamedModelPatcher:
     """The same model once more: ComfyUI calls this for each further GPU that it shares a sampling with."""
-    model = build_flux(catalogue)
-    return _read(model, catalogue, _source_for(model, catalogue, _place_of(catalogue), with_others=False))
+    return _load(catalogue, _place_of(catalogue))
 
 
 def _all_tensors(blocks: Sequence[torch.nn.Module]) -> There:
@@ -200,22 +209,32 @@ def _all_tensors(blocks: Sequence[torch.nn.Module]) -> There:
     return {module: {*module._parameters, *module._buffers} for module in modules}
 
 
-def _source_for(
-    model: comfy.model_base.BaseModel | None, catalogue: Catalogue, place: Place, *, with_others: bool
-) -> _Source:
-    """Decide where the blocks of ``model`` come from. The log says where and why. None: the model is in RAM already.
+def _source_for(model: comfy.model_base.BaseModel, catalogue: Catalogue, place: Place, others_bytes: int) -> _Source:
+    """Decide where the blocks of ``model`` get their bytes, and say so in the log.
 
     Raises:
-        CheckpointError: the RAM is too small even for the tensors that cannot stay in the file.
+        CheckpointError: the RAM does not hold the tensors that have to be read and ``others_bytes`` beside them.
     """
-    others = [entry for part in (catalogue.text_encoders, catalogue.vae) for entry in part.values()]
-    twin = _twin_of(model, place) if model is not None else None
+    twin = _twin_of(model, place)
+    if twin is not None:
+        require_ram(catalogue.path, others_bytes, _make_room(others_bytes))
+        logger.info("NF4: %s is in use on another device: both share its host memory", catalogue.path.name)
+        return _Source(tensors_in_file(model, catalogue) if twin.streamer.file.nbytes else {}, twin)
     why_read = _why_read(catalogue, place[1])
-    in_file: InFile = {}
-    if model is not None and (not why_read if twin is None else twin.streamer.file.nbytes):
+    in_file: InFile = {} if why_read else tensors_in_file(model, catalogue)
+    needed = catalogue.transformer_ram - _bytes_of(in_file) + others_bytes
+    free = _make_room(needed)
+    if needed > free and not in_file:
         in_file = tensors_in_file(model, catalogue)
-    needed = catalogue.transformer_ram - _bytes_of(in_file) if model is not None and twin is None else 0
-    needed += sum(entry.nbytes for entry in others) if with_others else 0
+        _say_that_ram_is_short(catalogue, needed, free, _bytes_of(in_file))
+        needed -= _bytes_of(in_file)
+    require_ram(catalogue.path, needed, free)
+    _say_where(catalogue, place[1], in_file, why_read)
+    return _Source(in_file)
+
+
+def _make_room(needed: int) -> int:
+    """Free the RAM that no model in use needs, as far as ``needed`` bytes ask for it. Returns the bytes free then."""
     free = free_ram()
     if needed > free or pinned_by_all():
         gc.collect()  # free earlier models that only reference cycles keep alive
@@ -223,20 +242,18 @@ def _source_for(
     if needed > free:
         give_back_host_memory()
         free = free_ram()
-    if needed > free and model is not None and twin is None and not in_file:
-        in_file = tensors_in_file(model, catalogue)
-        _say_that_ram_is_short(catalogue, needed, free, _bytes_of(in_file))
-        needed -= _bytes_of(in_file)
+    return free
+
+
+def require_ram(path: Path, needed: int, free: int) -> None:
+    """Raises `CheckpointError` if ``needed`` bytes for ``path`` do not fit into the ``free`` ones and the free swap."""
     if needed > free + psutil.swap_memory().free:
         raise CheckpointError(
-            catalogue.path,
+            path,
             f"loading it takes {needed / GIB:.2f} GiB of RAM; {free / GIB:.2f} GiB are free, and swap does not make up "
             "for it. Close other programs, free ComfyUI's models (Manager: Unload Models), or enlarge the swap or page "
             "file.",
         )
-    if model is not None:
-        _say_where(catalogue, place[1], in_file, why_read, is_shared=twin is not None)
-    return _Source(in_file, twin)
 
 
 def _twin_of(model: comfy.model_base.BaseModel, place: Place) -> Streaming | None:
@@ -263,12 +280,10 @@ def _entries(part: Weight4bit | TensorEntry) -> Sequence[TensorEntry]:
     return part.entries if isinstance(part, Weight4bit) else (part,)
 
 
-def _say_where(catalogue: Catalogue, device: torch.device, in_file: InFile, why_read: str, *, is_shared: bool) -> None:
+def _say_where(catalogue: Catalogue, device: torch.device, in_file: InFile, why_read: str) -> None:
     in_ram = (catalogue.transformer_ram - _bytes_of(in_file)) / GIB
     name = catalogue.path.name
-    if is_shared:
-        logger.info("NF4: %s is in use on another device: both share its host memory", name)
-    elif in_file and not why_read:
+    if in_file and not why_read:
         logger.info(
             "NF4: %.2f GiB of the transformer of %s stay in the file, from whose memory %s copies them; reading %.2f "
             "GiB",

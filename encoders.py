@@ -11,11 +11,10 @@ from weakref import WeakValueDictionary
 
 import comfy.utils
 import folder_paths
-import psutil
 import torch
 from torch import nn
 
-from .checkpoints import free_ram, why_read
+from .checkpoints import free_ram, require_ram, why_read
 from .memory import GIB
 from .nf4_loader.checkpoint.encoder_file import EncoderFile
 from .nf4_loader.checkpoint.errors import CheckpointError
@@ -135,13 +134,7 @@ def _in_file(
     if why and needed <= free:
         in_file = {}
     needed -= _bytes_of(in_file)
-    if needed > free + psutil.swap_memory().free:
-        raise CheckpointError(
-            files[0].path,
-            f"loading it takes {needed / GIB:.2f} GiB of RAM; {free / GIB:.2f} GiB are free, and swap does not make up "
-            "for it. Close other programs, free ComfyUI's models (Manager: Unload Models), or enlarge the swap or page "
-            "file.",
-        )
+    require_ram(files[0].path, needed, free)
     logger.info(
         "NF4: text encoder %s: %.2f GiB of its layers stay in the file, %.2f GiB are read into RAM%s",
         ", ".join(file.path.name for file in files),

@@ -34,10 +34,10 @@ __all__ = [
 ]
 
 FAMILIES: tuple[Family, ...] = (CHROMA, FLUX2, HUNYUAN_VIDEO, FLUX1, IDEOGRAM4, KREA2, QWEN_IMAGE)
-"""Relatives that have more marks come first: a Chroma file has all the marks of a Flux.1 file."""
+"""A family comes before those whose marks its files have, too: a Chroma file has all the marks of a Flux.1 file."""
 
 CHECKPOINT_PREFIX = "model.diffusion_model."
-"""Before the transformer's names in a file that has text encoders and VAE, too."""
+"""Prefix of the transformer's names in a file that also holds text encoders and a VAE."""
 
 _PREFIXES = (CHECKPOINT_PREFIX, "diffusion_model.", "model.", "transformer.", "")
 
@@ -56,7 +56,7 @@ class Found:
 
 
 def detect(tensors: Iterable[str]) -> Found | None:
-    """The transformer among these names of tensors; None where there is none of a known family."""
+    """The transformer to which these names of tensors belong; None if it is of no known family."""
     ordered = sorted(tensors)
     for prefix in _PREFIXES:
         for family in FAMILIES:
@@ -67,7 +67,7 @@ def detect(tensors: Iterable[str]) -> Found | None:
 
 
 def prefix_not_read(tensors: Iterable[str]) -> tuple[str, Family] | None:
-    """The prefix behind which the names of a family begin, and the family, where `detect` does not look there."""
+    """For a file whose names have a prefix that `detect` does not know: that prefix, and the family of the names."""
     ordered = sorted(tensors)
     for family in FAMILIES:
         for layout in family.layouts:
@@ -79,21 +79,22 @@ def prefix_not_read(tensors: Iterable[str]) -> tuple[str, Family] | None:
 
 
 def family_of_model(image_model: object) -> Family | None:
-    """The family of a model that ComfyUI's detection calls ``image_model``, if its files can be loaded."""
+    """The family that ComfyUI's detection calls ``image_model``; None if this package does not load its files."""
     return next((family for family in FAMILIES if family.native.is_read and image_model in family.image_models), None)
 
 
 def kind_of(blocks: str, image_model: object) -> str:
-    """What the blocks in the list ``blocks`` of a model are called: the list's own name if no family has it.
+    """The kind of the blocks in the list ``blocks`` of a model.
 
-    A list of the same name in a model of no known family has the kind that it has in the first family with it.
+    A model of no known family gets it from the first family that has a list of this name. If no family has one, the
+    kind is the list's name.
     """
     own = (family for family in FAMILIES if image_model in family.image_models)
     return next((family.lists[blocks] for family in (*own, *FAMILIES) if blocks in family.lists), blocks)
 
 
 def names() -> str:
-    """Of the families whose files can be loaded, for messages."""
+    """The names of the families whose files can be loaded, for messages."""
     *others, last = sorted(family.name for family in FAMILIES if family.native.is_read)
     return f"{', '.join(others)} or {last}" if others else last
 

@@ -1,8 +1,9 @@
 """The text encoders that this package loads in 4 bits, in one table: names of their tensors, and what they are for.
 
-Files of transformers call the tensors in several ways: by its version, a language model is ``model.``,
-``language_model.model.`` or ``model.language_model.``. Here each has one name, that of ComfyUI's model: ``model.``,
-``visual.`` and ``lm_head.`` (T5 and CLIP have the same names in both). Knows neither torch nor ComfyUI.
+The names in files of transformers depend on its version: those of a language model begin with ``model.``,
+``language_model.model.`` or ``model.language_model.``. In this package a tensor has the name of ComfyUI's model, which
+begins with ``model.``, ``visual.`` or ``lm_head.`` (T5 and CLIP have the same names in both). Knows neither torch nor
+ComfyUI.
 """
 
 import re
@@ -18,13 +19,13 @@ _RENAMES = (
     ("model.visual.", "visual."),
     ("model.lm_head.", "lm_head."),
 )
-"""Beginnings of names, and ours. The first that fits counts."""
+"""Beginnings of names in files, and what replaces each. The first one that fits counts."""
 
 _BARE = ("layers.", "embed_tokens.", "norm.")
 """Beginnings in a file of the language model alone (``Qwen3Model``), whose names have no prefix."""
 
 _NOT_READ = ("vision_tower.", "model.vision_tower.", "multi_modal_projector.", "model.multi_modal_projector.")
-"""What sees pictures in Mistral 3. ComfyUI's model has no such part."""
+"""The part of Mistral 3 that sees pictures. ComfyUI's model lacks it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,14 +34,14 @@ class Encoder:
 
     Attributes:
         name: As people call it.
-        types: What it encodes prompts for: names of ComfyUI's CLIP types, each with what of ``comfy.text_encoders`` the
+        types: ComfyUI's CLIP types that it encodes prompts for, and the module of ``comfy.text_encoders`` that each
             type needs for this encoder.
-        layers: Its lists of layers, and what the layers of each are called in a plan.
-        first_layer: A tensor that only a file of such a model has.
-        width: Of its hidden states; None where ``first_layer`` tells enough.
-        without: The beginning of a name that a file of it does not have, "" for none.
-        depth: How many layers are used; None is all. The others are not read.
-        unused: Beginnings of names that ComfyUI's model does not have. They are not read either.
+        layers: Its lists of layers, and the kind of each list's layers.
+        first_layer: A tensor that its files have, and files of other encoders lack.
+        width: Features of its hidden states; None if ``first_layer`` is enough to recognise it.
+        without: The beginning of names that its files lack; "" for none.
+        depth: How many layers are used; None for all. The others are not read.
+        unused: Beginnings of names that ComfyUI's model lacks. They are not read either.
     """
 
     name: str
@@ -53,7 +54,7 @@ class Encoder:
     unused: tuple[str, ...] = ()
 
     def is_in(self, shapes: _Shapes) -> bool:
-        """Whether these logical shapes, by our names, are of such a model."""
+        """Whether these logical shapes, by ComfyUI's names, are those of this encoder."""
         if self.first_layer not in shapes:
             return False
         if self.without and any(name.startswith(self.without) for name in shapes):
@@ -68,8 +69,7 @@ class Encoder:
         return layer is None or self.depth is None or layer[1] < self.depth
 
     def layer_of(self, name: str) -> tuple[str, int, str] | None:
-        """The list and the number of the layer that the tensor ``name`` is in, and its name there; None where it is in
-        none."""
+        """Of the tensor ``name``: the list and number of its layer, and its name there; None if it is in no layer."""
         match = _LAYER.match(name)
         if match is None or match["blocks"] not in self.layers:
             return None
@@ -111,7 +111,7 @@ ENCODERS: tuple[Encoder, ...] = (
         _WIDTH,
         5120,
         without=_QUERY_NORM,
-        depth=30,  # the last that FLUX.2 looks at
+        depth=30,  # FLUX.2 uses the outputs of layers up to this one
         unused=("lm_head.",),
     ),
     Encoder("Qwen3-VL 4B", {"krea2": "krea2.te", "flux2": "flux.klein_te"}, _WITH_VISION, _DEEPSTACK, 2560),
@@ -129,11 +129,11 @@ ENCODERS: tuple[Encoder, ...] = (
         unused=("lm_head.",),
     ),
 )
-"""Those with more in them come first: a file of Qwen3-VL has all that one of Qwen3 has."""
+"""An encoder comes before those whose tensors its files have, too: a Qwen3-VL file has all tensors of a Qwen3 file."""
 
 
 def encoder_name(name: str) -> str | None:
-    """Our name of the tensor that a file calls ``name``; None where no model of ComfyUI's has it."""
+    """ComfyUI's name of the tensor that a file calls ``name``; None if ComfyUI's models lack it."""
     if name.startswith(_NOT_READ):
         return None
     for beginning, ours in _RENAMES:
@@ -149,16 +149,16 @@ def has_encoder(names: Iterable[str]) -> bool:
 
 
 def detect_encoder(shapes: _Shapes) -> Encoder | None:
-    """The text encoder of these logical shapes by our names; None where it is none that can be loaded."""
+    """The text encoder with these logical shapes, by ComfyUI's names; None if it is not in the table."""
     return next((encoder for encoder in ENCODERS if encoder.is_in(shapes)), None)
 
 
 def encoder_types() -> tuple[str, ...]:
-    """All CLIP types that an encoder of the table is for."""
+    """All CLIP types of the encoders in the table."""
     return tuple(dict.fromkeys(kind for encoder in ENCODERS for kind in encoder.types))
 
 
 def encoder_names() -> str:
-    """Of all of them, for messages."""
+    """The names of all encoders in the table, for messages."""
     *others, last = (encoder.name for encoder in ENCODERS)
     return f"{', '.join(others)} or {last}"

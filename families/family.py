@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 Layers = Mapping[str, tuple[str, ...]]
-"""Layers of ComfyUI's model, and the layers of a file whose rows, one below the other, make each."""
+"""By layer of ComfyUI's model, the layers of a file that make it, stacked row-wise in this order."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Logical shapes of a transformer's tensors, by ComfyUI's names."""
@@ -14,10 +14,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor of a file goes: part ``part`` of the ``parts`` whose rows, one below the other, make ``name``.
+    """Where a tensor of a file goes: number ``part`` of the ``parts`` tensors that are stacked row-wise to ``name``.
 
-    With ``halves_swapped`` the second half of all these rows comes first. With ``flattened`` the model has its values
-    in one dimension.
+    With ``halves_swapped`` the file has the model's second half of these rows first. With ``flattened`` the model's
+    tensor has one dimension.
     """
 
     name: str
@@ -33,14 +33,14 @@ class Layout:
 
     Attributes:
         name: As `describe` shows it.
-        marks: Beginnings of names, without prefix, that are all in a file of this layout.
-        sample: A large layer in the first block. Its dtype is that of a dense file.
-        lists: Its lists of blocks (and other lists of modules whose names differ), and ComfyUI's name of each.
-        layers: By ComfyUI's list of blocks ("" is what is in no block), the layers that have other names here, and the
-            single tensors. Names that are not in it stay as they are.
-        halves_swapped: Layers of ComfyUI's model whose two halves are the other way round in the file.
-        flattened: Tensors of ComfyUI's model that have one dimension and more in the file.
-        is_read: False where files of this layout are known but cannot be loaded.
+        marks: Beginnings of names, without prefix. A file has this layout if each of them begins one of its names.
+        sample: A large layer in the first block. Its dtype counts as the dtype of a dense file.
+        lists: The file's lists of blocks, and other lists of modules whose names differ, with ComfyUI's name of each.
+        layers: Layers and single tensors that have other names here, by ComfyUI's list of blocks ("" for those in no
+            block). All other names stay as they are.
+        halves_swapped: Layers of ComfyUI's model whose two halves are in the other order in the file.
+        flattened: Tensors that have one dimension in ComfyUI's model and several in the file.
+        is_read: False if files of this layout are recognised but not loaded.
         is_comfyuis: Whether ComfyUI's own loaders take dense files of this layout.
     """
 
@@ -56,7 +56,7 @@ class Layout:
 
     @functools.cached_property
     def _places(self) -> dict[tuple[str, str], Place]:
-        """By the file's list of blocks ("" is none) and layer or tensor: the place, its name without the block's."""
+        """By list of blocks in the file ("" for none) and name in the block: the place, with its name in the block."""
         theirs = {ours: name for name, ours in self.lists.items()} | {"": ""}
         return {
             (theirs[blocks], layer): Place(ours, part, len(parts), ours in self.halves_swapped, ours in self.flattened)
@@ -74,7 +74,7 @@ class Layout:
         return self._renamed(name) or Place(name)
 
     def _renamed(self, name: str) -> Place | None:
-        """The place of a layer or tensor that has another name here."""
+        """The place of a layer or tensor that has another name here; None if its name stays as it is."""
         if ("", name) in self._places:
             return self._places["", name]
         block = re.fullmatch(r"([\w.]+?)\.(\d+)\.(.+)", name)
@@ -84,7 +84,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class BlockTensor:
-    """A tensor in a block: which list's block it is, and its name in there."""
+    """A tensor in block ``index`` of the list ``blocks``, and its ``name`` in the block."""
 
     blocks: str
     index: int
@@ -93,15 +93,15 @@ class BlockTensor:
 
 @dataclass(frozen=True)
 class Modulation:
-    """Layers in the blocks that see one small vector, the same for all blocks: their outputs can be known ahead.
+    """Layers in the blocks whose only input is one small vector, the same for all blocks: they can be computed ahead.
 
-    The vector is the sum of what the model's embedders give. One of them sees the timestep alone, the others see what
-    a sampling does not change (guidance, pooled prompt). Names are those of ComfyUI's model.
+    The vector is the sum of the outputs of the model's embedders. The input of one embedder is the timestep; the inputs
+    of the others do not change during a sampling (guidance, pooled prompt). Names are those of ComfyUI's model.
 
     Attributes:
-        layers: By list of blocks, the modules of a block that see nothing but the vector.
-        timestep: The embedder of the timestep. The function ``embedding`` in the module of the model's class makes its
-            input: of the timesteps and the width.
+        layers: By list of blocks, the modules of a block whose only input is the vector.
+        timestep: The embedder of the timestep.
+        embedding: The function that makes its input from timesteps and width. It is in the module of the model's class.
         others: The other embedders.
     """
 
@@ -118,16 +118,16 @@ class Family:
     Attributes:
         name: As people call it.
         image_models: What ComfyUI's detection calls it (``unet_config["image_model"]``).
-        lists: ComfyUI's lists of blocks in the order in which a forward runs them, and what the blocks of each are
-            called: their kind.
-        layouts: In which its files come; the first one has the names of ComfyUI's model.
-        beside_blocks: Tensors in no block that every whole model has.
-        renames: Ends of names that some tools write, and their ends in ComfyUI's model.
-        variant: What describes one model within the family, from its shapes, such as "dev".
-        embeddings: Weights of two dimensions that are no Linear's: they are never in 4 bits.
-        told_by_config: What is true in the ``config.json`` of some models, and the empty tensor that tells ComfyUI so.
-        since: The version of ComfyUI that first had this model, from its shapes; "" if all that we support have it.
-        modulation: Layers whose outputs are computed ahead; None where the blocks have none.
+        lists: ComfyUI's lists of blocks, in the order in which a forward runs them, and the kind of each list's blocks.
+        layouts: The layouts of its files. The first one has the names of ComfyUI's model.
+        beside_blocks: Tensors in no block that every complete model has.
+        renames: Ends of names that some tools write, and the ends that ComfyUI's model has.
+        variant: From the shapes of a model, its name within the family, such as "dev".
+        embeddings: Weights of two dimensions that do not belong to a Linear. They are never in 4 bits.
+        told_by_config: Settings that are true in the ``config.json`` of some models, each with the empty tensor from
+            which ComfyUI's detection sees it.
+        since: From the shapes of a model, the first version of ComfyUI that has it; "" if all supported ones have it.
+        modulation: Layers whose outputs are computed ahead; None if there are none.
     """
 
     name: str
@@ -153,7 +153,7 @@ class Family:
 
     @property
     def block_lists(self) -> frozenset[str]:
-        """Names of its lists of blocks, ComfyUI's and those of other layouts."""
+        """The names of its lists of blocks in all layouts."""
         return frozenset((*self.lists, *(theirs for layout in self.layouts for theirs in layout.lists)))
 
     def place(self, layout: Layout, name: str) -> Place:
@@ -169,11 +169,11 @@ class Family:
         return re.compile(rf"(?P<blocks>{'|'.join(map(re.escape, self.lists))})\.(?P<index>\d{{1,6}})\.(?P<name>.+)")
 
     def block_of(self, name: str) -> BlockTensor | None:
-        """The block that the tensor ``name`` of ComfyUI's model belongs to; None where it is in no block."""
+        """The tensor ``name`` of ComfyUI's model as part of its block; None if it is in no block."""
         match = self._in_block.fullmatch(name)
         return BlockTensor(match["blocks"], int(match["index"]), match["name"]) if match else None
 
     def is_modulation(self, tensor: BlockTensor) -> bool:
-        """Whether the layer of ``tensor`` is one whose outputs are computed ahead."""
+        """Whether the outputs of the layer that ``tensor`` belongs to are computed ahead."""
         layers = self.modulation.layers if self.modulation is not None else {}
         return tensor.name.split(".")[0] in layers.get(tensor.blocks, ())

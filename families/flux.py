@@ -1,9 +1,9 @@
 """Flux.1 and its relatives: models of double and single blocks.
 
-ComfyUI's models have the names of Black Forest Labs' code. diffusers has its own, splits q, k, v and the MLP's input,
-which lie one below the other in one weight here, and has the two halves of the last modulation the other way round.
-In diffusers' ``loaders/single_file_utils.py``, ``convert_flux_transformer_checkpoint_to_diffusers`` and
-``convert_flux2_transformer_checkpoint_to_diffusers`` are the way there.
+ComfyUI's models have the names of Black Forest Labs' code. diffusers has other names. Where ComfyUI has one weight for
+q, k, v and the MLP's input, stacked row-wise, diffusers has one weight for each; and it has the two halves of the last
+modulation in the other order. The mapping is from diffusers' ``loaders/single_file_utils.py``
+(``convert_flux_transformer_checkpoint_to_diffusers``, ``convert_flux2_transformer_checkpoint_to_diffusers``).
 """
 
 from .family import Family, Layers, Layout, Modulation, Shapes
@@ -12,14 +12,14 @@ _LISTS = {"double_blocks": "double", "single_blocks": "single"}
 _LISTS_OF_DIFFUSERS = {"transformer_blocks": "double_blocks", "single_transformer_blocks": "single_blocks"}
 _BESIDE_BLOCKS = ("img_in.weight", "final_layer.linear.weight")
 _RENAMES = {"_norm.weight": "_norm.scale"}
-"""The RMSNorms of q and k are ``.scale`` in most files and ``.weight`` in some."""
+"""Most files call the tensor of an RMSNorm of q or k ``.scale``, some call it ``.weight``."""
 
 _NATIVE = "Black Forest Labs"
 _DIFFUSERS = "diffusers"
 _QKV = "double_blocks.0.img_attn.qkv"
 
 _SWAPPED = frozenset({"final_layer.adaLN_modulation.1"})
-"""diffusers has scale, then shift."""
+"""In diffusers the scale comes before the shift."""
 
 _REST: Layers = {
     "img_in": ("x_embedder",),
@@ -179,4 +179,4 @@ HUNYUAN_VIDEO = Family(
     ),
     _BESIDE_BLOCKS,
 )
-"""Known so that its dense files, whose blocks have Flux' names, are not taken for Flux."""
+"""It is in the table so that its dense files, whose blocks have Flux' names, are not taken for Flux."""

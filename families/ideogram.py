@@ -1,6 +1,6 @@
-"""Ideogram 4: one list of layers. Each picture takes two models of it, one with the prompt and one without.
+"""Ideogram 4: one list of layers. Each picture takes two models, one with the prompt and one without.
 
-ComfyUI has the names of Ideogram's code. diffusers splits q, k and v, which lie one below the other in one weight here.
+ComfyUI has the names of Ideogram's code. Where it has one weight for q, k and v, stacked row-wise, diffusers has three.
 """
 
 from .family import Family, Layout

@@ -1,7 +1,7 @@
-"""Krea 2: one list of blocks, and a small transformer before them that makes one text of the text encoder's layers.
+"""Krea 2: one list of blocks, and before them a small transformer that merges the outputs of the text encoder's layers.
 
-ComfyUI has the names of Krea's code. In diffusers' ``loaders/single_file_utils.py``,
-``convert_krea2_transformer_checkpoint_to_diffusers`` is the way to the names of diffusers.
+ComfyUI has the names of Krea's code. The mapping to diffusers' names is from its ``loaders/single_file_utils.py``
+(``convert_krea2_transformer_checkpoint_to_diffusers``).
 """
 
 from .family import Family, Layers, Layout

@@ -1,4 +1,4 @@
-"""Qwen-Image and Qwen-Image-Edit: one list of blocks, under the names of diffusers, which are ComfyUI's, too."""
+"""Qwen-Image and Qwen-Image-Edit: one list of blocks, with the names of diffusers, which ComfyUI uses, too."""
 
 from .family import Family, Layout
 
@@ -15,5 +15,5 @@ QWEN_IMAGE = Family(
     ),
     ("img_in.weight", "proj_out.weight"),
     embeddings=frozenset({"time_text_embed.addition_t_embedding.weight"}),
-    told_by_config={"zero_cond_t": "__index_timestep_zero__"},  # Edit 2511: pictures that are given have timestep 0
+    told_by_config={"zero_cond_t": "__index_timestep_zero__"},  # Edit 2511 gives its input pictures timestep 0
 )

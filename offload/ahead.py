@@ -1,12 +1,12 @@
 """Outputs of layers computed ahead of the forwards that need them, while the layers' weights are on the device.
 
-Some layers see nothing but a small vector that depends on the timestep (Flux.1's modulation: 27 % of its blocks'
-bytes). The vectors of the coming forwards can be foretold, so a layer that is called computes the outputs of all of
-them. Until these are used up, its weights need neither memory of the device nor the bus.
+The input of some layers is only a small vector that depends on the timestep (Flux.1's modulation: 27 % of its blocks'
+bytes). The vectors of the coming forwards can be predicted, so a layer that is called computes its outputs for all of
+them. Until these are used up, its weights take neither device memory nor the bus.
 
-An output is used only for a vector with the same bits as the one that it was computed from, and it was computed in a
-call of its own, of the same shape: so it has the bits that the layer would give now. What was foretold wrongly is never
-used. A layer whose output is missing, after an interrupt for instance, computes it when it is called.
+Each output is computed in a call of its own and is used only for a vector with the same bits and shape, so it has the
+bits that the layer would compute now. An output for a wrongly predicted vector is never used. If an output is missing,
+after an interrupt for instance, the layer computes it when it is called.
 """
 
 import weakref
@@ -19,19 +19,19 @@ import torch
 from torch import nn
 
 AHEAD = 12
-"""How many forwards are computed at once, at most. Flux.1's outputs for one are 2.1 MB for each row of the vector."""
+"""The most forwards computed at once. For one forward, Flux.1's outputs take 2.1 MB for each row of the vector."""
 
 MOST_ROWS = 4 * AHEAD
-"""Rows of vectors whose outputs are kept at once, at most: of two batches of 2, for instance."""
+"""The most rows of vectors whose outputs are kept at once: two batches of 2, for instance."""
 
 Foretell = Callable[[torch.Tensor, int], Sequence[torch.Tensor] | None]
-"""Given the vector of this forward, those of so many coming ones at most; None if nothing is known of this one."""
+"""Predicts from the vector of this forward at most so many vectors of the coming ones; None if it does not know it."""
 
 
 class SeveralInputs(nn.Module):
     """A layer that is called with several inputs at once, so that its weights are brought to the device once.
 
-    It is the block of a streamer, whose hooks bring the weights. The layer itself stays a part of its model.
+    To a streamer it is a block, and the streamer's hooks bring the weights. The layer stays a part of its model.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -40,20 +40,20 @@ class SeveralInputs(nn.Module):
         self._compute: Callable[[nn.Module, torch.Tensor], Any] = type(layer).forward
 
     def forward(self, inputs: Sequence[torch.Tensor]) -> list[Any]:
-        """What the layer gives for each input, computed one after the other."""
+        """The layer's output for each input, computed one after the other."""
         return [self._compute(self.layer, each) for each in inputs]
 
 
 @dataclass(eq=False)
 class _Forward:
-    """A vector (rows, features), and what the layers give for it: by layer, None where it is not computed."""
+    """A vector (rows, features) and the layers' outputs for it, by layer; None for an output that is not computed."""
 
     vector: torch.Tensor
     outputs: list[Any]
 
 
 class _Run:
-    """Forwards that follow each other. Those before ``now`` are over: they keep no outputs."""
+    """Consecutive forwards. Those before ``now`` are over and keep no outputs."""
 
     def __init__(self, forwards: Sequence[_Forward]) -> None:
         self.forwards = forwards
@@ -76,14 +76,14 @@ class _Run:
 
 
 class Ahead:
-    """Has ``layers``, each called as ``layer(vector)``, give outputs that were computed ahead where it can.
+    """Makes ``layers``, each called as ``layer(vector)``, return outputs that were computed ahead, if there are any.
 
-    It must live as long as the layers are used. `inputs` are what streams: a block for each layer.
+    It must live as long as the layers are used. ``blocks`` are what a streamer streams, one for each layer.
 
     Args:
         layers: In the order in which a forward calls them.
         foretell: See `Foretell`.
-        lasting: Within it memory is allocated that outlives a forward.
+        lasting: A context in which memory that outlives a forward is allocated.
     """
 
     def __init__(
@@ -101,17 +101,17 @@ class Ahead:
             layer.forward = _diverted(_Place(weakref.ref(self), index))
 
     def begin(self) -> None:
-        """A forward begins: from here on, one vector is the same object as long as it is the same."""
+        """A forward begins. Within it, the same vector is always the same object."""
         self._vector: torch.Tensor | None = None
 
     def forget(self) -> None:
-        """Keep no outputs: the weights or what is added to them may change, or a sampling is over. Idempotent."""
+        """Drop all outputs: weights or patches may change, or a sampling is over. Idempotent."""
         self._runs: list[_Run] = []
         self._run: _Run | None = None
         self.begin()
 
     def output(self, index: int, vector: torch.Tensor) -> Any:
-        """What layer ``index`` gives for ``vector`` (rows, features)."""
+        """The output of layer ``index`` for ``vector`` (rows, features)."""
         if torch.is_grad_enabled() or not vector.is_contiguous():
             return self.blocks[index]((vector,))[0]
         if vector is not self._vector:
@@ -123,7 +123,7 @@ class Ahead:
         return self._compute(index, run) if output is None else output
 
     def _compute(self, index: int, run: _Run) -> Any:
-        """Compute what layer ``index`` gives for the present forward, and for those after it."""
+        """Compute the outputs of layer ``index`` for this and the coming forwards. Returns the output for this one."""
         missing = [forward for forward in run.forwards[run.now :] if forward.outputs[index] is None]
         with self._lasting():
             outputs = self.blocks[index]([forward.vector for forward in missing])
@@ -168,7 +168,7 @@ def _are_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 class _Place:
-    """Which layer of whose. An object, since compiled code is shared by blocks as long as only this differs."""
+    """A layer of an `Ahead`. It is an object because blocks share compiled code only if nothing else differs."""
 
     def __init__(self, ahead: "weakref.ref[Ahead]", index: int) -> None:
         self.ahead = ahead
@@ -185,7 +185,7 @@ _output_uncompiled: Callable[[_Place, torch.Tensor], Any] = torch.compiler.disab
 
 
 def _diverted(place: _Place) -> Callable[[torch.Tensor], Any]:
-    # Weak: a layer that held whoever holds it would keep its weights until the garbage collector runs.
+    # Weak: otherwise layer and `Ahead` hold each other, and the weights live until the garbage collector runs.
     def forward(vec: torch.Tensor) -> Any:
         return _output_uncompiled(place, vec)
 

@@ -1,14 +1,15 @@
-"""Fetch, wait, release: the way of the streamed blocks through the staging ring.
+"""Fetch, wait, release: how the streamed blocks pass through the staging ring.
 
-While one tile computes, the next ones arrive. Three rules keep it right whatever the caller does: skip, repeat or
-reorder blocks, stop in the middle, start again.
+While one tile computes, the next ones arrive. The caller may skip, repeat or reorder blocks, stop in the middle and
+start again. Three rules keep the results right:
 
-- The ring knows whose bytes it holds. A tile that is not there when it is called is fetched then.
-- Which tiles come next follows from the tile that is called. Nothing is counted.
-- A tile that an unfinished forward left in use is released by the next call.
+- The ring knows which tile's bytes it holds. If a tile is called and is not there, it is fetched then.
+- The tile that is called determines which tiles come next. Nothing is counted.
+- If an unfinished forward left a tile in use, the next call releases it.
 
-The host never waits (`bounce` apart). On the device, compute waits for the copy of a tile ("ready"), and each copy
-waits for all compute launched before it ("free"), because that compute may read the bytes that the copy overwrites.
+The host does not wait, except in `bounce`. On the device, compute waits for the copy of its tile ("ready"), and each
+copy waits for all compute launched before it ("free"), because that compute may read the bytes that the copy
+overwrites.
 """
 
 import itertools
@@ -29,15 +30,19 @@ from .staging import Presence, RingMemory, Staged
 from .telemetry import Telemetry
 
 Key = tuple[int, int]
-"""A tile: the index of its block, and its own index in the block, in the order of registration."""
+"""A tile: the index of its block, and its index among the block's tiles in registration order."""
 
 
 class Conveyor:
     """Streams the blocks that ``plan`` does not keep resident, from `start` to `close`.
 
-    ``blocks`` are all blocks of the model; the small parts of the streamed ones must be on the device. ``ring`` has the
-    plan's staging bytes on the device of ``copies``. ``orders`` outlives the conveyor, so that the next one need not
-    learn again. With ``whole_blocks`` the blocks are cut into one tile each and may be compiled.
+    Args:
+        blocks: All blocks of the model. The small parts of the streamed ones must be on the device.
+        plan: Which blocks are streamed.
+        ring: Memory of ``plan.staging_bytes`` on the device of ``copies``.
+        copies: How bytes get to the device.
+        orders: The orders of calls seen so far. They outlive the conveyor, so that the next one knows them.
+        whole_blocks: Each block is one tile and may be compiled.
     """
 
     def __init__(
@@ -78,14 +83,14 @@ class Conveyor:
             self.fetch((0, *self._ring.beside[0]))
 
     def close(self) -> None:
-        """Remove the hooks and bind what is in use to host memory. Idempotent; the ring's memory is its owner's."""
+        """Remove the hooks and bind the tile in use to host memory. Idempotent. The ring's memory stays allocated."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
         self.release()
 
     def fetch(self, positions: Sequence[int]) -> None:
-        """Copy the tiles at ``positions`` to the ring, unless they are there or on their way."""
+        """Copy the tiles at ``positions`` to the ring, except those that are there or on their way."""
         copies = self._copies
         for position in positions:
             staged = self._staged[position]
@@ -113,7 +118,7 @@ class Conveyor:
             self.telemetry.after_wait(before)
 
     def release(self) -> None:
-        """Unbind the tile in use, if there is one. Its bytes may be overwritten once the compute so far is done."""
+        """Unbind the tile in use, if there is one. Copies may overwrite its bytes once the compute so far is done."""
         if self._active is not None:
             self._active.unbind()
             self._active.present = False
@@ -121,11 +126,11 @@ class Conveyor:
             self._released()
 
     def _released(self) -> None:
-        """All compute launched so far is what the next copies must wait for."""
+        """Have the next copies wait for all compute launched so far."""
         self._copies.record(self._free)
 
     def _before(self, key: Key) -> None:
-        """Tile ``key`` is called: bind it to its bytes in the ring."""
+        """Before the forward of tile ``key``: bind it to its bytes in the ring."""
         self._take_ring()
         self.release()
         self.telemetry.tile(key)
@@ -142,7 +147,7 @@ class Conveyor:
         self._active = staged
 
     def _after(self, key: Key) -> None:
-        """Tile ``key`` has been called: make room, and fetch what comes next."""
+        """After the forward of tile ``key``: make room, and fetch the next tiles."""
         self._take_ring()
         self.release()
         if self._orders.saw(*key):
@@ -150,7 +155,7 @@ class Conveyor:
         self.fetch(self._ring.ahead[self._positions[key]])
 
     def _lay_out(self) -> None:
-        """Give every streamed tile its place in the ring, in the order of calls. The ring is empty after this."""
+        """Give every streamed tile its place in the ring, in the order of calls. The ring holds no tile after this."""
         memory, copies = self._memory.memory, self._copies
         order = [(index, local) for index in self._plan.streamed for local in self._orders.of(index)]
         parts = [self._blocks[index].parts(local) for index, local in order]
@@ -171,10 +176,10 @@ class Conveyor:
         return f"{block.kind} {index} {block.tiles[local].tile.module}"
 
     def _hook(self, key: Key) -> None:
-        """Have calls of tile ``key`` come by here."""
-        # Weak: a block that held its conveyor would keep the arena alive until the garbage collector runs.
+        """Have each call of tile ``key`` run `_before` and `_after`."""
+        # Weak: otherwise the block would hold the conveyor, and the arena would live until the garbage collector runs.
         conveyor = weakref.proxy(self)
-        # A compiled block is traced with its hooks: they have to stay outside of what is compiled.
+        # torch.compile traces a block with its hooks, so these keep themselves out of the compiled code.
         outside: Any = torch.compiler.disable if self._whole_blocks else lambda function: function
 
         def before(*_: object) -> None:
@@ -188,16 +193,16 @@ class Conveyor:
         self._hooks.append(module.register_forward_hook(outside(after)))
 
     def _hook_inside(self, key: Key, presence: Presence) -> None:
-        """Have layers inside of tile ``key`` fetch it where they are called without it.
+        """Have layers inside tile ``key`` fetch the tile if they are called while it is not in use.
 
-        Mostly the tile is in use when they are called. It is not where another package calls them from a module of its
-        own or by ``block.forward``, or where the block ran another block in its midst.
+        That happens if another package calls them from a module of its own or through ``block.forward``, which runs no
+        hook of the block, or after the block has called another block.
         """
         conveyor = weakref.proxy(self)
         self._hooks += _hooks_inside(self._blocks[key[0]], key[1], presence, lambda: conveyor._before(key))
 
     def _lose_ring(self) -> None:
-        """Another conveyor takes the ring: what is in it is gone."""
+        """Another conveyor takes the ring and overwrites it."""
         self._lost_ring = True
         self.release()
         for staged in self._staged:
@@ -211,10 +216,10 @@ class Conveyor:
 
 
 def hooks_of_residents(blocks: Sequence[Block], resident: Sequence[int]) -> list[RemovableHandle]:
-    """Hooks on the layers of resident blocks like those of streamed ones, for compiled code.
+    """Give the layers of resident blocks hooks like those of streamed blocks, for compiled code.
 
-    Blocks of equal structure share it, hooks included. And what is compiled for layers without a hook is not compiled
-    again when one comes: it would then read the weights of a streamed block in host memory.
+    Blocks of equal structure share compiled code, and the hooks are part of it. torch.compile does not notice a hook
+    that is added later: code compiled without hooks would read a streamed block's weights in host memory.
     """
     tiles = [(blocks[index], local) for index in resident for local in range(len(blocks[index].tiles))]
     every = [_hooks_inside(block, local, Presence(here=True), lambda: None) for block, local in tiles]
@@ -225,7 +230,7 @@ def _hooks_inside(block: Block, local: int, presence: Presence, fetch: Callable[
     outside: Any = torch.compiler.disable(fetch)
 
     def unless_present(*_: object) -> None:
-        if not presence.here:  # in compiled code this is a guard, and all that is left of the hook
+        if not presence.here:  # compiled code keeps only this check, as a guard
             outside()
 
     layers = block.modules_of(local) - {block.tiles[local].module}
@@ -233,7 +238,7 @@ def _hooks_inside(block: Block, local: int, presence: Presence, fetch: Callable[
 
 
 def tensors_replaced(layer: str, index: int) -> RuntimeError:
-    """The error for tensors of ``layer`` (its path in block ``index``) that are not those which the block had."""
+    """The error for a block ``index`` that has lost its own tensors in ``layer`` (a path in the block)."""
     return RuntimeError(
         f"the tensors of {layer or 'a layer'} in streamed block {index} were replaced from outside. Change weights "
         "with a patch (LoRA and the like), or load the model again."
@@ -241,7 +246,7 @@ def tensors_replaced(layer: str, index: int) -> RuntimeError:
 
 
 def _label(verb: str, staged: Staged) -> AbstractContextManager[Any]:
-    """A name in a profiler's trace; costs nothing where none runs."""
+    """A name in a profiler's trace. It costs nothing while no profiler runs."""
     if not torch.autograd.profiler._is_profiler_enabled:
         return _NO_LABEL
     return torch.profiler.record_function(f"{verb} {staged.name}")

@@ -1,8 +1,8 @@
 """Which blocks stay on the device, which are streamed, and what that costs. Integers only.
 
-A forward runs the blocks in order. The streamed ones form a cycle: after the last of a forward comes the first of
-the next. Residents are spread so that streamed bytes come at an even rate: every byte of them takes the same time
-on the bus, and every block computes about as long, whatever its size.
+A forward runs the blocks in order. The streamed ones form a cycle: after the last of a forward comes the first of the
+next. Residents are spread so that the bus is used evenly: every streamed byte takes the same time on the bus, and all
+blocks compute for about the same time, whatever their size.
 """
 
 import functools
@@ -13,18 +13,19 @@ from dataclasses import dataclass
 from ..memory import GIB, MIB
 
 STAGING_BYTES = 208 * MIB
-"""Default size of the staging ring: about five of Flux NF4's largest tiles. Measured (docs/measurements.md): a
-smaller one stalls where the bus is only just fast enough, a larger one gains nothing."""
+"""Default size of the staging ring: about five of Flux NF4's largest tiles. Measured (docs/measurements.md): with a
+smaller ring compute stalls if the bus is only just fast enough; a larger one gains nothing."""
 
 _RATES = 256
 
 
 @dataclass(frozen=True)
 class Residency:
-    """How much of a model shall stay on the device, as its user says. What there is room for is the limit in any case.
+    """How much of a model the user wants on the device. The free memory is the limit in any case.
 
-    ``counts``: how many blocks of each kind. Kinds without a count share what these leave of ``budget_bytes``, which is
-    for the whole model: residents, staging and what is in no block. None is as much as there is room for.
+    Attributes:
+        counts: Kinds, and how many blocks of each stay. Kinds without a count share the rest of the budget.
+        budget_bytes: For the whole model: residents, staging, and the tensors in no block. None: all free memory.
     """
 
     counts: tuple[tuple[str, int], ...] = ()
@@ -32,7 +33,7 @@ class Residency:
 
 
 class BudgetTooSmallError(ValueError):
-    """A model needs ``least_bytes`` of the device even with every block streamed, and may use fewer."""
+    """The budget is smaller than ``least_bytes``, which the model takes on the device with every block streamed."""
 
     def __init__(self, budget_bytes: float, least_bytes: int) -> None:
         takes = math.ceil(least_bytes / GIB * 100) / 100
@@ -48,7 +49,7 @@ class BudgetTooSmallError(ValueError):
 class BlockSize:
     """The size of a block in bytes.
 
-    ``kind`` names the group of blocks that it belongs to. ``tiles`` are the parts that are streamed, in no order;
+    ``kind`` is the group of blocks that it belongs to. ``tiles`` are its parts that can be streamed, in any order;
     ``small`` is the rest (biases, norms), which is always on the device.
     """
 
@@ -82,15 +83,15 @@ class ResidencyPlan:
 
     @property
     def device_bytes(self) -> int:
-        """What the blocks need on the device: residents, the small parts of streamed blocks, staging."""
+        """Bytes that the blocks take on the device: residents, the small parts of streamed blocks, staging."""
         return self.resident_bytes + self.small_bytes + self.staging_bytes
 
 
 def plan_for(blocks: Sequence[BlockSize], resident: Iterable[int], staging_bytes: int = STAGING_BYTES) -> ResidencyPlan:
     """The plan that keeps exactly these blocks.
 
-    The staging ring has ``staging_bytes``; fewer where the streamed blocks fill less, and never fewer than two of the
-    largest tiles, so that one can arrive while the other computes.
+    The staging ring has ``staging_bytes``, or fewer if the streamed blocks together are smaller. It holds at least two
+    of the largest tiles, so that one can arrive while the other computes.
     """
     stay = set(resident)
     streamed = [index for index in range(len(blocks)) if index not in stay]
@@ -107,7 +108,7 @@ def plan_for(blocks: Sequence[BlockSize], resident: Iterable[int], staging_bytes
 
 
 def least_device_bytes(blocks: Sequence[BlockSize]) -> int:
-    """Bytes that the blocks need on the device at the very least: all streamed, through the smallest ring."""
+    """The fewest bytes that the blocks can take on the device: all resident, or all streamed by the smallest ring."""
     return min(plan_for(blocks, (), 0).device_bytes, plan_for(blocks, range(len(blocks)), 0).device_bytes)
 
 
@@ -119,18 +120,18 @@ def plan_by_budget(
     counts: tuple[tuple[str, int], ...] = (),
     other_bytes: int = 0,
 ) -> ResidencyPlan:
-    """Spend at most ``budget_bytes`` of the device on a model, so that the least possible goes over the bus.
+    """The plan that streams the fewest bytes while the model takes at most ``budget_bytes`` of the device.
 
     Args:
         blocks: In execution order.
         budget_bytes: May be infinite.
-        staging_bytes: Size of the ring. Where the budget is too small for it, the ring is as small as it can be.
-        counts: Kinds, and how many blocks of each stay: no more, and fewer only where they do not fit. What they
-            leave of the budget goes to the other kinds.
-        other_bytes: What the model has on the device beside its blocks.
+        staging_bytes: Size of the ring. If the budget is too small for it, the ring is as small as it can be.
+        counts: Kinds, and how many blocks of each stay. Fewer stay only if they do not fit. The rest of the budget
+            goes to the other kinds.
+        other_bytes: Bytes that the model has on the device beside its blocks.
 
     Raises:
-        BudgetTooSmallError: even with every block streamed it would take more.
+        BudgetTooSmallError: the model takes more even with every block streamed.
     """
     for_blocks = budget_bytes - other_bytes
     for plans in (_plans_beside, _plans_of_fewer, _least_plan):
@@ -143,7 +144,7 @@ def plan_by_budget(
 _Counts = tuple[tuple[str, int], ...]
 
 
-@functools.lru_cache(maxsize=64)  # a budget is dragged through many values, and these are the same for all of them
+@functools.lru_cache(maxsize=64)  # a user drags the budget through many values, and all of them use these plans
 def _plans_beside(blocks: tuple[BlockSize, ...], counts: _Counts, staging_bytes: int) -> tuple[ResidencyPlan, ...]:
     """Plans that keep every block in ``counts`` and a growing number of the other kinds."""
     stay = _by_counts(blocks, dict(counts))
@@ -155,7 +156,7 @@ def _plans_beside(blocks: tuple[BlockSize, ...], counts: _Counts, staging_bytes:
 
 @functools.lru_cache(maxsize=8)
 def _resident_sets(blocks: tuple[BlockSize, ...]) -> tuple[tuple[int, ...], ...]:
-    """The residents at each rate of the bus, without repetitions."""
+    """The sets of residents at all rates of the bus, each once."""
     return tuple(dict.fromkeys(tuple(_residents_at(blocks, rate)) for rate in range(_RATES + 1)))
 
 
@@ -175,9 +176,9 @@ def predict_stall_ms(plan: ResidencyPlan, blocks: Sequence[BlockSize], gbps: flo
 
     Args:
         plan: The plan.
-        blocks: What it was made for.
+        blocks: The blocks that it was made for.
         gbps: Bandwidth of the bus, 1e9 bytes a second.
-        compute_ms: Time that one block computes.
+        compute_ms: Compute time of one block.
     """
     streamed = set(plan.streamed)
     bytes_a_block = gbps * 1e6 * compute_ms
@@ -197,7 +198,7 @@ def predict_stall_ms(plan: ResidencyPlan, blocks: Sequence[BlockSize], gbps: flo
 
 
 def _all_if_no_more(plan: ResidencyPlan, blocks: Sequence[BlockSize]) -> ResidencyPlan:
-    """All blocks resident, where this takes no more than ``plan``; else ``plan``."""
+    """The plan with all blocks resident if it takes no more than ``plan``; else ``plan``."""
     return plan if plan.bytes_per_forward > plan.staging_bytes else plan_for(blocks, range(len(blocks)))
 
 
@@ -210,13 +211,13 @@ def _indices(blocks: Sequence[BlockSize], kind: str) -> list[int]:
 
 
 def spread(indices: Sequence[int], count: int) -> list[int]:
-    """``count`` of ``indices`` (all, if more) at even distances."""
+    """``count`` of ``indices`` at even distances; all of them if ``count`` is larger."""
     count = min(max(count, 0), len(indices))
     return [indices[(2 * i + 1) * len(indices) // (2 * count)] for i in range(count)]
 
 
 def _residents_at(blocks: Sequence[BlockSize], rate: int) -> list[int]:
-    """The blocks that stay when the bus gets ``rate / _RATES`` of the largest block's bytes a block's compute."""
+    """The blocks that stay if the bus copies ``rate / _RATES`` of the largest block while one block computes."""
     largest = max((block.streamed for block in blocks), default=0)
     credit, stay = 0, []
     for index, block in enumerate(blocks):

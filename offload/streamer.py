@@ -1,6 +1,6 @@
-"""Who stays: which blocks are resident, what blocks are given beside their own tensors, what to do where room is short.
+"""The `Streamer`: it keeps some blocks on the device and has a `Conveyor` stream the others.
 
-A `Conveyor` streams the other blocks. It is there only while a plan is in effect.
+It also gives blocks extra tensors (a LoRA's factors), and keeps fewer blocks if the device runs out of memory.
 """
 
 import logging
@@ -36,16 +36,15 @@ class Streamer:
     every plan. The streamer must live as long as its blocks are used.
 
     Args:
-        groups: The blocks of each kind, all in execution order. From now on their tensors are views of the records of
-            ``arena``. Tensors on the meta device take the values that are there; others keep their own.
-        mapped: Parts of files (`map_parts`: uint8, flat) by module and name, which are streamed from where they are.
-        each: Called with the index of each block that has moved, so that its old memory can go before the next moves.
-        arena: The host memory. Streamers over equal models, one for each device, may share the arena of the first;
-            None makes a new one.
+        groups: The blocks by kind, in execution order. Their tensors become views of the records in ``arena``. A tensor
+            on the meta device gets the value that the record has; any other tensor is copied to the record.
+        mapped: Memory of files (`map_parts`: uint8, flat) by module and tensor name. It is streamed from there.
+        each: Called with the index of each block that has moved to its record: its old memory can be freed then.
+        arena: The host memory; None makes a new arena. Streamers over equal models on several devices may share one.
         without: Modules in the blocks that another streamer moves.
 
     Raises:
-        ValueError: a block has no tensors, or shares one with itself or another, or ``arena`` is of other blocks.
+        ValueError: a block has no tensors, a tensor occurs twice, or ``arena`` was made for other blocks.
     """
 
     def __init__(
@@ -87,12 +86,12 @@ class Streamer:
 
     @property
     def telemetry(self) -> Telemetry | None:
-        """What forwards cost under the plan in effect; None without one."""
+        """What forwards cost under the present plan; None if no block is streamed."""
         return None if self._conveyor is None else self._conveyor.telemetry
 
     @property
     def device_bytes(self) -> int:
-        """Bytes held on the device: residents, small parts, staging (which another streamer may share)."""
+        """Bytes held on the device: residents, small parts and the staging ring, which streamers may share."""
         ring = 0 if self._ring is None else self._ring.memory.nbytes
         return ring + sum(block.device_bytes for block in self.blocks)
 
@@ -103,12 +102,12 @@ class Streamer:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of host memory that hold the blocks and their extras, mapped ones of files among them."""
+        """Bytes of host memory that hold the blocks and their extras. The memory of files counts, too."""
         return sum(arena.nbytes for arena in self._arenas)
 
     @property
     def ram_bytes(self) -> int:
-        """How many of `host_bytes` are this process's own, and no file's."""
+        """`host_bytes` without the memory of files."""
         return self.host_bytes - self.file.nbytes
 
     @property
@@ -118,11 +117,11 @@ class Streamer:
 
     @property
     def all_pinned(self) -> bool:
-        """Whether no copy to the device reads memory that is not pinned."""
+        """Whether every copy to the device reads pinned memory."""
         return all(arena.all_pinned for arena in self._arenas)
 
     def sizes(self, *, whole_blocks: bool = False) -> tuple[BlockSize, ...]:
-        """The sizes that a plan is made for, in bytes."""
+        """The sizes of the blocks in bytes, from which plans are made."""
         return tuple(block.size(whole=whole_blocks) for block in self.blocks)
 
     def pin(
@@ -132,9 +131,9 @@ class Streamer:
         limited_by: Shortfall = THE_LIMIT,
         first: Sequence[int] = (),
     ) -> None:
-        """Pin host memory as far as allowed, before `start`; see `PinnableMemory.pin`.
+        """Pin as much host memory as ``limit_bytes`` allow. Call it before `start`; see `PinnableMemory.pin`.
 
-        ``first``: indices of the blocks that matter most: the streamed ones.
+        ``first``: indices of the blocks to pin first: the streamed ones gain most.
         """
         pinning_ahead.wait()
         for arena in self._arenas:
@@ -147,11 +146,11 @@ class Streamer:
                 block.travelling.is_pinned = self.extras_arena.is_pinned(index)
 
     def set_extras(self, extras: Mapping[nn.Module, Mapping[str, torch.Tensor]]) -> None:
-        """Give modules of the blocks these host tensors, in place of those of an earlier call; {} for none.
+        """Give modules of the blocks extra host tensors. They replace those of an earlier call; {} removes them.
 
         They become buffers of their modules (not in the state dict), and are on the device whenever the module
-        computes. Large ones are copied into host records and travel with the tile of their module. They are left alone
-        if all of them are the same objects as before. Small ones stay on the device.
+        computes. Small ones stay on the device. Large ones are copied into host records and travel with the tile of
+        their module; this copy is skipped if all of them are the same objects as before.
 
         After this, call `start` with a plan for the new `sizes` before the next forward. After an exception there are
         no extras, and nothing is on the device.
@@ -170,34 +169,34 @@ class Streamer:
             raise
 
     def in_host_memory(self, module: nn.Module, name: str) -> torch.Tensor | None:
-        """Tensor ``name`` of a module of the blocks as it is in host memory; None if there is none."""
+        """The host copy of tensor ``name`` of a module in the blocks; None if there is none."""
         place = self._places.of(module)
         return None if place is None else self.blocks[place[0]].in_host_memory(place[1], name)
 
     def start(self, plan: ResidencyPlan, copies: Copies, *, whole_blocks: bool = False) -> None:
-        """Put ``plan`` into effect. What it has in common with the plan in effect stays where it is.
+        """Put ``plan`` into effect. Blocks that are resident before and after it stay where they are.
 
-        Tiles are layers. A compiled block must not be entered between its layers: with ``whole_blocks`` a block is one
-        tile, and the plan must be made for such sizes.
+        A tile is a layer. With ``whole_blocks`` a tile is a block, as compiled blocks need, since no hook can run
+        between their layers; ``plan`` must then be made from `sizes` of whole blocks.
 
-        Where the device has no room for all residents, the plan before stays in effect, or, if there is none, fewer
-        blocks are resident; ``self.plan`` tells, and the next call tries again. After any other exception nothing is
-        on the device.
+        If the device has no room for all residents, the earlier plan stays in effect, or, if there is none, fewer
+        blocks are resident. ``self.plan`` is the plan in effect, and the next call tries again. After any other
+        exception nothing is on the device.
 
         Raises:
-            torch.OutOfMemoryError, or what the backend has in its place: not even streaming every block fits. Nothing
-                is left on the device then.
-            RuntimeError: tensors of a block were replaced from outside. The plan before stays in effect.
+            torch.OutOfMemoryError: not even streaming every block fits. Some backends raise another class. Nothing is
+                left on the device then.
+            RuntimeError: tensors of a block were replaced from outside. The earlier plan stays in effect.
         """
         if (error := self._find_replaced()) is not None:
             raise error
         self._start(plan, copies, whole_blocks=whole_blocks)
 
     def change(self, plan: ResidencyPlan) -> None:
-        """`start` with another plan, the rest as it is. For giving residents up: no block is copied for that.
+        """Call `start` with another plan and the same copies. To give residents up, it copies no whole block.
 
-        Only small parts of what is given up are copied, and the first tiles of the ring. Somebody may need the memory,
-        so tensors that were replaced from outside are an error in the log and no exception.
+        It copies the small parts of the blocks given up, and the first tiles of the ring. The caller may need the
+        memory at once, so tensors that were replaced from outside are logged as an error and raise nothing.
         """
         if (error := self._find_replaced()) is not None:
             logger.error("Streaming: %s", error)
@@ -236,7 +235,7 @@ class Streamer:
                 self._stay(block, small, extras_in(given, small))
 
     def _stay(self, block: Block, layout: RecordLayout, extras: Extras) -> None:
-        """Give ``block`` these small extras; on the device at once, where the block is there."""
+        """Give ``block`` small extras. Under a plan they go to the device at once."""
         with torch.inference_mode(False):
             host = torch.empty(layout.nbytes, dtype=torch.uint8)
         if block.staying is not None:
@@ -258,7 +257,7 @@ class Streamer:
     def _start(self, plan: ResidencyPlan, copies: Copies, *, whole_blocks: bool) -> None:
         if (self._copies, self._asked, self.whole_blocks) == (copies, plan, whole_blocks):
             return
-        self._asked = None  # nothing is in effect until all of it is
+        self._asked = None  # a plan that is half applied must not count as applied
         try:
             self._use(copies, whole_blocks=whole_blocks)
             self._asked = self._apply_what_fits(plan)
@@ -273,7 +272,7 @@ class Streamer:
             )
 
     def _use(self, copies: Copies, *, whole_blocks: bool) -> None:
-        """Copy by ``copies`` from now on, in tiles of layers or whole blocks. Residents stay if they can."""
+        """Copy with ``copies``, in tiles of layers or whole blocks. Residents stay unless device or tiles change."""
         if self._copies is copies and self.whole_blocks == whole_blocks:
             return
         if self.whole_blocks != whole_blocks or self._copies.device != copies.device:
@@ -291,7 +290,7 @@ class Streamer:
         return CallOrders(self._structures, [len(block.tiles) for block in self.blocks])
 
     def _apply_what_fits(self, plan: ResidencyPlan) -> ResidencyPlan:
-        """Put ``plan`` or the next smaller one that there is room for into effect, and return it."""
+        """Put ``plan`` into effect, or the largest smaller one that fits. Returns the plan that is in effect."""
         for candidate in (plan, *self._smaller(plan, self.plan)):
             try:
                 self._apply(candidate)
@@ -299,11 +298,11 @@ class Streamer:
             except BaseException as error:
                 if not is_out_of_memory(error):
                     raise
-                failure = error.with_traceback(None)  # its frames hold memory of the device
+                failure = error.with_traceback(None)  # its frames hold device memory
         raise failure
 
     def _smaller(self, plan: ResidencyPlan, before: ResidencyPlan | None) -> Iterable[ResidencyPlan]:
-        """What to try where the device has no room for ``plan``."""
+        """The plans to try if the device has no room for ``plan``."""
         if before is not None and before.device_bytes < plan.device_bytes:
             yield before
         sizes, count = self.sizes(whole_blocks=self.whole_blocks), len(plan.resident)
@@ -323,7 +322,7 @@ class Streamer:
             self._hooks = hooks_of_residents(self.blocks, plan.resident) if self.whole_blocks else []
         for index in plan.resident:
             block = self.blocks[index]
-            block.is_resident = True  # first: where memory runs out, the next candidate drops it
+            block.is_resident = True  # before the copy: if memory runs out, the next candidate drops this block
             put_missing(block, self._copies)
 
     def _stream(self, plan: ResidencyPlan) -> None:
@@ -347,4 +346,4 @@ class Streamer:
 
 
 _NOWHERE = InlineCopies(torch.device("cpu"))
-"""The copies of a streamer that has nothing on a device."""
+"""Stands for the copies while nothing is on a device."""

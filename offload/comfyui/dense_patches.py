@@ -21,7 +21,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
-from .patch_check import trial
+from .patch_check import Patch, trial
 
 _FAIL_IN_16_BITS = ("oft", "boft")
 """Adapters of ComfyUI's that fail on a 16-bit weight: ComfyUI then leaves them out, with an error in the log."""
@@ -46,7 +46,7 @@ class DensePatches:
     """
 
     def __init__(
-        self, key: str, patches: Sequence[Sequence[Any]], module: torch.nn.Module, *, as_if_it_fits: bool = False
+        self, key: str, patches: Sequence[Patch], module: torch.nn.Module, *, as_if_it_fits: bool = False
     ) -> None:
         self._key = key
         self._functions = _functions_of(module, key)
@@ -85,7 +85,7 @@ class DensePatches:
             return _dtype_for_patching(device)
         return torch.float32 if self._is_in_fp32 and dtype in (torch.bfloat16, torch.float16) else dtype
 
-    def _patched(self, weight: torch.Tensor, patches: Sequence[Any]) -> torch.Tensor:
+    def _patched(self, weight: torch.Tensor, patches: Sequence[Patch]) -> torch.Tensor:
         if self._as_if_it_fits:
             return self._patched_to_fit(weight, patches)
         if not self._needs_original:
@@ -95,7 +95,7 @@ class DensePatches:
             patches, weight, self._key, intermediate_dtype=weight.dtype, original_weights=original
         )
 
-    def _patched_to_fit(self, weight: torch.Tensor, patches: Sequence[Any]) -> torch.Tensor:
+    def _patched_to_fit(self, weight: torch.Tensor, patches: Sequence[Patch]) -> torch.Tensor:
         convert, set_to = self._functions
         weight = convert(weight, inplace=True) if convert is not None else weight
         original = {self._key: [(weight.clone(), None)]}
@@ -117,7 +117,7 @@ class DensePatches:
 
 
 def patched_copy(
-    tensor: torch.Tensor, key: str, patches: Sequence[Sequence[Any]], module: torch.nn.Module, device: torch.device
+    tensor: torch.Tensor, key: str, patches: Sequence[Patch], module: torch.nn.Module, device: torch.device
 ) -> torch.Tensor:
     """A copy on ``device`` of ``tensor``, which is ``key`` of ``module``, with ``patches`` in it.
 

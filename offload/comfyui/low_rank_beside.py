@@ -6,7 +6,6 @@ output, in the output's dtype. The weight is neither expanded nor quantised agai
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ...low_rank.branch import LowRank
 from ...low_rank.factors import factors_of
+from .patch_check import Patch
 
 
 def is_quantised_linear(module: nn.Module) -> bool:
@@ -38,7 +38,7 @@ class LowRankBeside:
         # Before other hooks: the streamer's hook releases the layer's tensors.
         layer.register_forward_hook(self._add, prepend=True)
 
-    def take_patches(self, patches: Sequence[Sequence[Any]], dtype: torch.dtype) -> Mapping[str, torch.Tensor] | None:
+    def take_patches(self, patches: Sequence[Patch], dtype: torch.dtype) -> Mapping[str, torch.Tensor] | None:
         factors = factors_of(patches, self._shape)
         self._low_rank = None if factors is None else LowRank.of(factors, dtype, self._low_rank)
         if factors is None:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 Patch = Sequence[Any]
+"""A patch of ComfyUI's: (strength, adapter or tuple, strength_model, offset, function)."""
 
 _finite = WeakTensorKeyDictionary()
 """Whether each tensor seen so far is finite. A change of strength brings the same tensors again."""

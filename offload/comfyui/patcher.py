@@ -31,9 +31,9 @@ from .compiled import is_compiled
 from .lasting import lasting_allocations
 from .node_names import QUANTISE, STREAM
 from .own_model import SharedModulesPatcher
-from .patch_check import accepted
+from .patch_check import Patch, accepted
 from .patch_log import PatchRun
-from .patching import Patch, add, patches_under
+from .patching import add, patches_under
 from .retry import retry_with_less
 from .streaming import Streaming, StreamingReport, refuse_to_save, tell_observers
 from .weights import key_patches, weight_of

@@ -9,8 +9,7 @@ How a tensor is patched depends on its layer:
 
 What a forward needs of the patches becomes buffers of the layer, so that it is streamed with the layer.
 
-Patches are ComfyUI's: (strength, adapter or tuple, strength_model, offset, function). If the strength is None, the
-patch stands by: it has no effect until it gets a strength.
+A patch whose strength is None stands by: it has no effect until it gets a strength.
 """
 
 import weakref
@@ -21,14 +20,12 @@ import torch
 from torch import nn
 
 from .. import record
+from ..extras import ByModule
 from .dense_patches import DensePatches, patched_copy
 from .low_rank_beside import LowRankBeside, is_quantised_linear
-from .patch_check import name_and_place
+from .patch_check import Patch, name_and_place
 
-Patch = Sequence[Any]
 Function = Callable[[torch.Tensor], torch.Tensor]
-Extras = Mapping[nn.Module, Mapping[str, torch.Tensor]]
-
 
 _CASTS = ("comfy_cast_weights", "comfy_force_cast_weights")
 """Attributes that make a layer of ComfyUI's compute in its input's dtype. The second is for quantised weights."""
@@ -97,7 +94,7 @@ class Patching:
         *,
         casts: bool = False,
         compute: str | None = None,
-    ) -> Extras:
+    ) -> ByModule:
         """Put ``patches`` into effect, and no earlier ones, for forwards in ``dtype`` on ``device``.
 
         Args:

@@ -11,6 +11,7 @@ from torch import nn
 from ...memory import MIB
 from ..bounce import through_bounce_buffers
 from ..copies import copies_to
+from ..extras import ByModule
 from ..plan import ResidencyPlan
 from ..streamer import Streamer
 from ..telemetry import ForwardCost, summarise
@@ -19,7 +20,7 @@ from .lora_reader import leave_out_half_pairs
 from .modulation import Modulated, modulated
 from .node_names import QUANTISE
 from .own_model import SharedState
-from .patching import Extras, Patching
+from .patching import Patching
 from .pins import pin_limit
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class Streaming:
     modulation: Modulated | None = None
     """The layers in the blocks that are computed ahead, which ``streamer`` does not move."""
     said: set[str] = field(default_factory=set)
-    extras: Extras = field(default_factory=dict)
+    extras: ByModule = field(default_factory=dict)
     shared: SharedState = field(default_factory=SharedState)
 
     @property
@@ -118,7 +119,7 @@ class Streaming:
         found = (streamer.in_host_memory(module, name) for streamer in self.streamers)
         return next((tensor for tensor in found if tensor is not None), None)
 
-    def give(self, extras: Extras) -> None:
+    def give(self, extras: ByModule) -> None:
         """Give the layers of the blocks ``extras``. If these are new, streamers must be started before a forward."""
         self.forget()
         if _by_name(extras) != _by_name(self.extras):
@@ -260,7 +261,7 @@ def attach_streaming(
     model.state_dict_for_saving = refuse_to_save  # type: ignore[assignment]
 
 
-def _by_name(extras: Extras) -> dict[tuple[nn.Module, str], int]:
+def _by_name(extras: ByModule) -> dict[tuple[nn.Module, str], int]:
     return {(module, name): id(tensor) for module, tensors in extras.items() for name, tensor in tensors.items()}
 
 
