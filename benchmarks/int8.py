@@ -127,6 +127,7 @@ def measure(name: str, pixels: list[int], repeats: int) -> dict[str, Any]:
     few = inputs(TEXT_TOKENS, columns)["gaussian"].view(1, TEXT_TOKENS, columns)
     row["host_us"] = {"exact": host_us(lambda: exact(few)), "int8": host_us(lambda: int8(few))}
     row["host_us"]["rows"] = host_us(by_kernel)
+    row["host_us"]["matmul"] = host_us(lambda: kitchen.linear(few, rows, row_scale, layer.bias))
     row["errors"] = {}
     bias = layer.bias.float()
     for kind, input in inputs(TEXT_TOKENS * 2, columns).items():
@@ -161,14 +162,15 @@ def table(found: dict[str, dict[str, Any]]) -> str:
             )
     lines += [
         "",
-        "| layer | host us exact | int8 | of that: rows | error of the weight | through dense | with LoRA |",
-        "|" + "---|" * 7,
+        "| layer | host us exact | int8 | of that: rows | matmul | error of the weight | through dense | with LoRA |",
+        "|" + "---|" * 8,
     ]
     for name, row in found.items():
         host = row["host_us"]
         errors = [row[key] for key in ("weight_error", "weight_error_dense", "patched_error")]
         cells_ = " | ".join(f"{e:.4f}" for e in errors)
-        lines.append(f"| {name} | {host['exact']:.1f} | {host['int8']:.1f} | {host['rows']:.1f} | {cells_} |")
+        times_ = " | ".join(f"{host[key]:.1f}" for key in ("exact", "int8", "rows", "matmul"))
+        lines.append(f"| {name} | {times_} | {cells_} |")
     lines += ["", "| layer | input | int8 against exact | NF4 against full | NF4 and int8 |", "|" + "---|" * 5]
     for name, row in found.items():
         for kind, e in row["errors"].items():

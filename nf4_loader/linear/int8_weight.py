@@ -93,27 +93,30 @@ def _launch(
 
 
 _compiled: dict[tuple[object, ...], Any] = {}
-"""Kernels as Triton has compiled them for tensors that begin at multiples of 16 bytes."""
+"""Kernels as Triton has compiled them for tensors that begin at multiples of 16 bytes, each with the grid that it is
+launched on."""
 
 
 def _run(
     kernel: Any, grid: tuple[int, int, int], tensors: tuple[torch.Tensor, ...], start: int, sizes: tuple[int, ...]
 ) -> None:
     """Launch ``kernel``. The compiled kernel is kept and called from then on, because Triton looks at each argument of
-    each launch to find it, which takes the host longer than the launch."""
-    is_aligned = not any(tensor.data_ptr() % 16 for tensor in tensors)
-    key = (kernel, tensors[0].device, tensors[3].dtype, sizes)
-    compiled = _compiled.get(key) if is_aligned else None
-    if compiled is not None:
+    each launch to find it, which takes the host longer than the launch. It is given addresses, because it asks the
+    driver about each tensor."""
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    is_aligned = not any(address % 16 for address in addresses)
+    key = (kernel, tensors[0].device, tensors[3].dtype, sizes, grid)
+    launch = _compiled.get(key) if is_aligned else None
+    if launch is not None:
         try:
-            compiled[grid](*tensors, start, *sizes)
+            launch(*addresses, start, *sizes)
         except TypeError:  # a Triton whose compiled kernels take other arguments: nothing has been launched
             _compiled[key] = None
         else:
             return
     compiled = kernel[grid](*tensors, start, *sizes, num_warps=WARPS)
-    if is_aligned:
-        _compiled.setdefault(key, compiled)
+    if is_aligned and key not in _compiled:
+        _compiled[key] = None if compiled is None else compiled[grid]  # an interpreted one is not compiled
 
 
 @torch.library.custom_op("flux_nf4::write_int8_rows", mutates_args=("row_scale", "rows"))

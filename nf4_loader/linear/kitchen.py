@@ -1,7 +1,7 @@
 """comfy-kitchen's int8 matmul, on the int8 tensor cores that GPUs have since Turing. ComfyUI requires it since 0.27.
 
 Each call of its functions chooses a backend anew, which takes the host longer than the launch. Here one is chosen once
-for each type of device.
+for each type of device, and on NVIDIA GPUs its kernels are called without the code around them (`kitchen_kernels`).
 """
 
 import functools
@@ -14,11 +14,13 @@ import torch
 from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]  # it is public, but not in the stubs
 
 from ...memory import is_out_of_memory
+from . import kitchen_kernels
+from .kitchen_kernels import CODES
 
 logger = logging.getLogger(__name__)
 
-GROUP = 256
-"""Columns that ConvRot (arXiv 2512.03673) rotates together."""
+GROUP = kitchen_kernels.GROUP
+"""Columns that ConvRot rotates together."""
 
 _LEAST_CUDA, _LEAST_CAPABILITY = (13, 0), (7, 5)
 """comfy-kitchen's kernels are built for this CUDA, and need int8 tensor cores."""
@@ -39,15 +41,24 @@ def linear(input: torch.Tensor, rows: torch.Tensor, row_scale: torch.Tensor, bia
     input's dtype or None. Returns a fresh tensor (..., out) in input's dtype.
     """
     if torch.compiler.is_compiling():
-        code = _CODES[input.dtype]
+        code = CODES[input.dtype]
         return torch.ops.comfy_kitchen.int8_linear(input, rows, row_scale, bias, code, True, GROUP)
-    return _functions(input.device.type).int8_linear(
-        input, rows, row_scale, bias, out_dtype=input.dtype, convrot=True, convrot_groupsize=GROUP
-    )
+    return _linear_on(input.device, input.dtype)(input, rows, row_scale, bias)
 
 
-_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-"""comfy-kitchen's, of dtypes."""
+@functools.cache
+def _linear_on(device: torch.device, dtype: torch.dtype) -> kitchen_kernels.Linear:
+    def theirs(
+        input: torch.Tensor, rows: torch.Tensor, row_scale: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        own = _functions(device.type).int8_linear
+        return own(input, rows, row_scale, bias, out_dtype=dtype, convrot=True, convrot_groupsize=GROUP)
+
+    if device.type != "cuda":
+        return theirs
+    from comfy_kitchen.backends import cuda
+
+    return kitchen_kernels.faster(theirs, cuda, device, dtype)
 
 
 def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

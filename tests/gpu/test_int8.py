@@ -49,6 +49,23 @@ def test_the_rows_are_those_of_comfy_kitchen(shape):
     assert own < 1.02 * theirs < 0.012
 
 
+@pytest.mark.parametrize("shape", [(3072, 3072), (21504, 3072), (3072, 15360), (6144, 24576)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_kernels_that_are_called_directly_give_comfy_kitchens_bits(shape, has_bias):
+    """On older GPUs, and with a comfy-kitchen that is not known, its own code calls them, which takes longer."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    input = torch.randn(2, 300, shape[1], generator=generator, device=DEVICE).to(DTYPE)
+    rows = torch.randint(-127, 128, shape, generator=generator, device=DEVICE).to(torch.int8)
+    scale = torch.rand(shape[0], generator=generator, device=DEVICE)
+    bias = torch.randn(shape[0], generator=generator, device=DEVICE).to(DTYPE) if has_bias else None
+    own = kitchen._linear_on(DEVICE, DTYPE)
+    assert hasattr(own, "_theirs") == (torch.cuda.get_device_capability(DEVICE) >= (8, 0))
+    expected = kitchen._functions("cuda").int8_linear(
+        input, rows, scale, bias, out_dtype=DTYPE, convrot=True, convrot_groupsize=kitchen.GROUP
+    )
+    assert torch.equal(own(input, rows, scale, bias), expected)
+
+
 def test_compiled_kernels_are_kept_and_write_the_same_rows(monkeypatch):
     """A Triton that calls them otherwise than expected would launch all by its own, slower way."""
     monkeypatch.setattr(int8_weight, "_compiled", {})

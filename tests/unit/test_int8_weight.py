@@ -136,12 +136,13 @@ def test_a_compiled_kernel_is_launched_without_triton_looking_at_it_again(tensor
     kernel = Kernel()
     for _ in range(3):
         int8_weight._run(kernel, GRID, tensors, 16, SIZES)
-    expected = (GRID, *tensors, 16, *SIZES)
-    assert kernel.through_triton == [expected]
-    assert kernel.compiled == [expected, expected]
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    assert kernel.through_triton == [(GRID, *tensors, 16, *SIZES)]
+    assert kernel.compiled == 2 * [(GRID, *addresses, 16, *SIZES)]
     int8_weight._run(kernel, GRID, tensors, 16, (8, *SIZES[1:]))
     int8_weight._run(kernel, GRID, [*tensors[:3], tensors[3].half()], 16, SIZES)
-    assert (len(kernel.through_triton), len(kernel.compiled)) == (3, 2)
+    int8_weight._run(kernel, (9, 9, 1), tensors, 16, SIZES)
+    assert (len(kernel.through_triton), len(kernel.compiled)) == (4, 2)
 
 
 def test_tensors_that_begin_elsewhere_are_launched_by_triton(tensors):
@@ -214,7 +215,7 @@ def test_triton_takes_what_a_compiled_kernel_is_called_with(tensors, tmp_path, m
     for _ in range(2):
         int8_weight._run(kernel, GRID, tensors, 0, SIZES)
     assert launched[0][:4] == (*GRID, 7)
-    assert launched[0][9:] == (*tensors, 0, *SIZES)
+    assert launched[0][9:] == (*(tensor.data_ptr() for tensor in tensors), 0, *SIZES)
     assert len(launched[0][9:]) == len(made.src.fn.arg_names)
 
 
