@@ -60,8 +60,8 @@ class FluxNF4CheckpointLoader(Loader):
     DESCRIPTION = (
         "For graphs that have it already. In new ones use Load Flux NF4 (streamed), where there is nothing to set. "
         "Loads a Flux checkpoint in NF4 or FP4 and runs it on a GPU that cannot hold it. Some blocks stay in VRAM; the "
-        "others are streamed from RAM while the block before them computes. 0 and 0 needs the least VRAM. More helps "
-        "only where the bus is slower than the GPU (small pictures, slow slots)."
+        "others are streamed from RAM while the block before them computes. 0 and 0 needs the least VRAM. More is "
+        "faster only if the bus is slower than the GPU (small pictures, slow slots)."
     )
 
     def load_checkpoint(self, ckpt_name: str, unique_id: str | None = None, **counts: int) -> tuple[Any, Any, Any]:

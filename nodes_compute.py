@@ -21,9 +21,9 @@ COMPUTE = {
         list(get_args(Compute)),
         {
             "default": EXACT,
-            "tooltip": "exact: bit for bit as bitsandbytes computes. int8 where faster: int8 tensor cores multiply the "
-            "layers for which that was measured to be faster on this GPU. It changes the picture a little: it adds an "
-            "error of 0.013 to each layer, beside the 0.09 that NF4 has itself.",
+            "tooltip": "For models in NF4 or FP4: exact computes bit for bit as bitsandbytes does. int8 where faster "
+            "uses int8 tensor cores for the layers for which they were measured to be faster on this GPU. That changes "
+            "the picture a little: it adds a relative error of 0.013 to each layer, beside the 0.09 of NF4 itself.",
         },
     )
 }

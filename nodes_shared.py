@@ -37,26 +37,36 @@ Input = tuple[Any, dict[str, Any]]
 """A type (or the values to choose from) and the options of an input, as ComfyUI wants them."""
 
 
-def _count_input(kind: str, most: int, mib: int, default: int = 7, least: int = 0) -> Input:
+def _count_input(kind: str) -> Input:
     tooltip = (
-        f"How many of the {kind} blocks stay in VRAM (about {mib} MiB each in NF4). The others are streamed from RAM "
-        "while the block before them computes. The picture is the same."
+        f"How many of the model's {kind} blocks stay in VRAM. The others are streamed from RAM while the block before "
+        "them computes. The picture is the same. -1: the budget decides. More than the model has: all of them stay. "
+        f"Models without {kind} blocks ignore it."
     )
-    if least < 0:
-        tooltip += " -1: the budget decides."
-    return ("INT", {"default": default, "min": least, "max": most, "tooltip": tooltip})
+    return ("INT", {"default": -1, "min": -1, "max": _MOST_BLOCKS, "tooltip": tooltip})
 
+
+def _old_count_input(kind: str, most: int, mib: int) -> Input:
+    tooltip = (
+        f"How many of Flux.1's {kind} blocks stay in VRAM (about {mib} MiB each in NF4). The others are streamed from "
+        "RAM while the block before them computes. The picture is the same."
+    )
+    return ("INT", {"default": 7, "min": 0, "max": most, "tooltip": tooltip})
+
+
+_MOST_BLOCKS = 100
+"""More than a model has of one kind: HunyuanVideo 1.5 has 54 double blocks, FLUX.2 dev 48 single blocks."""
 
 _OLD = "_cuda_size"
-_FLUX1_BLOCKS = dict(zip(FLUX1.lists.items(), ((19, 16, 122), (38, 37, 61)), strict=True))
-"""Of each list of Flux.1's blocks: how many there are, how many the old nodes let stay, and MiB of one in NF4."""
+_OLD_FLUX1 = dict(zip(FLUX1.lists.items(), ((16, 122), (37, 61)), strict=True))
+"""For each list of Flux.1's blocks: the most that the old nodes let stay, and MiB of a block in NF4."""
 
 COUNTED = dict(FLUX1.lists)
 OLD_COUNTED = {f"{blocks}{_OLD}": kind for blocks, kind in FLUX1.lists.items()}
 """Inputs that count blocks, and the kind of block that each counts."""
 
 OLD_COUNTS = {
-    f"{blocks}{_OLD}": _count_input(kind, most, mib) for (blocks, kind), (_, most, mib) in _FLUX1_BLOCKS.items()
+    f"{blocks}{_OLD}": _old_count_input(kind, most, mib) for (blocks, kind), (most, mib) in _OLD_FLUX1.items()
 }
 RESIDENCY: dict[str, Input] = {
     "vram_budget_gb": (
@@ -66,14 +76,11 @@ RESIDENCY: dict[str, Input] = {
             "min": 0.0,
             "max": 256.0,
             "step": 0.1,
-            "tooltip": "VRAM for the model, in GiB. 0: all that ComfyUI's reserve leaves free. The picture is the "
-            "same with any budget. A smaller one is slower only where the bus is slower than the GPU.",
+            "tooltip": "VRAM for the model, in GiB. 0: all that is free, except for what ComfyUI reserves. The picture "
+            "is the same with any budget. A smaller one is slower only if the bus is slower than the GPU.",
         },
     ),
-    **{
-        blocks: _count_input(kind, depth, mib, default=-1, least=-1)
-        for (blocks, kind), (depth, _, mib) in _FLUX1_BLOCKS.items()
-    },
+    **{blocks: _count_input(kind) for blocks, kind in FLUX1.lists.items()},
 }
 
 

@@ -20,8 +20,8 @@ _BUDGET: dict[str, Input] = {
             "min": 0.0,
             "max": 256.0,
             "step": 0.1,
-            "tooltip": "The most VRAM for the text encoder, in GiB. 0: what is free while a prompt is encoded. The "
-            "diffusion model stays on the card as far as it can. The result is the same with any budget.",
+            "tooltip": "The most VRAM for the text encoder, in GiB. 0: what is free while a prompt is encoded. As "
+            "much of the diffusion model as possible stays on the card. The result is the same with any budget.",
         },
     )
 }
@@ -56,7 +56,7 @@ class Load4BitTextEncoderStreamed(Loader):
                     [_NONE, *files],
                     {
                         "default": _NONE,
-                        "tooltip": "The second text encoder, where the model has two (flux: T5-XXL and CLIP-L, in "
+                        "tooltip": "The second text encoder, if the model has two (flux: T5-XXL and CLIP-L, in "
                         "either order). It need not be in 4 bits.",
                     },
                 ),

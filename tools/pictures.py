@@ -21,6 +21,7 @@ _ROOT = environment.ROOT
 _IMAGES = _ROOT / "images"
 _EXAMPLES = _ROOT / "example_workflows"
 _CHECKPOINT = "flux1-dev-bnb-nf4-v2.safetensors"
+_TRANSFORMER = "flux1-dev-nf4.safetensors"
 _LISTED = (
     "diffusion_models/flux1-dev.safetensors",
     "diffusion_models/flux1-dev-fp8.safetensors",
@@ -53,6 +54,8 @@ def main() -> None:
         for name in (_CHECKPOINT, "flux1-kontext-dev-nf4.safetensors"):
             make_sparse_checkpoint(base / name)
             link_model(base / name, base, "checkpoints")
+        make_sparse_checkpoint(base / _TRANSFORMER, is_all_in_one=False)
+        link_model(base / _TRANSFORMER, base, "diffusion_models")
         for file, shapes in _flux2_files().items():
             (base / "models" / file).parent.mkdir(parents=True)
             make_sparse_shards(base / "models" / file, shapes)

@@ -127,7 +127,7 @@ export class NodePlan {
   /** Give the node the height that the bar needs now. */
   fit() {
     const [width, height] = this.node.size;
-    const least = this.node.computeSize(this.node.size)[1];
+    const least = this.node.computeSize([width, height])[1]; // a copy: it writes the least size into what it is given
     if (least > height || !this.isShown) this.node.setSize([width, least]);
     this.node.setDirtyCanvas?.(true, false);
   }

@@ -28,6 +28,22 @@ def test_a_missing_file_is_an_error_that_names_the_folder():
     assert folder_paths.get_folder_paths("checkpoints")
 
 
+def test_the_blocks_of_every_model_can_be_counted_and_old_nodes_count_as_ever():
+    """FLUX.2 dev has 48 single blocks, HunyuanVideo 1.5 has 54 double blocks."""
+    for name, node in nodes.NODE_CLASS_MAPPINGS.items():
+        types = node.INPUT_TYPES()
+        inputs = {**types["required"], **types.get("optional", {})}
+        counts = {given: options[1] for given, options in inputs.items() if "_blocks" in given}
+        limits = {given: (of["min"], of["max"], of["default"]) for given, of in counts.items()}
+        if name.startswith("MZ_"):
+            assert limits == {"double_blocks_cuda_size": (0, 16, 7), "single_blocks_cuda_size": (0, 37, 7)}
+        for given, (least, most, default) in limits.items():
+            assert name.startswith("MZ_") or (least, default) == (-1, -1)
+            assert name.startswith("MZ_") or most >= 54
+            assert name.startswith("MZ_") == ("Flux.1" in counts[given]["tooltip"])
+    assert nodes_shared.residency_of(single_blocks=48).counts == (("single", 48),)
+
+
 @pytest.fixture
 def dense_file(tmp_path, monkeypatch):
     """Reads of a file of ComfyUI's own loader, whose model is streamed as it is."""

@@ -17,6 +17,7 @@ NAMES = sorted(path.stem for path in (EXAMPLES / "api").glob("*.json"))
 OF_OUR_CHECKPOINT = {
     "FluxNF4UNETLoaderStreamed": 0,
     "DualCLIPLoader": 1,
+    "FluxNF4DualCLIPLoader": 1,
     "Load4BitTextEncoderStreamed": 1,
     "VAELoader": 2,
 }
