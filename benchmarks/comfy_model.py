@@ -62,6 +62,15 @@ class ComfyModel:
             seed=SEED,
         )
 
+    def stays(self) -> dict[str, int]:
+        """How many blocks of each kind are on the device; nothing where this package streams none."""
+        streaming: Any = getattr(self.patcher.model, "streaming", None)
+        plan = streaming.streamer.plan if streaming is not None else None  # None on a CPU, too
+        if plan is None:
+            return {}
+        kinds = [size.kind for size in streaming.streamer.sizes()]
+        return {kind: sum(kinds[index] == kind for index in plan.resident) for kind in dict.fromkeys(kinds)}
+
     @functools.cached_property
     def _inputs(self) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
         model, batch = self.patcher.model, self.case.batch

@@ -8,7 +8,8 @@ Run it with ComfyUI's Python. Every contender goes through ComfyUI's own memory 
 contenders of one family share a process that loads its weights once, and the families take turns, several rounds for
 each case, so that what changes on the machine meanwhile meets all of them. Between turns a family has nothing on the
 device but its CUDA context, about 0.5 GiB; where even that is too much, ``--alone`` has one process at a time. Each
-number is a median; compare ratios within one run.
+number is a median; compare ratios within one run. With ``--apart`` no two contenders share a process, so that none
+meets what another has left in ComfyUI or in an allocator.
 
 Without ``--checkpoint`` it makes a full-size Flux with random weights (NF4 6.9 GB; with the dense and GGUF contenders
 24, 12 and 7 GB more), which is kept in ``--folder`` for the next run. A contender that fails, or is not available on
@@ -43,7 +44,8 @@ def main() -> None:
         print("\n".join([*(case.name for case in cases), "", *(c.name for c in contenders)]))
         return
     begin(given)
-    os.environ.setdefault(ALLOCATOR, allocator_of_comfyui())  # for the families' processes
+    if ALLOCATOR not in os.environ:
+        os.environ[ALLOCATOR] = allocator_of_comfyui()  # for the families' processes
     results = Results(given.output, about())
     run = Run(given, contenders, results)
     try:
@@ -66,6 +68,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=600.0, help="begin no turn after this time")
     parser.add_argument("--turn-timeout", type=float, default=240.0, metavar="SECONDS", help="end a turn that hangs")
     parser.add_argument("--load-timeout", type=float, default=400.0, metavar="SECONDS", help="the same, with loading")
+    parser.add_argument("--apart", action="store_true", help="a process for each contender, not for each family")
     parser.add_argument("--alone", action="store_true", help="one family after the other: for small cards, little RAM")
     parser.add_argument("--list", action="store_true", help="only say which contenders and cases would run")
     given = parser.parse_args()
@@ -87,15 +90,22 @@ class Run:
         self._failed: dict[Contender, str] = {}
         self._effort = Effort(given.calls, given.seconds)
         options = Options(Files(given.folder, given.checkpoint, given.dry_run), given.gguf_pack)
-        families = list(dict.fromkeys(contender.family for contender in contenders))
-        if in_process(make_files, families, options, given.output / "files.log"):
-            raise SystemExit(f"the weights could not be made: see {given.output / 'files.log'}")
-        self._workers = {name: Worker(name, options, given.output / f"{name}.log") for name in families}
+        families = {self._process_of(contender): contender.family for contender in contenders}
+        self._workers = {
+            name: Worker(family, options, given.output / f"{name}.log") for name, family in families.items()
+        }
         if not given.alone:
             for worker in self._workers.values():
-                worker.start()
+                worker.start()  # while the files are made, if they have to be: it reads none before its first turn
+        if in_process(make_files, list(dict.fromkeys(families.values())), options, given.output / "files.log"):
+            self.stop()
+            raise SystemExit(f"the weights could not be made: see {given.output / 'files.log'}")
+        if not given.alone:
             for worker in self._workers.values():
                 worker.wait(given.load_timeout)
+
+    def _process_of(self, contender: Contender) -> str:
+        return contender.name if self._given.apart else contender.family
 
     def case(self, case: Any) -> None:
         """Every contender, ``--rounds`` times in turn; one that fails is not asked again."""
@@ -105,8 +115,8 @@ class Run:
         if not self._given.alone:
             self._turns(rows)
             return
-        for family, worker in self._workers.items():
-            self._turns([row for row in rows if row.contender.family == family])
+        for name, worker in self._workers.items():
+            self._turns([row for row in rows if self._process_of(row.contender) == name])
             worker.stop()
 
     def _turns(self, rows: Sequence[Row]) -> None:
@@ -116,7 +126,7 @@ class Run:
                     self._turn(row, turn)
 
     def _turn(self, row: Row, turn: int) -> None:
-        contender, worker = row.contender, self._workers[row.contender.family]
+        contender, worker = row.contender, self._workers[self._process_of(row.contender)]
         request = Request(contender.setting, contender.name, row.case, self._effort, self._given.output)
         timeout = self._given.turn_timeout if worker.loaded else self._given.load_timeout
         row.add(worker.ask(request, timeout))

@@ -42,6 +42,9 @@ class DiffusersModel:
     def sample(self, on_step: Callable[[], None], steps: int | None = None) -> torch.Tensor:
         raise Unavailable("measured in single calls only: its sampling is not ComfyUI's")
 
+    def stays(self) -> dict[str, int]:
+        return {}
+
 
 class Diffusers:
     """One way to run it, "resident" or "group": group offload stays on a model once it is there.

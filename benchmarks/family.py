@@ -29,6 +29,10 @@ class Model(Protocol):
         """A whole sampling; ``on_step`` is called after each step."""
         ...
 
+    def stays(self) -> dict[str, int]:
+        """How many blocks of each kind this package keeps on the device now; nothing if it does not stream them."""
+        ...
+
 
 class Family(Protocol):
     """Weights in host memory, and the ways to run them."""

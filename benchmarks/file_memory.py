@@ -262,7 +262,7 @@ def measure(path: Path, given: argparse.Namespace) -> dict[str, Any]:
         results["steps"] = in_fresh_process("steps", *common)
     if "processes" in given.part:
         two = [0, min(1, torch.cuda.device_count() - 1)]
-        results["processes"] = {way: one_and_two([*common, "--way", way], two) for way in WAYS}
+        results["processes"] = {way: one_and_two([*common, "--way", way], two) for way in given.ways}
     return results
 
 
@@ -306,6 +306,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each way")
     parser.add_argument("--repeats", type=int, default=8, help="timed forwards of a turn")
     parser.add_argument("--part", choices=PARTS, nargs="+", default=PARTS, help="what to measure")
+    parser.add_argument("--ways", choices=WAYS, nargs="+", default=WAYS, help="of the part processes")
     parser.add_argument("--way", choices=WAYS, default="file", help=argparse.SUPPRESS)
     parser.add_argument("--only", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()

@@ -56,7 +56,7 @@ class Results:
         self.rows: list[Row] = []
 
     def write(self) -> None:
-        rows = [dataclasses.asdict(row) | {"ms": row.ms, "sampling_s": row.sampling_s} for row in self.rows]
+        rows = [dataclasses.asdict(row) | summary(row) for row in self.rows]
         self._replace("compare.json", json.dumps({"about": self.about, "rows": rows}, indent=1))
         self._replace("compare.md", self.markdown())
 
@@ -74,6 +74,19 @@ class Results:
         partial = self.folder / f"{name}.partial"
         partial.write_text(text)
         partial.replace(self.folder / name)
+
+
+def summary(row: Row) -> dict[str, Any]:
+    """What all its turns say together: ms, s and GiB; ``ram_gib`` is what loading and running added to its process."""
+    before = row.loaded.resident_before if row.loaded is not None else 0
+    return {
+        "ms": row.ms,
+        "sampling_s": row.sampling_s,
+        "peak_gib": row.typical("peak_allocated") / GIB,
+        "peak_device_gib": row.typical("peak_device") / GIB,
+        "ram_gib": (row.typical("resident") - before) / GIB,
+        "stays": row.turns[-1].stays if row.turns else {},
+    }
 
 
 def described(case: Case) -> str:

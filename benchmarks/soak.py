@@ -139,12 +139,22 @@ def other_pictures(done: Sequence[Done]) -> list[int]:
 
 def growth(done: Sequence[Done]) -> dict[str, int]:
     """By how many bytes the highest use in the second half is above that in the first, for each kind of memory."""
-    half = len(done) // 2
+    half = max(1, len(done) // 2)
 
     def most(part: Sequence[Done], kind: str) -> int:
-        return max(getattr(one.memory, kind) for one in part)
+        return max((getattr(one.memory, kind) for one in part), default=0)
 
     return {kind: most(done[half:], kind) - most(done[:half], kind) for kind in SLACK_BYTES}
+
+
+def report(done: Sequence[Done]) -> dict[str, Any]:
+    return {
+        "torch": torch.__version__,
+        "grown": growth(done),
+        "slack": SLACK_BYTES,
+        "other_pictures": other_pictures(done),
+        "done": done,
+    }
 
 
 def main() -> None:
@@ -165,10 +175,9 @@ def main() -> None:
             if time.monotonic() < until:
                 done.append(run(patchers, prompt, given.steps, text_tokens=8 if given.dry_run else 512))
                 print(f"{len(done)}: {done[-1]}", flush=True)
+                (given.output / "soak.json").write_text(json.dumps(report(done), default=dataclasses.asdict))
     grown, others = growth(done), other_pictures(done)
     too_much = [kind for kind, nbytes in grown.items() if nbytes > SLACK_BYTES[kind]]
-    report = {"torch": torch.__version__, "grown": grown, "other_pictures": others, "done": done}
-    (given.output / "soak.json").write_text(json.dumps(report, indent=1, default=dataclasses.asdict))
     print(f"{len(done)} of {given.prompts} prompts, {statistics.median(one.seconds for one in done):.2f} s each")
     print("second half against the first: " + ", ".join(f"{kind} {n / MIB:+.1f} MiB" for kind, n in grown.items()))
     if too_much or others:

@@ -178,6 +178,7 @@ def main() -> None:
         rows = measure_budgets(loaded, [0.0, *given.budgets], prompt, 1 if given.dry_run else given.rounds, device)
         print(table(rows), flush=True)
         results: dict[str, Any] = {"rows": rows}
+        (given.output / "text_encoder.json").write_text(json.dumps(results, indent=1))
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache(True)
         if given.cap:

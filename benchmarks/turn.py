@@ -34,7 +34,10 @@ class Difference:
 
 @dataclass
 class Figures:
-    """What a turn measured. Times in ms or s, memory in bytes; ``bus_gbps`` is what a pinned copy showed meanwhile."""
+    """What a turn measured. Times in ms or s, memory in bytes; ``bus_gbps`` is what a pinned copy showed meanwhile.
+
+    ``stays``: how many blocks of each kind this package kept on the device; nothing for what it does not stream.
+    """
 
     ms: list[float] = field(default_factory=list)
     sampling_s: list[float] = field(default_factory=list)
@@ -44,6 +47,7 @@ class Figures:
     peak_allocated: int = 0
     resident: int = 0
     bus_gbps: float = 0.0
+    stays: dict[str, int] = field(default_factory=dict)
     difference: Difference | None = None
 
 
@@ -75,6 +79,7 @@ def take_turn(family: Family, setting: str, name: str, case: Case, effort: Effor
             else:
                 output = _measure_calls(model, effort, figures, before)
             figures.resident = resident_bytes()
+            figures.stays = model.stays()
             figures.difference = _compare(output.cpu(), outputs / f"{case.name}.pt", name)
     return figures
 

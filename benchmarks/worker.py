@@ -114,7 +114,7 @@ class Worker:
 
 def serve(connection: Connection, family: str, options: Any, log: Path) -> None:
     """The process: answers requests until the other end is closed; the first has it load the weights."""
-    _print_to(log)
+    log_to(log)
     from inside_comfyui import import_package
 
     import_package()
@@ -146,7 +146,7 @@ def serve(connection: Connection, family: str, options: Any, log: Path) -> None:
 
 def make_files(families: Sequence[str], options: Any, log: Path) -> None:
     """A process that makes the files which ``families`` read, where they are not there."""
-    _print_to(log)
+    log_to(log)
     from inside_comfyui import import_package
 
     import_package()
@@ -163,7 +163,7 @@ def in_process(target: Callable[..., None], *arguments: Any) -> int:
     return process.exitcode or 0
 
 
-def _print_to(log: Path) -> None:
+def log_to(log: Path) -> None:
     with log.open("ab", buffering=0) as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())

@@ -3,15 +3,18 @@
     COMFYUI_PATH=~/ComfyUI python benchmarks/workflow.py --caps 4 6 8
 
 Run it with ComfyUI's Python. The card as it is and made small take turns. In each, one prompt begins with nothing on
-the device, and the same one comes again after a prompt of another model: a dense Flux of a few blocks (2.6 GB), in
-ComfyUI's own hands. Without a checkpoint it makes an all-in-one file of full size with random weights (12.3 GB), kept
-in ``--folder`` as the other model is. Prints a table of seconds a stage and writes ``workflow.json``. Latents must be
-bit-equal to those of the card as it is. Pictures may be a rounding of bf16 (0.008) away, on the card as it is, too:
-cuDNN chooses how to convolve by the memory that is free. Where ComfyUI finds no room to decode at once it decodes in
-tiles: such a run is compared with the card as it is decoding in tiles, with the VAE there already; the trial to decode
-at once, and T5's way out before it, count against the small card.
+the device, another one follows it, and the first comes again after a prompt of another model: a dense Flux of a few
+blocks (2.6 GB), in ComfyUI's own hands. Without a checkpoint it makes an all-in-one file of full size with random
+weights (12.3 GB), kept in ``--folder`` as the other model is. Prints a table of seconds a stage and writes
+``workflow.json``, with what loading and one prompt added to the memory of the process (``ram_gib``), before the other
+model came. Latents must be bit-equal to those that the card as it is makes of the same prompt. Pictures may be a
+rounding of bf16 (0.008) away, on the card as it is, too: cuDNN chooses how to convolve by the memory that is free.
+Where ComfyUI finds no room to decode at once it decodes in tiles: such a run is compared with the card as it is
+decoding in tiles, with the VAE there already; the trial to decode at once, and T5's way out before it, count against
+the small card.
 """
 
+import dataclasses
 import json
 import statistics
 import time
@@ -25,10 +28,11 @@ import needs_torch  # noqa: F401
 import torch
 from arguments import begin, parser_for
 from inside_comfyui import import_package, use_allocator_of_comfyui
-from memory import GIB, Use, Watch, capped
+from memory import GIB, Use, Watch, capped, resident_bytes
 from timing import Clock
 
 STAGES = ("encode", "sample", "decode")
+TEXTS = ("a lighthouse in a storm, oil on canvas", "a quiet harbour at dawn, seen from the hill above the town")
 
 
 @dataclass(frozen=True)
@@ -101,12 +105,12 @@ def sample(model: Any, positive: Any, pixels: int, steps: int, on_step: Callable
     return comfy.sample.sample(model, noise, **how, **given, callback=on_step, disable_pbar=True)
 
 
-def prompt(parts: Parts, before: Use, pixels: int, steps: int) -> tuple[dict[str, Any], Any]:
+def prompt(parts: Parts, before: Use, pixels: int, steps: int, text: str = TEXTS[0]) -> tuple[dict[str, Any], Any]:
     """Seconds of each stage and before the first step, ms of a step, GiB in use at most, latent and picture; and
     what the text became."""
     stages, clock = Stages(parts.device, before), Clock(parts.device)
     with stages.stage("encode"):
-        tokens = parts.clip.tokenize("a lighthouse in a storm, oil on canvas")
+        tokens = parts.clip.tokenize(text)
         positive = parts.clip.encode_from_tokens_scheduled(tokens)
     with stages.stage("sample"):
         latent = sample(parts.model, positive, pixels, steps, lambda *_: clock.tick())
@@ -127,7 +131,7 @@ def decode_in_tiles(parts: Parts, latent: torch.Tensor) -> dict[str, Any]:
 
 
 def measure(parts: Parts, cap_gib: float, pixels: int, steps: int) -> list[dict[str, Any]]:
-    """The prompt with nothing on the device, and after the other model."""
+    """The prompt with nothing on the device, a new one after it, and the first again after the other model."""
     import comfy.model_management
 
     comfy.model_management.unload_all_models()
@@ -135,12 +139,13 @@ def measure(parts: Parts, cap_gib: float, pixels: int, steps: int) -> list[dict[
     with capped(parts.device, cap_gib):
         before = Use.at_rest(parts.device)
         first, positive = prompt(parts, before, pixels, steps)
-        tiles = {} if cap_gib else decode_in_tiles(parts, first["latent"])
+        new, _ = prompt(parts, before, pixels, steps, TEXTS[1])
+        tiles, new_tiles = ({} if cap_gib else decode_in_tiles(parts, run["latent"]) for run in (first, new))
         sample(parts.other, positive, pixels, 2, lambda *_: None)
         again, _ = prompt(parts, before, pixels, steps)
         comfy.model_management.unload_all_models()
-    runs = {"nothing": first, "another model": again}
-    return [{"pixels": pixels, "cap_gib": cap_gib, "after": after, **run, **tiles} for after, run in runs.items()]
+    runs = {"nothing": first | tiles, "itself": new | new_tiles, "another model": again | tiles}
+    return [{"pixels": pixels, "cap_gib": cap_gib, "after": after, **run} for after, run in runs.items()]
 
 
 def measure_size(parts: Parts, caps: Sequence[float], pixels: int, steps: int, rounds: int) -> list[dict[str, Any]]:
@@ -149,7 +154,7 @@ def measure_size(parts: Parts, caps: Sequence[float], pixels: int, steps: int, r
     for _ in range(rounds):
         for cap in caps:
             rows += measure(parts, cap, pixels, steps)
-            for row in rows[-2:]:
+            for row in rows[-3:]:
                 seconds = ", ".join(f"{stage} {row[stage]:.2f} s" for stage in STAGES)
                 print(f"{pixels}x{pixels}, {cap:g} GiB, after {row['after']}: {seconds}", flush=True)
     compare(rows)
@@ -157,9 +162,12 @@ def measure_size(parts: Parts, caps: Sequence[float], pixels: int, steps: int, r
 
 
 def compare(rows: list[dict[str, Any]]) -> None:
-    """Put how far latents and pictures are from the first row's in their place, and whether tiles made the picture."""
-    latent, picture, tiles = (rows[0][name] for name in ("latent", "picture", "picture_of_tiles"))
+    """Put how far latents and pictures are from the first ones of their prompt in their place, and whether tiles made
+    the picture."""
+    names = ("latent", "picture", "picture_of_tiles")
+    firsts = {row["after"]: tuple(row.get(name) for name in names) for row in reversed(rows) if not row["cap_gib"]}
     for row in rows:
+        latent, picture, tiles = firsts["itself" if row["after"] == "itself" else "nothing"]
         row.pop("picture_of_tiles", None)
         off, off_tiles = (float((row["picture"] - expected).abs().max()) for expected in (picture, tiles))
         row["is_tiled"] = off_tiles < off
@@ -214,22 +222,26 @@ def main() -> None:
     with torch.inference_mode():
         path = given.checkpoint or checkpoint(given.folder, is_small=given.dry_run)
         other = other_model(given.folder, is_small=given.dry_run)
-        started = time.perf_counter()
+        started, ram_before = time.perf_counter(), resident_bytes()
         loaded = load_all_in_one(read_catalogue(path))
         residency = Residency((("double", given.double), ("single", given.single)))
         model = streamed(loaded.model, residency, None)
         load_s = time.perf_counter() - started
         device = comfy.model_management.get_torch_device()
-        parts = Parts(model, loaded.clip, loaded.vae, comfy.sd.load_diffusion_model(str(other)), device)
         caps = (0.0,) if given.dry_run else (0.0, *given.caps)
         sizes, steps = ((64,), 2) if given.dry_run else (given.pixels, given.steps)
-        print(f"loaded in {load_s:.1f} s; {steps} steps")
+        parts = Parts(model, loaded.clip, loaded.vae, None, device)
+        prompt(parts, Use.at_rest(device), sizes[0], 2)
+        ram_gib = (resident_bytes() - ram_before) / GIB
+        parts = dataclasses.replace(parts, other=comfy.sd.load_diffusion_model(str(other)))
+        print(f"loaded in {load_s:.1f} s; {steps} steps; {ram_gib:.1f} GiB of RAM")
         rows: list[dict[str, Any]] = []
         for pixels in sizes:
             measured = measure_size(parts, caps, pixels, steps, given.rounds)
             rows += measured
             print(f"{pixels}x{pixels}\n{table(measured)}", flush=True)
-            (given.output / "workflow.json").write_text(json.dumps({"load_s": load_s, "rows": rows}, indent=1))
+            results = {"load_s": load_s, "ram_gib": ram_gib, "rows": rows}
+            (given.output / "workflow.json").write_text(json.dumps(results, indent=1))
     if any(row["latent"] for row in rows):
         raise SystemExit("a small card sampled another latent")
 

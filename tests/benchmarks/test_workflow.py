@@ -21,8 +21,8 @@ class Stand:
     def tokenize(self, text):
         return text
 
-    def encode_from_tokens_scheduled(self, _):
-        self.log.append("encode")
+    def encode_from_tokens_scheduled(self, text):
+        self.log.append(f"encode {text}")
         return "positive"
 
     def decode(self, latent):
@@ -56,33 +56,33 @@ def measured(monkeypatch):
     return measure
 
 
-def test_the_prompt_comes_again_after_another_model(measured):
-    rows, log = measured(0, 0, 0, 0, 0, 0)
-    prompt = ["encode", "streamed 512 4", "decode"]
-    turn = [*prompt, "decode in tiles", "other 512 2", *prompt]
-    assert log[-16:] == turn * 2
-    assert [row["after"] for row in rows] == ["nothing", "another model"] * 2
+def test_a_new_prompt_comes_next_and_the_first_again_after_another_model(measured):
+    rows, log = measured(*[0] * 9)
+    first, new = ([f"encode {text}", "streamed 512 4", "decode"] for text in workflow.TEXTS)
+    turn = [*first, *new, "decode in tiles", "decode in tiles", "other 512 2", *first]
+    assert log[-len(turn) * 2 :] == turn * 2
+    assert [row["after"] for row in rows] == ["nothing", "itself", "another model"] * 2
 
 
 def test_a_small_card_decodes_in_tiles_only_where_it_has_to(measured):
-    rows, log = measured(*[0] * 10, caps=(0.0, 4.0))
-    assert [row["cap_gib"] for row in rows] == [0.0, 0.0, 4.0, 4.0] * 2
-    assert log.count("decode in tiles") == 3  # once each time the whole card was measured
-    assert table(rows).splitlines()[4].startswith("| as small as 4 GiB | nothing |")
+    rows, log = measured(*[0] * 15, caps=(0.0, 4.0))
+    assert [row["cap_gib"] for row in rows] == ([0.0] * 3 + [4.0] * 3) * 2
+    assert log.count("decode in tiles") == 6  # for both prompts, each time the whole card was measured
+    assert table(rows).splitlines()[5].startswith("| as small as 4 GiB | nothing |")
 
 
 def test_how_far_a_picture_is_from_the_first_is_told(measured):
-    rows, _ = measured(9, 9, 1.0, 1.0, 1.5, 1.0)  # the first two are the warming up
-    assert [row["picture"] for row in rows] == [0, 0, 0.5, 0]
-    assert [row["latent"] for row in rows] == [0] * 4
+    rows, _ = measured(9, 9, 9, 1.0, 2.0, 1.0, 1.5, 2.0, 1.0)  # the first three are the warming up
+    assert [row["picture"] for row in rows] == [0, 0, 0, 0.5, 0, 0]
+    assert [row["latent"] for row in rows] == [0] * 6
     assert "| 0, 0.5 | 0 of 2 |" in table(rows).splitlines()[2]
 
 
 def test_a_picture_of_tiles_is_compared_with_one_of_tiles(measured):
-    rows, _ = measured(9, 9, 1.0, 1.0, 1.0, TILED + 0.25)
-    assert [row["picture"] for row in rows] == [0, 0, 0, 0.25]
-    assert [row["is_tiled"] for row in rows] == [False, False, False, True]
-    assert "| 0, 0.2 | 1 of 2 |" in table(rows).splitlines()[3]
+    rows, _ = measured(9, 9, 9, 1.0, 2.0, 1.0, 1.0, 2.0, TILED + 0.25)
+    assert [row["picture"] for row in rows] == [0, 0, 0, 0, 0, 0.25]
+    assert [row["is_tiled"] for row in rows] == [False] * 5 + [True]
+    assert "| 0, 0.2 | 1 of 2 |" in table(rows).splitlines()[4]
 
 
 def test_ratios_are_to_the_whole_card_at_the_same_place():
@@ -110,7 +110,7 @@ def test_the_card_is_emptied_before_each_first_prompt(measured, monkeypatch):
     monkeypatch.setattr(comfy.model_management, "unload_all_models", lambda: calls.append("empty"))
     monkeypatch.setattr(Stand, "decode", lambda *_: calls.append("decode") or torch.zeros(1))
     measured()
-    assert calls == ["empty", "decode", "decode", "empty"] * 3
+    assert calls == ["empty", "decode", "decode", "decode", "empty"] * 3
 
 
 def test_a_file_is_made_once_and_none_where_one_is_given(tmp_path, monkeypatch):
