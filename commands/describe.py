@@ -31,7 +31,7 @@ from flux_nf4.nf4_loader.checkpoint.shards import read_checkpoint_header
 from flux_nf4.nf4_loader.checkpoint.tensors import Weight4bit
 from flux_nf4.offload.plan import BlockSize, Residency
 from flux_nf4.page.encoder_plan import encoder_other_bytes, encoder_sizes
-from flux_nf4.page.file_plan import block_sizes, make_plan, modulation_sizes, other_bytes
+from flux_nf4.page.file_plan import block_sizes, bytes_within, make_plan, modulation_sizes, more_bytes, other_bytes
 
 _KEY, _VALUE = 60, 120  # characters of metadata that are shown
 _DTYPE = torch.bfloat16  # what tensors that are not packed are on a GPU
@@ -64,15 +64,16 @@ def lines_of(path: Path, budget_gib: float | None) -> Iterator[str]:
     header = read_checkpoint_header(path)
     if families.detect(header.tensors) is None and has_encoder(header.tensors):
         file = encoder_in(header)
-        sizes, others = encoder_sizes(file, _DTYPE), encoder_other_bytes(file, _DTYPE)
+        sizes, others, more = encoder_sizes(file, _DTYPE), encoder_other_bytes(file, _DTYPE), 0
         yield from describe_encoder(file, sizes)
     else:
         catalogue = read_catalogue(path)
         require_transformer(catalogue)
         sizes, others = block_sizes(catalogue, _DTYPE), other_bytes(catalogue, _DTYPE)
+        more = more_bytes(catalogue, _DTYPE)
         yield from describe(catalogue, sizes)
     if budget_gib is not None:
-        yield from plan(sizes, others, budget_gib)
+        yield from plan(sizes, others, budget_gib, more)
 
 
 def describe_encoder(file: EncoderFile, sizes: Sequence[BlockSize]) -> Iterator[str]:
@@ -108,7 +109,7 @@ def describe(catalogue: Catalogue, sizes: Sequence[BlockSize]) -> Iterator[str]:
     yield from _sizes_and_kinds(sizes, catalogue.parts)
     if ahead := modulation_sizes(catalogue, _DTYPE):
         size = f"{sum(layer.nbytes for layer in ahead) / GIB:.2f} GiB"
-        yield f"  {'modulation':<12}{size} beside the blocks, computed ahead of the steps"
+        yield f"  {'modulation':<12}{size} beside the blocks: in VRAM with all of them, or computed ahead"
     ram, disk = catalogue.transformer_ram / GIB, catalogue.transformer_bytes / GIB
     yield f"transformer   {ram:.2f} GiB in RAM ({disk:.2f} on disk)"
     for part, prefix in (("CLIP-L", CLIP_L_PREFIX), ("T5-XXL", T5_PREFIX), ("VAE", VAE_PREFIX)):
@@ -168,13 +169,16 @@ def _kind(part: object) -> str:
     return f"weights in {part.state.quant_type.upper()}, blocksize {part.state.blocksize}, absmax {nested}"
 
 
-def plan(sizes: tuple[BlockSize, ...], others: int, budget_gib: float) -> Iterator[str]:
+def plan(sizes: tuple[BlockSize, ...], others: int, budget_gib: float, more: int = 0) -> Iterator[str]:
     """What stays in VRAM and what is streamed for a budget: a bar for each kind of blocks, high ones stay.
+
+    ``others`` are the bytes beside the blocks, ``more`` those that the modulation takes beyond that where it stays.
 
     Raises:
         BudgetTooSmallError: the message says what is needed.
     """
-    made = make_plan(sizes, others, Residency((), int(budget_gib * GIB)))
+    wanted = Residency((), int(budget_gib * GIB))
+    made = make_plan(sizes, others, wanted)
     assert made is not None
     stays = set(made.resident)
     high, low = _bar_characters()
@@ -184,8 +188,11 @@ def plan(sizes: tuple[BlockSize, ...], others: int, budget_gib: float) -> Iterat
         marks = [index in stays for index, size in enumerate(sizes) if size.kind == kind]
         bar = "".join(high if mark else low for mark in marks)
         yield f"  {kind:<{_width(kinds)}}{bar}  {sum(marks)} of {len(marks)} stay"
-    everything = others + sum(size.nbytes for size in sizes)
-    yield f"  VRAM        {(others + made.device_bytes) / GIB:.2f} GiB, of {everything / GIB:.2f} for all"
+    takes, everything = bytes_within(made, others, more, wanted), others + sum(size.nbytes for size in sizes) + more
+    if more:
+        is_there = takes > others + made.device_bytes
+        yield f"  {'modulation':<{_width(kinds)}}{'stays' if is_there else 'computed ahead of the steps'}"
+    yield f"  VRAM        {takes / GIB:.2f} GiB, of {everything / GIB:.2f} for all"
     yield f"  bus         {made.bytes_per_forward / 1e9:.2f} GB a step, for {len(made.streamed)} streamed blocks"
 
 

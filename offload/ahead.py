@@ -2,11 +2,15 @@
 
 The input of some layers is only a small vector that depends on the timestep (Flux.1's modulation: 27 % of its blocks'
 bytes). The vectors of the coming forwards can be predicted, so a layer that is called computes its outputs for all of
-them. Until these are used up, its weights take neither device memory nor the bus.
+them. Until these are used up, its weights take neither device memory nor the bus. Where the weights stay on the device
+(`Ahead.weights_stay`) nothing is gained by that, and each forward computes its own outputs.
 
 Each output is computed in a call of its own and is used only for a vector with the same bits and shape, so it has the
 bits that the layer would compute now. An output for a wrongly predicted vector is never used. If an output is missing,
 after an interrupt for instance, the layer computes it when it is called.
+
+Only the device knows which vector a forward has, so the host waits for it: once a forward, at the first layer, when the
+first blocks' copies are under way and none of the blocks' compute could be launched yet.
 """
 
 import weakref
@@ -92,6 +96,8 @@ class Ahead:
         foretell: Foretell,
         lasting: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
+        self.weights_stay = False
+        """The weights are on the device in any case: a forward computes its own outputs, and the host does not wait."""
         self.blocks = tuple(SeveralInputs(layer) for layer in layers)
         self.modules = frozenset(module for layer in layers for module in layer.modules())
         self._foretell = foretell
@@ -112,7 +118,7 @@ class Ahead:
 
     def output(self, index: int, vector: torch.Tensor) -> Any:
         """The output of layer ``index`` for ``vector`` (rows, features)."""
-        if torch.is_grad_enabled() or not vector.is_contiguous():
+        if self.weights_stay or torch.is_grad_enabled() or not vector.is_contiguous():
             return self.blocks[index]((vector,))[0]
         if vector is not self._vector:
             self._run = self._run_of(vector)
@@ -136,7 +142,7 @@ class Ahead:
         alike = [run for run in self._runs if _are_alike(run.forwards[0].vector, vector)]
         if alike:
             known = torch.cat([run.bits for run in alike])
-            found = (known == bits_of(vector)).all(1).tolist()  # the host waits once a forward, here
+            found = (known == bits_of(vector)).all(1).tolist()  # here the host waits
             for run in alike:
                 mine, found = found[: len(run.forwards)], found[len(run.forwards) :]
                 if True in mine:

@@ -141,6 +141,14 @@ def plan_by_budget(
     raise BudgetTooSmallError(budget_bytes, other_bytes + least_device_bytes(blocks))
 
 
+def keeps_all(plan: ResidencyPlan, more_bytes: int, for_blocks: float) -> bool:
+    """Whether ``plan`` keeps every block and leaves ``more_bytes`` of ``for_blocks``, the bytes that blocks may take.
+
+    Layers that are computed ahead (`Ahead`) then stay on the device, too: ``more_bytes`` is what that takes.
+    """
+    return not plan.streamed and plan.device_bytes + more_bytes <= for_blocks
+
+
 _Counts = tuple[tuple[str, int], ...]
 
 

@@ -16,7 +16,18 @@ from ..nf4_loader.models.streamed_encoders import encoder_dtype, require_4bit
 from ..nf4_loader.models.transformers import model_dtype
 from ..offload.plan import BlockSize, BudgetTooSmallError, Residency, least_device_bytes
 from .encoder_plan import encoder_other_bytes, encoder_sizes
-from .file_plan import Advice, Measured, advise, block_sizes, make_plan, modulation_sizes, other_bytes, predict_ms
+from .file_plan import (
+    Advice,
+    Measured,
+    advise,
+    block_sizes,
+    bytes_within,
+    make_plan,
+    modulation_sizes,
+    more_bytes,
+    other_bytes,
+    predict_ms,
+)
 
 Version = tuple[int, int]
 """Time of change in ns and size in bytes of a file."""
@@ -86,6 +97,8 @@ class _File:
     all_host_bytes: int | None
     ahead_host_bytes: int = 0
     """Of the layers in the blocks that are computed ahead; ``blocks`` are without them."""
+    more_bytes: int = 0
+    """How many more than ``other_bytes`` these take on the device where they stay."""
 
 
 _Key = tuple[Path, str]
@@ -152,8 +165,13 @@ def _read_transformer(path: Path) -> _File:
 
 def _of_transformer(catalogue: Catalogue, all_host_bytes: int | None) -> _File:
     dtype = model_dtype(catalogue)
-    ahead_host_bytes = sum(size.nbytes for size in modulation_sizes(catalogue, dtype))
-    return _File(block_sizes(catalogue, dtype), other_bytes(catalogue, dtype), all_host_bytes, ahead_host_bytes)
+    return _File(
+        block_sizes(catalogue, dtype),
+        other_bytes(catalogue, dtype),
+        all_host_bytes,
+        ahead_host_bytes=sum(size.nbytes for size in modulation_sizes(catalogue, dtype)),
+        more_bytes=more_bytes(catalogue, dtype),
+    )
 
 
 def _read_encoder(path: Path) -> _File:
@@ -183,9 +201,9 @@ def _answer(file: _File, wanted: Residency, measured: Measured | None) -> str:
     compute_ms, stall_ms = predict_ms(plan, blocks, measured) if plan and measured else (None, None)
     answer = Answer(
         tuple(BarBlock(b.kind, b.nbytes, None if resident is None else i in resident) for i, b in enumerate(blocks)),
-        device_bytes=None if plan is None else other + plan.device_bytes,
+        device_bytes=None if plan is None else bytes_within(plan, other, file.more_bytes, wanted),
         least_device_bytes=least,
-        most_device_bytes=other + sum(block.nbytes for block in blocks),
+        most_device_bytes=other + sum(block.nbytes for block in blocks) + file.more_bytes,
         host_bytes=sum(block.nbytes for block in blocks) + file.ahead_host_bytes,
         all_host_bytes=file.all_host_bytes,
         bytes_per_forward=None if plan is None else plan.bytes_per_forward,

@@ -16,7 +16,15 @@ from ..nf4_loader.checkpoint.catalogue import Catalogue
 from ..nf4_loader.checkpoint.header import TensorEntry
 from ..nf4_loader.checkpoint.tensors import TransformerTensor
 from ..offload.ahead import AHEAD
-from ..offload.plan import BlockSize, Residency, ResidencyPlan, plan_by_budget, plan_for, predict_stall_ms
+from ..offload.plan import (
+    BlockSize,
+    Residency,
+    ResidencyPlan,
+    keeps_all,
+    plan_by_budget,
+    plan_for,
+    predict_stall_ms,
+)
 from ..offload.record import Field, layout_from
 from ..offload.telemetry import limit_of
 
@@ -90,12 +98,33 @@ def field_of(module: str, name: str, nbytes: int) -> Field:
 
 def other_bytes(catalogue: Catalogue, dtype: torch.dtype) -> int:
     """Bytes that the transformer needs on the device beside its blocks: tensors that belong to no block, and what the
-    modulation needs, which is computed ahead."""
+    modulation needs where it is computed ahead."""
     family = _family(catalogue)
     others = [tensor for name, tensor in catalogue.transformer.items() if family.block_of(name) is None]
+    return sum(sum(_tensor_bytes(tensor, dtype)) for tensor in others) + _ahead_bytes(catalogue, dtype)
+
+
+def more_bytes(catalogue: Catalogue, dtype: torch.dtype) -> int:
+    """How many bytes more than `other_bytes` it takes where the modulation's weights stay on the device."""
+    return sum(size.nbytes for size in modulation_sizes(catalogue, dtype)) - _ahead_bytes(catalogue, dtype)
+
+
+def _ahead_bytes(catalogue: Catalogue, dtype: torch.dtype) -> int:
+    """What the modulation needs on the device where it is computed ahead: small parts, ring, and outputs."""
     weights = plan_for(modulation_sizes(catalogue, dtype), (), 0).device_bytes
     kept = AHEAD * dtype.itemsize * sum(tensor.shape[0] for name, tensor in _modulation(catalogue) if _is_weight(name))
-    return sum(sum(_tensor_bytes(tensor, dtype)) for tensor in others) + weights + kept
+    return weights + kept
+
+
+def bytes_within(plan: ResidencyPlan, other_bytes: int, more_bytes: int, wanted: Residency) -> int:
+    """Bytes of the device that the transformer takes with ``plan``.
+
+    Its modulation counts with them where a budget has room for it. Without a budget it takes room that is free when
+    the model is loaded, and does without where there is none.
+    """
+    needed = other_bytes + plan.device_bytes
+    budget = wanted.budget_bytes
+    return needed + (more_bytes if budget is not None and keeps_all(plan, more_bytes, budget - other_bytes) else 0)
 
 
 def modulation_sizes(catalogue: Catalogue, dtype: torch.dtype) -> tuple[BlockSize, ...]:

@@ -1,7 +1,9 @@
 """The modulation in a model's blocks, where its family names it: computed ahead, by a streamer of its own.
 
-The blocks' records, plan and ring are without it. In a forward whose outputs are missing its weights pass through a
-ring of two layers beside the blocks' ring, each while the block before it computes; in all others they stay in RAM.
+The blocks' records, plan and ring are without it. Where all blocks are resident and there is room for its weights as
+well, they stay on the device. Elsewhere they pass through a ring of two layers beside the blocks' ring in a forward
+whose outputs are missing, each while the block before it computes; in all other forwards they stay in RAM. The ring is
+kept in between: the forward that needs it is one that computes all blocks, so without it the peak would be no lower.
 """
 
 import weakref
@@ -29,16 +31,51 @@ class Modulated:
     streamer: Streamer
     steps: ComingSteps
     kept_bytes: int
-    """Of the device, for the outputs of as many steps as are computed at once, in a batch of one."""
+    """Of the device, for the outputs of as many steps as are computed at once, for one prompt in a batch of one.
+
+    More prompts or a larger batch keep up to `MOST_ROWS` / `AHEAD` times as many: 76 MB more for Flux.1. No plan counts
+    what grows with a batch; ComfyUI sets memory aside for that, as for the rest of a larger forward.
+    """
 
     @property
     def device_bytes(self) -> int:
-        """Bytes that its weights need on the device: the small parts, and the ring."""
-        return self._plan.device_bytes
+        """Bytes that its weights have on the device: all of them where they stay, else small parts and the ring."""
+        return (self.streamer.plan or self._passing).device_bytes
 
-    def start(self, copies: Copies) -> None:
-        """Have the weights streamed by ``copies``. See `Streamer.start` for errors."""
-        self.streamer.start(self._plan, copies, whole_blocks=True)
+    @property
+    def needed_bytes(self) -> int:
+        """Bytes of the device that it cannot do without: small parts, ring, and outputs."""
+        return self._passing.device_bytes + self.kept_bytes
+
+    @property
+    def more_bytes(self) -> int:
+        """How many more it takes where its weights stay."""
+        return self._staying.device_bytes - self.needed_bytes
+
+    @property
+    def stays(self) -> bool:
+        """Whether its weights are all on the device."""
+        plan = self.streamer.plan
+        return plan is not None and not plan.streamed
+
+    def start(self, copies: Copies, *, stays: bool) -> None:
+        """Have the weights stay on the device of ``copies``, or pass. See `Streamer.start` for errors.
+
+        Where the device has no room for them after all, they pass.
+        """
+        self.ahead.weights_stay = False
+        self.streamer.start(self._staying if stays else self._passing, copies, whole_blocks=True)
+        self.ahead.weights_stay = self.stays
+
+    def stop(self) -> None:
+        """Take the weights off the device. Idempotent."""
+        self.ahead.weights_stay = False
+        self.streamer.stop()
+
+    def give_up(self) -> None:
+        """Have weights that stay pass from now on. No layer is copied for that."""
+        self.ahead.weights_stay = False
+        self.streamer.change(self._passing)
 
     def forget(self) -> None:
         """Keep no outputs, and nothing of a sampling. Idempotent."""
@@ -46,8 +83,13 @@ class Modulated:
         self.steps.forget()
 
     @property
-    def _plan(self) -> ResidencyPlan:
+    def _passing(self) -> ResidencyPlan:
         return plan_for(self.streamer.sizes(whole_blocks=True), (), 0)
+
+    @property
+    def _staying(self) -> ResidencyPlan:
+        sizes = self.streamer.sizes(whole_blocks=True)
+        return plan_for(sizes, range(len(sizes)), 0)
 
 
 def modulated(

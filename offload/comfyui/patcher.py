@@ -17,16 +17,7 @@ import comfy.patcher_extension
 import torch
 from torch import nn
 
-from ..plan import (
-    STAGING_BYTES,
-    BlockSize,
-    Residency,
-    ResidencyPlan,
-    least_device_bytes,
-    plan_by_budget,
-    plan_for,
-    spread,
-)
+from ..plan import STAGING_BYTES, BlockSize, Residency, ResidencyPlan, least_device_bytes, plan_by_budget, plan_for
 from .compiled import is_compiled
 from .lasting import lasting_allocations
 from .node_names import QUANTISE, STREAM
@@ -109,10 +100,14 @@ class StreamedModelPatcher(SharedModulesPatcher):
 
     @property
     def _bytes_beside_blocks(self) -> int:  # of a budget
-        return self._streaming.other_bytes + self._streaming.kept_bytes
+        return self._streaming.needed_bytes
 
     def model_size(self) -> int:
-        """Bytes that the model wants on the load device: ComfyUI makes this much room. It is not the whole model."""
+        """Bytes that the model wants on the load device: ComfyUI makes this much room. It is not the whole model.
+
+        Weights of the modulation count only while they are there: they take room that is free, and no other model has
+        to leave for them.
+        """
         if self._computes_from_host:
             return self._streaming.ram_bytes
         return self._streaming.other_bytes + self._streaming.patching.device_bytes + self.plan.device_bytes
@@ -145,26 +140,17 @@ class StreamedModelPatcher(SharedModulesPatcher):
     ) -> int:
         """Give up residents until ``memory_to_free`` bytes are freed. Returns how many bytes that freed.
 
-        This copies the small parts of these blocks and the first tiles of the ring, but no whole block. If all
-        residents together are not enough, none is given up: ComfyUI then unloads the whole model.
+        If all together are not enough, none is given up: ComfyUI then unloads the whole model. See `Streaming.give_up`.
         """
-        streamer = self._streaming.streamer
-        plan = streamer.plan
-        if plan is None or self._computes_from_host:
+        if self._computes_from_host:
             return 0
         before = self._held_bytes()
-        sizes, staging = streamer.sizes(whole_blocks=streamer.whole_blocks), plan.staging_bytes or self.staging_bytes
-        for count in range(len(plan.resident) - 1, -1, -1):
-            fewer = plan_for(sizes, spread(plan.resident, count), staging)
-            if plan.device_bytes - fewer.device_bytes >= memory_to_free:
-                try:
-                    with lasting_allocations():
-                        streamer.change(fewer)
-                finally:
-                    self.residency_changed()
-                logger.info("Streaming: gave up %d resident blocks", len(plan.resident) - count)
-                return before - self._held_bytes()
-        return 0
+        try:
+            self._streaming.give_up(memory_to_free, self.staging_bytes)
+        finally:
+            if (held := self._held_bytes()) != before:
+                self.residency_changed()
+        return before - held
 
     def load(
         self,
@@ -186,7 +172,8 @@ class StreamedModelPatcher(SharedModulesPatcher):
                 self._streaming.stop()  # another clone may have had it on a device
             else:
                 room = math.inf if full_load or not lowvram_model_memory else lowvram_model_memory
-                self._stream(device, self._plan_within(room))
+                plan, for_all = self._plan_within(room), self._within_budget(min(room, self._free_bytes(device)))
+                self._stream(device, plan, modulation_stays=self._streaming.has_room_for_modulation(plan, for_all))
             self.model.device = device
             self.model.model_lowvram = False
             self.residency_changed()
@@ -272,13 +259,15 @@ class StreamedModelPatcher(SharedModulesPatcher):
         """Put the patches of ``hooks`` (a HookGroup or None) into effect, at the strengths that they have now."""
         if hooks is None and self.current_hooks is None:
             return  # nothing changes: ComfyUI asks for this at the end of each sampling
-        before, patches = self._streaming.streamer.plan, patches_under(hooks, self.patches, self.hook_patches)
+        before, stays = self._streaming.streamer.plan, self._streaming.modulation_stays
+        patches = patches_under(hooks, self.patches, self.hook_patches)
         try:
             with self.use_ejected():
                 self._apply_patches(patches, self.weight_wrapper_patches, self.load_device, self.compute)
                 self.current_hooks = hooks
             if before is not None:
-                self._stream(self.load_device, plan_for(self._sizes, before.resident, before.staging_bytes))
+                plan = plan_for(self._sizes, before.resident, before.staging_bytes)
+                self._stream(self.load_device, plan, modulation_stays=stays)
         except BaseException:
             self.current_hooks = None
             self.detach()
@@ -318,14 +307,22 @@ class StreamedModelPatcher(SharedModulesPatcher):
 
     def _plan_within(self, room: float) -> ResidencyPlan:
         """The best plan for ``room`` bytes of the device within the settings; the least one if nothing fits."""
-        budget, counts = self.residency.budget_bytes, self.residency.counts
-        limit = min(room, math.inf if budget is None else budget) - self._streaming.taken_bytes
-        sizes = self._sizes
-        return plan_by_budget(sizes, max(limit, least_device_bytes(sizes)), self.staging_bytes, counts)
+        sizes, limit = self._sizes, self._within_budget(room) - self._streaming.taken_bytes
+        return plan_by_budget(sizes, max(limit, least_device_bytes(sizes)), self.staging_bytes, self.residency.counts)
 
-    def _stream(self, device: torch.device, plan: ResidencyPlan) -> None:
-        wanted = None if self.residency == Residency() else self.plan
-        self._streaming.start(plan, device, whole_blocks=self._needs_whole_blocks, wanted=wanted)
+    def _within_budget(self, room: float) -> float:
+        """What the settings allow the whole model of ``room`` bytes."""
+        budget = self.residency.budget_bytes
+        return room if budget is None else min(room, budget)
+
+    def _free_bytes(self, device: torch.device) -> float:
+        """Bytes that the model has on ``device`` or could have there, and leave what ComfyUI wants at the least."""
+        free: int = comfy.model_management.get_free_memory(device)
+        return self.loaded_size() + free - comfy.model_management.minimum_inference_memory()
+
+    def _stream(self, device: torch.device, plan: ResidencyPlan, *, modulation_stays: bool) -> None:
+        wanted, whole = None if self.residency == Residency() else self.plan, self._needs_whole_blocks
+        self._streaming.start(plan, device, whole_blocks=whole, wanted=wanted, modulation_stays=modulation_stays)
 
     def residency_changed(self) -> None:
         """Tell ComfyUI and the observers how much is on the device now."""

@@ -1,5 +1,5 @@
-"""A forward that fails: one that runs out of the device's memory gives the resident blocks up and runs once more, and
-one that comfy-kitchen has no kernel for says what to do."""
+"""A forward that fails: one that runs out of the device's memory gives up what is resident and runs once more, and one
+that comfy-kitchen has no kernel for says what to do."""
 
 from collections.abc import Callable
 from importlib import metadata
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...memory import is_out_of_memory
-from ..plan import plan_for
+from ..plan import ResidencyPlan, plan_for
 from .coming_steps import note_step
 from .lasting import lasting_allocations
 from .streaming import Streaming
@@ -33,13 +33,14 @@ def retry_with_less(executor: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def with_less(model: Any, forward: Callable[[], Any]) -> Any:
-    """What ``forward`` of a streamed model gives, if need be of a second run with no block resident.
+    """What ``forward`` of a streamed model gives, if need be of a second run without the modulation's weights on the
+    device, and of a third with no block resident.
 
     Raises:
         RuntimeError: comfy-kitchen cannot compute the model's format on this device.
     """
     streaming: Streaming = model.streaming
-    streamer = streaming.streamer
+    plan = streaming.streamer.plan
     try:
         return forward()
     except Exception as error:
@@ -49,24 +50,31 @@ def with_less(model: Any, forward: Callable[[], Any]) -> Any:
                 f"{model.device} ({error}). Update ComfyUI and its requirements, or load the model from a file in "
                 "bf16, fp16 or fp8."
             ) from error
-        if not is_out_of_memory(error) or streamer.plan is None or not streamer.plan.resident:
+        if not is_out_of_memory(error) or plan is None or not (plan.resident or streaming.modulation_stays):
             raise
     # Outside of the handler, so that the traceback keeps none of the forward's tensors.
-    given_up = len(streamer.plan.resident)
     streaming.forget()
     try:
-        none_stay = plan_for(streamer.sizes(whole_blocks=streamer.whole_blocks), (), streamer.plan.staging_bytes)
-        with lasting_allocations():
-            streamer.change(none_stay)
+        given_up = _give_up(streaming, plan)
     finally:
         if model.current_patcher is not None:
             model.current_patcher.residency_changed()
     streaming.say_once(
-        f"Streaming: out of memory, so the {given_up} resident blocks were given up and the forward runs again. "
-        "Forwards are now slower if the bus is slower than the GPU. A lower budget or fewer resident blocks avoid the "
-        "failed attempt."
+        f"Streaming: out of memory, so {given_up} given up and the forward runs again. Forwards are now slower if the "
+        "bus is slower than the GPU. A lower budget or fewer resident blocks avoid the failed attempt."
     )
-    return forward()
+    return with_less(model, forward)
+
+
+def _give_up(streaming: Streaming, plan: ResidencyPlan) -> str:
+    """Take the modulation's weights off the device, else all blocks that ``plan`` keeps. Says which it was."""
+    streamer = streaming.streamer
+    with lasting_allocations():
+        if streaming.modulation is not None and streaming.modulation_stays:
+            streaming.modulation.give_up()
+            return "the modulation's weights were"
+        streamer.change(plan_for(streamer.sizes(whole_blocks=streamer.whole_blocks), (), plan.staging_bytes))
+        return f"the {len(plan.resident)} resident blocks were"
 
 
 def _is_of_comfy_kitchen(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ from ...memory import MIB
 from ..bounce import through_bounce_buffers
 from ..copies import copies_to
 from ..extras import ByModule
-from ..plan import ResidencyPlan
+from ..plan import ResidencyPlan, keeps_all, plan_for, spread
 from ..streamer import Streamer
 from ..telemetry import ForwardCost, summarise
 from .lasting import lasting_allocations
@@ -77,14 +77,23 @@ class Streaming:
         return self.outside_bytes + (0 if self.modulation is None else self.modulation.device_bytes)
 
     @property
-    def kept_bytes(self) -> int:
-        """Bytes of the device that a sampling takes to keep outputs that are computed ahead."""
-        return 0 if self.modulation is None else self.modulation.kept_bytes
+    def needed_bytes(self) -> int:
+        """Bytes of the device that the model cannot do without beside its blocks, outputs computed ahead among them."""
+        return self.outside_bytes + (0 if self.modulation is None else self.modulation.needed_bytes)
 
     @property
     def taken_bytes(self) -> int:
-        """Bytes that the blocks have to leave to all else: what is beside them, patches, and what a sampling takes."""
-        return self.other_bytes + self.kept_bytes + self.patching.device_bytes + self.patching.scratch_bytes
+        """Bytes that the blocks have to leave to all else: what is needed beside them, and what patches take."""
+        return self.needed_bytes + self.patching.device_bytes + self.patching.scratch_bytes
+
+    @property
+    def modulation_stays(self) -> bool:
+        """Whether the weights of the modulation are all on the device now."""
+        return self.modulation is not None and self.modulation.stays
+
+    def has_room_for_modulation(self, plan: ResidencyPlan, room: float) -> bool:
+        """Whether the modulation's weights may stay beside ``plan``, with ``room`` bytes for the whole model."""
+        return self.modulation is not None and keeps_all(plan, self.modulation.more_bytes, room - self.taken_bytes)
 
     def held_bytes(self, *, from_host: bool) -> int:
         """Bytes on the device now; with ``from_host`` it computes from host memory, and all of that counts."""
@@ -143,8 +152,9 @@ class Streaming:
     def stop(self) -> None:
         """Take everything off the device. Idempotent."""
         self.forget()
-        for streamer in self.streamers:
-            streamer.stop()
+        self.streamer.stop()
+        if self.modulation is not None:
+            self.modulation.stop()
 
     def rest(self) -> None:
         """A sampling is over: nothing of it is kept, the latest forward ends here, and the log says what it cost."""
@@ -162,13 +172,20 @@ class Streaming:
             logger.warning("%s", text)
 
     def start(
-        self, plan: ResidencyPlan, device: torch.device, *, whole_blocks: bool, wanted: ResidencyPlan | None
+        self,
+        plan: ResidencyPlan,
+        device: torch.device,
+        *,
+        whole_blocks: bool,
+        wanted: ResidencyPlan | None,
+        modulation_stays: bool,
     ) -> None:
         """Put ``plan`` into effect on ``device``, from memory that is pinned as far as ComfyUI's limits allow.
 
-        The log tells a plan that is new, and whether it keeps less than ``wanted``. See `Streamer.start` for errors.
+        ``modulation_stays``: whether the modulation's weights stay, if all blocks do. The log tells a plan that is new,
+        and whether it keeps less than ``wanted``. See `Streamer.start` for errors.
         """
-        streamer, before = self.streamer, self.streamer.plan
+        streamer, before = self.streamer, (self.streamer.plan, self.modulation_stays)
         limit_bytes, limited_by = pin_limit(self.host_bytes - self.pinned_bytes)
         for each in self.streamers:
             each.pin(limit_bytes, device, limited_by, first=plan.streamed if each is streamer else ())
@@ -176,11 +193,43 @@ class Streaming:
         if not self.all_pinned:
             copies = through_bounce_buffers(copies)
         with lasting_allocations():
-            if self.modulation is not None:
-                self.modulation.start(copies)  # first: where room is short, fewer blocks are resident
+            if self.modulation is not None:  # its ring first: where room is short, fewer blocks are resident
+                self.modulation.start(copies, stays=modulation_stays and self.modulation_stays)
             streamer.start(plan, copies, whole_blocks=whole_blocks)
-        if streamer.plan is not None and streamer.plan != before:
+            stays = modulation_stays and streamer.plan is not None and not streamer.plan.streamed
+            if self.modulation is not None and self.modulation_stays != stays:
+                self.modulation.start(copies, stays=stays)
+        if streamer.plan is not None and (streamer.plan, self.modulation_stays) != before:
             self._say_plan(streamer.plan, wanted)
+
+    def give_up(self, nbytes: float, staging_bytes: int) -> bool:
+        """Free ``nbytes`` of the device: the modulation's weights go first, then resident blocks. Whether it could be
+        done; if not, nothing is given up. ``staging_bytes`` is the size of a ring, where there is none yet.
+
+        This copies the small parts of what is given up and the first tiles of the rings, but no whole block.
+        """
+        streamer, plan = self.streamer, self.streamer.plan
+        if plan is None:
+            return False
+        sizes, staging = streamer.sizes(whole_blocks=streamer.whole_blocks), plan.staging_bytes or staging_bytes
+        fewer = (plan_for(sizes, spread(plan.resident, count), staging) for count in range(len(plan.resident))[::-1])
+        freed = self._bytes_freed_by_modulation
+        found = next((one for one in (plan, *fewer) if freed + plan.device_bytes - one.device_bytes >= nbytes), None)
+        if found is None:
+            return False
+        with lasting_allocations():
+            if self.modulation is not None and self.modulation_stays:
+                self.modulation.give_up()
+                logger.info("Streaming: gave up the modulation's weights; they pass once for several steps")
+            if found is not plan:
+                streamer.change(found)
+                logger.info("Streaming: gave up %d resident blocks", len(plan.resident) - len(found.resident))
+        return True
+
+    @property
+    def _bytes_freed_by_modulation(self) -> int:
+        modulation = self.modulation
+        return modulation.more_bytes + modulation.kept_bytes if modulation is not None and modulation.stays else 0
 
     def _say_plan(self, plan: ResidencyPlan, wanted: ResidencyPlan | None) -> None:
         logger.info(

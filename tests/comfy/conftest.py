@@ -6,6 +6,7 @@ import comfy.sample
 import pytest
 import torch
 from make_checkpoint import Recipe, make_checkpoint
+from prompts import prompt
 from tiny_flux import HIDDEN, detection_of
 
 from flux_nf4.checkpoints import load_transformer, streamed
@@ -132,16 +133,9 @@ def clip_copies(copies, monkeypatch):
     return copies
 
 
-def conditioning(seed=0):
-    """What a text encoder gives for a prompt."""
-    generator = torch.Generator().manual_seed(seed)
-    pooled = torch.randn(1, 768, generator=generator)
-    return [[torch.randn(1, 8, 4096, generator=generator), {"pooled_output": pooled}]]
-
-
 def sample(patcher, seed=1, steps=2, cfg=1.0, sampler="euler", positive=None, negative=None, latent=None, **options):
     """Latents of a small picture."""
-    positive, negative = positive or conditioning(), negative or conditioning()
+    positive, negative = positive or prompt(), negative or prompt()
     latent = torch.zeros(1, 16, 8, 8) if latent is None else latent
     noise = comfy.sample.prepare_noise(latent, seed)
     with torch.inference_mode():
@@ -150,9 +144,10 @@ def sample(patcher, seed=1, steps=2, cfg=1.0, sampler="euler", positive=None, ne
         ).clone()
 
 
-@pytest.fixture(name="conditioning")
-def conditioning_fixture():
-    return conditioning
+@pytest.fixture
+def conditioning():
+    """A function: what text encoders give for a prompt."""
+    return prompt
 
 
 @pytest.fixture(name="sample")

@@ -61,12 +61,16 @@ def test_the_bar_shows_what_a_budget_keeps(tmp_path, monkeypatch, capsys):
     make_sparse_checkpoint(path)
     printed = lines(path, monkeypatch, capsys, "--budget", "3")
     assert "RAM in total  11.06 GiB" in printed
-    assert "  modulation  1.69 GiB beside the blocks, computed ahead of the steps" in printed
+    assert "  modulation  1.69 GiB beside the blocks: in VRAM with all of them, or computed ahead" in printed
+    assert "  modulation  computed ahead of the steps" in printed
     bars = [line.split()[1] for line in printed if line.endswith(" stay")]
     assert [len(bar) for bar in bars] == [19, 38]
     assert all(set(bar) == set("█▄") for bar in bars)
     stay = [line.split()[2] for line in printed if line.endswith(" stay")]
     assert [str(bar.count("█")) for bar in bars] == stay
+    printed = lines(path, monkeypatch, capsys, "--budget", "8")
+    assert "  modulation  stays" in printed
+    assert "  VRAM        6.24 GiB, of 6.24 for all" in printed
 
 
 def test_a_budget_that_is_too_small_says_what_is_needed(tiny_file, monkeypatch, capsys):

@@ -20,7 +20,17 @@ from flux_nf4.offload.comfyui.modulation import modulation_in
 from flux_nf4.offload.plan import STAGING_BYTES, Residency
 from flux_nf4.offload.record import layout_of
 from flux_nf4.offload.streamer import Streamer
-from flux_nf4.page.file_plan import Advice, Measured, advise, block_sizes, make_plan, other_bytes, predict_ms
+from flux_nf4.page.file_plan import (
+    Advice,
+    Measured,
+    advise,
+    block_sizes,
+    bytes_within,
+    make_plan,
+    more_bytes,
+    other_bytes,
+    predict_ms,
+)
 
 GIB = 1 << 30
 
@@ -111,12 +121,21 @@ def test_the_plan_of_a_file_is_that_of_the_patcher(recipe, tmp_path, tiny_config
     assert streaming.modulation is not None
     beside_transformer = sum(tensor.nbytes for tensor in patcher.model.model_sampling.buffers())
     others = other_bytes(catalogue, dtype)
-    assert others == streaming.other_bytes + streaming.kept_bytes - beside_transformer
+    assert others == streaming.needed_bytes - beside_transformer
+    assert more_bytes(catalogue, dtype) == streaming.modulation.more_bytes > 0
     assert sum(size.nbytes for size in block_sizes(catalogue, dtype)) < 0.8 * catalogue.transformer_ram
     patcher.staging_bytes = STAGING_BYTES
     patcher.residency = Residency(budget_bytes=(patcher.model_size() + streaming.other_bytes) // 2)
     made = make_plan(block_sizes(catalogue, dtype), others + beside_transformer, patcher.residency)
     assert made.resident == patcher.plan.resident
+    least = streaming.needed_bytes + sum(size.nbytes for size in block_sizes(catalogue, dtype))
+    for short in (0, 1):
+        patcher.residency = Residency(budget_bytes=least + streaming.modulation.more_bytes - short)
+        patcher.load(patcher.load_device)
+        assert streaming.modulation.stays == (not short)
+        figures = patcher.plan, others + beside_transformer, more_bytes(catalogue, dtype), patcher.residency
+        assert bytes_within(*figures) == patcher.loaded_size() + (streaming.modulation.kept_bytes if short else 0)
+    assert bytes_within(*figures[:3], Residency()) == least, "without a budget it takes what is free"
 
 
 def test_counts_and_budget_are_understood_as_the_patcher_does(blocks):

@@ -7,29 +7,57 @@ import comfy.supported_models
 import pytest
 import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
+from computed_ahead import as_before
 from make_checkpoint import Recipe, make_checkpoint
-from tiny_flux import HIDDEN, tiny_config
+from tiny_flux import HIDDEN, detection_of
+from tiny_flux import tiny_config as config_of
 
-from flux_nf4.checkpoints import load_transformer
+from flux_nf4.checkpoints import load_transformer, streamed
 from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
 from flux_nf4.offload import ahead as ahead_module
-from flux_nf4.offload.ahead import AHEAD, Ahead
+from flux_nf4.offload.ahead import Ahead
+from flux_nf4.offload.plan import Residency
 
-DOUBLES, SINGLES = 8, 10
+DOUBLES, SINGLES = 2, 3
 FILL = Recipe(double_blocks=2, single_blocks=2, hidden=HIDDEN, in_channels=384, unet_only=True)
 SAMPLERS = ("euler", "heun", "dpmpp_2m", "dpmpp_sde", "dpm_2", "lcm", "uni_pc", "res_multistep", "er_sde")
+CFG_AND_BATCH = ((1.0, 1), (4.0, 2), (4.0, 1), (1.0, 2))
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tiny_file(tmp_path_factory):
+    """As that of the other tests, with fewer blocks."""
+    path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
+    make_checkpoint(path, Recipe(double_blocks=DOUBLES, single_blocks=SINGLES, hidden=HIDDEN, unet_only=True))
+    return path
 
 
 @pytest.fixture
-def as_before(monkeypatch):
-    """A function: what ``make`` gives where nothing is computed ahead, as each forward of the model computes it."""
+def tiny_config(monkeypatch):
+    """ComfyUI "detects" it."""
+    monkeypatch.setattr(comfy.model_detection, "model_config_from_unet", detection_of(DOUBLES, SINGLES))
 
-    def run(make):
-        with monkeypatch.context() as patched:
-            patched.setattr(Ahead, "output", lambda ahead, index, vector: ahead.blocks[index]((vector,))[0])
-            return make()
 
-    return run
+@pytest.fixture
+def few_ahead(monkeypatch):
+    """How many forwards are computed at once."""
+    monkeypatch.setattr(ahead_module, "AHEAD", 3)
+    return 3
+
+
+@pytest.fixture
+def no_room(monkeypatch):
+    """A function: from now on the device has no more room than the model has taken."""
+
+    def none(device=None, torch_free_too=False):
+        return (0, 0) if torch_free_too else 0
+
+    return lambda: monkeypatch.setattr(comfy.model_management, "get_free_memory", none)
+
+
+def modulation_of(patcher):
+    return patcher.model.streaming.modulation
 
 
 @pytest.fixture
@@ -51,29 +79,145 @@ def modulation_bytes(patcher):
     return sum(size.streamed for size in patcher.model.streaming.modulation.streamer.sizes())
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("cfg", [1.0, 4.0])
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_latents_are_those_of_before(sampler, cfg, batch, load, sample, conditioning, as_before, copies):
+@pytest.mark.parametrize(
+    ("sampler", "cfg", "batch"),
+    [
+        *((sampler, *CFG_AND_BATCH[index % 4]) for index, sampler in enumerate(SAMPLERS)),
+        *(("euler", *each) for each in CFG_AND_BATCH[1:]),
+    ],
+)
+def test_latents_are_those_of_before(sampler, cfg, batch, load, sample, conditioning, copies):
     latent = torch.zeros(batch, 16, 8, 8)
-    given = {"sampler": sampler, "cfg": cfg, "latent": latent, "steps": 4}
+    given = {"sampler": sampler, "cfg": cfg, "latent": latent, "steps": 3}
     conds = {"positive": conditioning(1), "negative": conditioning(2)}
-    expected = as_before(lambda: sample(load(4, 5), **given, **conds))
+    expected = as_before(lambda: sample(load(1, 1), **given, **conds))
     assert torch.equal(sample(load(), **given, **conds), expected)
 
 
-@pytest.mark.parametrize(("double", "single"), [(0, 0), (3, 4), (DOUBLES, SINGLES)])
-def test_the_weights_pass_once_for_all_steps_that_are_computed_at_once(double, single, load, sample, copies, as_before):
+@pytest.mark.parametrize("has_room", [False, True])
+@pytest.mark.parametrize(("double", "single"), [(0, 0), (1, 2), (DOUBLES, SINGLES)])
+def test_the_weights_pass_once_for_all_steps_that_are_computed_at_once(
+    double, single, has_room, load, sample, copies, few_ahead, no_room
+):
     patcher = load(double, single)
+    if not has_room:
+        no_room()
     sample(patcher, steps=1)
     plan, weights = patcher.model.streaming.streamer.plan, modulation_bytes(patcher)
-    for steps, passes in ((1, 1), (4, 1), (AHEAD, 1), (AHEAD + 1, 2)):
+    all_stays = has_room and not plan.streamed
+    for steps, passes in ((1, 1), (few_ahead, 1), (few_ahead + 1, 2)):
         copies.nbytes = 0
         sample(patcher, steps=steps)
-        assert copies.nbytes == steps * plan.bytes_per_forward + passes * weights
+        assert copies.nbytes == steps * plan.bytes_per_forward + (0 if all_stays else passes * weights)
     copies.nbytes = 0
-    as_before(lambda: sample(patcher, steps=4))
-    assert copies.nbytes == 4 * (plan.bytes_per_forward + weights)
+    as_before(lambda: sample(patcher, steps=2))
+    assert copies.nbytes == 2 * (plan.bytes_per_forward + (0 if all_stays else weights))
+
+
+def test_weights_that_stay_need_no_look_ahead(load, sample, copies, monkeypatch):
+    """No forward waits on the host, and none computes what another will need."""
+    expected, patcher = sample(load()), load(DOUBLES, SINGLES)
+
+    def refuse(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(Ahead, "_run_of", refuse)
+    for residency in (patcher.residency, Residency()):
+        patcher.residency = residency
+        assert torch.equal(sample(patcher), expected)
+        assert modulation_of(patcher).stays
+
+
+@pytest.mark.parametrize("short", [0, 1])
+def test_a_budget_decides_with_the_numbers_of_the_blocks_plan(short, load, sample, copies):
+    patcher, expected = load(DOUBLES, SINGLES), sample(load())
+    streaming, modulation = patcher.model.streaming, modulation_of(patcher)
+    everything = streaming.outside_bytes + patcher.plan.device_bytes
+    everything += sum(size.nbytes for size in modulation.streamer.sizes())
+    patcher.residency = Residency(budget_bytes=everything - short)
+    assert torch.equal(sample(patcher), expected)
+    assert streaming.streamer.plan.streamed == ()
+    assert modulation.stays == (short == 0)
+    held = sum(streamer.device_bytes for streamer in streaming.streamers) + streaming.outside_bytes
+    assert patcher.loaded_size() == held
+    assert held == everything if not short else held + modulation.kept_bytes < everything
+    assert modulation.device_bytes == modulation.streamer.device_bytes
+
+
+def test_the_room_that_comfyui_gives_decides_where_no_budget_is_set(load, sample, copies):
+    patcher = load(DOUBLES, SINGLES)
+    streaming = patcher.model.streaming
+    needed = streaming.taken_bytes + patcher.plan.device_bytes
+    for room, stays in ((needed, False), (needed + modulation_of(patcher).more_bytes, True), (needed, False)):
+        patcher.load(CPU, room)
+        assert streaming.streamer.plan.streamed == ()
+        assert modulation_of(patcher).stays == stays
+        assert patcher.loaded_size() + (0 if stays else modulation_of(patcher).kept_bytes) <= room
+
+
+def test_no_other_model_must_leave_for_it(load, sample, copies):
+    """ComfyUI makes as much room as `model_size` says."""
+    patcher = load(DOUBLES, SINGLES)
+    patcher.model.streaming.stop()
+    needed = patcher.model_size()
+    sample(patcher)
+    assert patcher.model_size() == patcher.loaded_size() > needed
+    comfy.model_management.unload_all_models()
+    assert patcher.model_size() == needed
+    assert modulation_of(patcher).streamer.device_bytes == 0
+
+
+def test_it_is_what_comfyui_takes_back_first_and_it_returns(load, sample, copies):
+    patcher = load(DOUBLES, SINGLES)
+    expected = sample(patcher)
+    streamer, modulation, full = patcher.model.streaming.streamer, modulation_of(patcher), patcher.loaded_size()
+    weights, ring = modulation.device_bytes, sum(sorted(copied_layers(modulation))[-2:])
+    copies.nbytes = 0
+    freed = patcher.partially_unload(CPU, 1)
+    assert copies.nbytes <= ring + modulation.streamer.plan.small_bytes
+    assert freed == full - patcher.loaded_size() == weights - modulation.device_bytes > 0
+    assert (modulation.stays, streamer.plan.streamed) == (False, ())
+    assert patcher.partially_unload(CPU, 1) > 0
+    assert 0 < len(streamer.plan.resident) < DOUBLES + SINGLES
+    assert torch.equal(sample(patcher), expected)
+    assert (modulation.stays, streamer.plan.streamed) == (True, ())
+    assert patcher.partially_unload(CPU, freed + 1) > freed
+    assert (modulation.stays, bool(streamer.plan.streamed)) == (False, True)
+    assert torch.equal(sample(patcher), expected)
+    assert patcher.partially_unload(CPU, 10 * full) == 0
+    assert modulation.stays, "all together were not enough"
+
+
+def copied_layers(modulation):
+    return [size.streamed for size in modulation.streamer.sizes(whole_blocks=True)]
+
+
+def test_a_device_without_room_for_it_after_all_keeps_all_blocks(load, sample, copies, monkeypatch):
+    patcher = load(DOUBLES, SINGLES)
+    modulation, empty = modulation_of(patcher), copies.empty
+    sizes = copied_layers(modulation)
+
+    def fail(nbytes):
+        if min(sizes) <= nbytes <= 1.1 * max(sizes):
+            raise torch.OutOfMemoryError("fake")
+        return empty(nbytes)
+
+    expected = sample(load())
+    patcher.model.streaming.start(patcher.plan, CPU, whole_blocks=False, wanted=None, modulation_stays=False)
+    monkeypatch.setattr(copies, "empty", fail)
+    assert torch.equal(sample(patcher), expected)
+    assert (modulation.stays, modulation.ahead.weights_stay) == (False, False)
+    assert patcher.model.streaming.streamer.plan.streamed == ()
+
+
+def test_two_clones_in_turn_have_it_where_each_wants_it(load, sample, copies):
+    first = load(DOUBLES, SINGLES)
+    second = first.clone()
+    second.residency = Residency((("double", 1), ("single", 0)))
+    expected = sample(first)
+    for patcher in (second, first, second, first):
+        assert torch.equal(sample(patcher), expected)
+        assert modulation_of(first).stays == (patcher is first)
 
 
 def test_the_blocks_records_and_plan_are_without_it(load):
@@ -100,7 +244,7 @@ def test_a_timestep_between_the_steps_is_computed_when_it_comes(load, sample, co
 
 
 def test_two_prompts_that_run_one_after_the_other_are_computed_ahead_each(
-    load, sample, conditioning, computed, as_before, monkeypatch
+    load, sample, conditioning, computed, monkeypatch
 ):
     monkeypatch.setattr("comfy.samplers.can_concat_cond", lambda one, other: one is other)
     given = {"cfg": 4.0, "steps": 4, "positive": conditioning(1), "negative": conditioning(2)}
@@ -110,7 +254,7 @@ def test_two_prompts_that_run_one_after_the_other_are_computed_ahead_each(
 
 
 def test_more_prompts_than_there_is_room_for_are_computed_when_they_come(
-    load, sample, conditioning, computed, as_before, monkeypatch
+    load, sample, conditioning, computed, monkeypatch
 ):
     monkeypatch.setattr("comfy.samplers.can_concat_cond", lambda one, other: one is other)
     monkeypatch.setattr(ahead_module, "MOST_ROWS", 4)
@@ -124,7 +268,7 @@ def guided(conditioning, **values):
     return [[text, {**options, **values}] for text, options in conditioning]
 
 
-def test_another_guidance_or_prompt_is_another_sampling(load, sample, conditioning, as_before):
+def test_another_guidance_or_prompt_is_another_sampling(load, sample, conditioning):
     patcher = load()
     changed = (conditioning(1), guided(conditioning(1), guidance=1.5), conditioning(2))
     latents = [sample(patcher, positive=positive) for positive in changed]
@@ -135,7 +279,7 @@ def test_another_guidance_or_prompt_is_another_sampling(load, sample, conditioni
 
 
 @pytest.mark.parametrize("method", ["index", "uxo"])
-def test_kontext_is_as_before(method, load, sample, conditioning, as_before, computed, copies):
+def test_kontext_is_as_before(method, load, sample, conditioning, computed, copies):
     picture = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(3))
     positive = guided(conditioning(1), reference_latents=[picture], reference_latents_method=method)
     found = sample(load(), positive=positive, steps=3)
@@ -144,11 +288,12 @@ def test_kontext_is_as_before(method, load, sample, conditioning, as_before, com
     assert torch.equal(as_before(lambda: sample(load(), positive=positive, steps=3)), found)
 
 
-def test_fill_is_as_before(sample, conditioning, as_before, computed, tmp_path, monkeypatch, copies):
+def test_fill_is_as_before(sample, conditioning, computed, tmp_path, monkeypatch, copies):
     make_checkpoint(tmp_path / "fill.safetensors", FILL)
-    config = comfy.supported_models.FluxInpaint(tiny_config(2, 2) | {"in_channels": 96})
+    config = comfy.supported_models.FluxInpaint(config_of(2, 2) | {"in_channels": 96})
     monkeypatch.setattr(comfy.model_detection, "model_config_from_unet", lambda *_, **__: config)
-    patcher = load_transformer(read_catalogue(tmp_path / "fill.safetensors")).clone()
+    model = load_transformer(read_catalogue(tmp_path / "fill.safetensors"))
+    patcher = streamed(model, Residency((("double", 0), ("single", 0))), node_id=None)
     picture = {"concat_latent_image": torch.ones(1, 16, 8, 8), "concat_mask": torch.ones(1, 1, 64, 64)}
     positive = guided(conditioning(1), **picture)
     found = sample(patcher, positive=positive, steps=3)
@@ -173,10 +318,10 @@ def test_nothing_of_a_sampling_is_kept_after_it(load, sample, copies):
 
 @pytest.mark.parametrize("step", [0, 1])
 @pytest.mark.parametrize(
-    "name", ["double_blocks.0.img_mod.lin", "double_blocks.5.txt_mod.lin", "single_blocks.4.linear1"]
+    "name", ["double_blocks.0.img_mod.lin", "double_blocks.1.txt_mod.lin", "single_blocks.2.linear1"]
 )
 def test_an_interrupt_in_the_midst_leaves_the_next_sampling_right(name, step, load, sample, copies):
-    patcher, calls = load(1, 2), []
+    patcher, calls = load(1, 1), []
     expected = sample(patcher, steps=3)
 
     def interrupt(*_):
@@ -191,19 +336,24 @@ def test_an_interrupt_in_the_midst_leaves_the_next_sampling_right(name, step, lo
     assert torch.equal(sample(patcher, steps=3), expected)
 
 
-def test_memory_that_runs_out_while_it_is_computed_gives_residents_up(load, sample, copies, caplog):
-    patcher, failures = load(DOUBLES, SINGLES), [torch.OutOfMemoryError("fake")]
+@pytest.mark.parametrize("count", [1, 2])
+def test_memory_that_runs_out_takes_its_weights_first_and_then_the_resident_blocks(count, load, sample, copies, caplog):
+    patcher, failures = load(DOUBLES, SINGLES), [torch.OutOfMemoryError("fake") for _ in range(count)]
+    patcher.model.streaming.said.clear()  # the model may be one that a test before has loaded
     expected = sample(patcher, steps=3)
 
     def fail(*_):
         if failures:
             raise failures.pop()
 
-    layer = patcher.model.diffusion_model.double_blocks[3].img_mod.lin
+    layer = patcher.model.diffusion_model.double_blocks[1].img_mod.lin
     handle = layer.register_forward_pre_hook(fail)
     assert torch.equal(sample(patcher, steps=3), expected)
     handle.remove()
-    assert "resident blocks were given up" in caplog.text
+    assert "the modulation's weights were given up" in caplog.text
+    assert ("the 5 resident blocks were given up" in caplog.text) == (count == 2)
+    assert bool(patcher.model.streaming.streamer.plan.resident) == (count == 1)
+    assert patcher.loaded_size() == patcher.model.streaming.held_bytes(from_host=False)
 
 
 def test_the_next_forward_computes_what_an_earlier_one_did_not_come_to(load, sample, copies):
@@ -217,7 +367,7 @@ def test_the_next_forward_computes_what_an_earlier_one_did_not_come_to(load, sam
             calls.append(1)
             return {"img": args["img"]} if len(calls) < 2 else extra["original_block"](args)
 
-        left_out.set_model_patch_replace(leave_out, "dit", "single_block", 3)
+        left_out.set_model_patch_replace(leave_out, "dit", "single_block", 1)
         latents = sample(left_out, steps=3)
         assert len(calls) == 3
         expected = latents if expected is None else expected
@@ -236,11 +386,7 @@ def test_compiled_blocks_are_compiled_once(load, sample, copies):
     torch.compiler.reset()
     patcher = load(1, 1)
     expected = sample(patcher, steps=3)
-    keys = [
-        f"diffusion_model.{kind}_blocks.{i}"
-        for kind, of in (("double", DOUBLES), ("single", SINGLES))
-        for i in range(of)
-    ]
+    keys = [f"diffusion_model.double_blocks.{index}" for index in range(DOUBLES)]
     compiled = patcher.clone()
     set_torch_compile_wrapper(model=compiled, backend="eager", keys=keys)
     assert torch.equal(sample(compiled, steps=3), expected)

@@ -9,7 +9,7 @@ import loras
 import pytest
 import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
-from gpu_models import DEVICE, TINY
+from gpu_models import DEVICE, TINY, requested_bytes
 from tiny_flux import detection_of
 from torch._inductor import cudagraph_trees
 
@@ -64,18 +64,13 @@ def test_a_budget_is_kept_and_gives_the_same_latents(model, expected):
 def test_what_is_reported_is_what_the_allocator_holds(model):
     comfy.model_management.unload_all_models()
     for patcher in (model.with_counts(0, 0), model.half(), model.resident()):
-        before = _requested_bytes()
+        before = requested_bytes()
         comfy.model_management.load_models_gpu([patcher])
-        held = _requested_bytes() - before
+        held = requested_bytes() - before
         rounding = 512 * len([*patcher.model.parameters(), *patcher.model.buffers()])
         assert abs(held - patcher.report().device_bytes) <= rounding
         comfy.model_management.unload_all_models()
-        assert _requested_bytes() == before
-
-
-def _requested_bytes():
-    """What is in use on the device. Not ``memory_allocated``: the allocator leaves up to 1 MiB of a block unsplit."""
-    return torch.cuda.memory_stats(DEVICE)["requested_bytes.all.current"]
+        assert requested_bytes() == before
 
 
 class Interrupt(BaseException):

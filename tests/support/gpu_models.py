@@ -7,6 +7,7 @@ import comfy.model_management
 import comfy.sample
 import torch
 from make_checkpoint import Recipe
+from prompts import prompt
 from tiny_flux import HIDDEN
 
 from flux_nf4.checkpoints import Residency, streamed
@@ -47,7 +48,7 @@ class Model:
 
     def sample(self, patcher, seed=1, steps=2, sampler="euler", cfg=1.0, batch=1):
         """Latents of a small picture, on the CPU."""
-        positive, negative = (_prompt(seed) for seed in (seed, seed + 1))
+        positive, negative = (prompt(seed, tokens=32) for seed in (seed, seed + 1))
         latent = torch.zeros(batch, 16, self.latent_side, self.latent_side)
         noise = comfy.sample.prepare_noise(latent, seed)
         with torch.inference_mode():
@@ -75,8 +76,6 @@ class Model:
         return latent, timestep, {"c_crossattn": text, "y": pooled, "guidance": guidance}
 
 
-def _prompt(seed):
-    """What text encoders give, with random values."""
-    generator = torch.Generator().manual_seed(seed)
-    text, pooled = torch.randn(1, 32, 4096, generator=generator), torch.randn(1, 768, generator=generator)
-    return [[text, {"pooled_output": pooled}]]
+def requested_bytes():
+    """What is in use on the device. Not ``memory_allocated``: the allocator leaves up to 1 MiB of a block unsplit."""
+    return torch.cuda.memory_stats(DEVICE)["requested_bytes.all.current"]

@@ -1,5 +1,6 @@
 """Outputs that are computed ahead: used only for the bits that they were computed from, and right after anything."""
 
+import contextlib
 import gc
 import weakref
 
@@ -108,6 +109,53 @@ def test_no_more_rows_are_kept_than_there_is_room_for(world, monkeypatch):
     assert world.forward(world.schedule[0]) == [2, 2]
     assert world.forward(world.schedule[2]) == [1, 1]
     assert world.forward(both[1]) == [0, 0]
+
+
+def test_what_outlives_a_forward_is_in_lasting_memory_and_the_callers_own_is_not_kept():
+    world = World()
+    depth, made = [], []
+
+    @contextlib.contextmanager
+    def lasting():
+        depth.append(1)
+        yield
+        depth.pop()
+
+    class Noting(torch.Tensor):
+        """Notes where its clones and its products are made."""
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function in (torch.Tensor.clone, torch.Tensor.mul):
+                made.append((function.__name__, bool(depth)))
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    world.ahead = Ahead(world.layers, world.foretell, lasting)
+    for layer in world.layers:
+        layer.inputs = _Nothing()
+    vector = world.schedule[0].clone().as_subclass(Noting)
+    world.ahead.begin()
+    with torch.inference_mode():
+        outputs = [layer(vector) for layer in world.layers]
+    assert set(made) == {("clone", True), ("mul", True)}
+    wanted = [output.clone() for output in outputs]
+    vector.zero_()
+    world.ahead.begin()
+    with torch.inference_mode():
+        again = [layer(world.schedule[0].clone()) for layer in world.layers]
+    assert all(map(torch.equal, again, wanted))
+    assert all(output is one for output, one in zip(again, outputs, strict=True)), "it is kept"
+
+
+class _Nothing(list):
+    def append(self, _):
+        """Keep nothing."""
+
+
+def test_where_the_weights_stay_each_forward_computes_its_own(world, monkeypatch):
+    world.ahead.weights_stay = True
+    monkeypatch.setattr(world.ahead, "_run_of", lambda _: pytest.fail("the host waits here"))
+    assert [world.forward(vector) for vector in world.schedule[:3]] == [[1, 1]] * 3
 
 
 def test_gradients_are_those_of_the_layer(world):

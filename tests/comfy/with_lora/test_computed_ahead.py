@@ -4,8 +4,7 @@ import comfy.hooks
 import loras
 import pytest
 import torch
-
-from flux_nf4.offload.ahead import Ahead
+from computed_ahead import as_before
 
 
 @pytest.fixture
@@ -19,20 +18,8 @@ def files(shapes):
     }
 
 
-@pytest.fixture
-def as_before(monkeypatch):
-    """A function: what ``make`` gives where nothing is computed ahead."""
-
-    def run(make):
-        with monkeypatch.context() as patched:
-            patched.setattr(Ahead, "output", lambda ahead, index, vector: ahead.blocks[index]((vector,))[0])
-            return make()
-
-    return run
-
-
 @pytest.mark.parametrize("kind", ["low rank", "dense", "biases"])
-def test_a_lora_on_the_modulation_is_as_before(kind, files, load, sample, with_lora, as_before, copies):
+def test_a_lora_on_the_modulation_is_as_before(kind, files, load, sample, with_lora, copies):
     patcher = load(0, 1)
     plain = sample(patcher, steps=3)
     patched = [with_lora(patcher, files[kind], strength) for strength in (0.3, 0.9)]
@@ -45,7 +32,7 @@ def test_a_lora_on_the_modulation_is_as_before(kind, files, load, sample, with_l
 
 
 @pytest.mark.parametrize("kind", ["low rank", "dense"])
-def test_a_hook_whose_strength_changes_in_the_midst_is_as_before(kind, files, load, sample, conditioning, as_before):
+def test_a_hook_whose_strength_changes_in_the_midst_is_as_before(kind, files, load, sample, conditioning):
     hook = comfy.hooks.create_hook_lora(files[kind], 1.0, 0.0)
     frames = comfy.hooks.HookKeyframeGroup()
     for index, strength in enumerate((0.2, 1.0, 0.0)):
