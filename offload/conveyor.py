@@ -7,8 +7,9 @@ reorder blocks, stop in the middle, start again.
 - Which tiles come next follows from the tile that is called. Nothing is counted.
 - A tile that an unfinished forward left in use is released by the next call.
 
-The host never waits (`bounce` apart). On the device, compute waits for the copy of a tile ("ready"), and each copy
-waits for all compute launched before it ("free"), because that compute may read the bytes that the copy overwrites.
+The host never waits, except in `bounce`, and in the first forward for memory that is still being pinned
+(`pinning_ahead`). On the device, compute waits for the copy of a tile ("ready"), and each copy waits for all compute
+launched before it ("free"), because that compute may read the bytes that the copy overwrites.
 """
 
 import itertools
@@ -23,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from .block import Block
 from .call_order import CallOrders
 from .copies import Copies
+from .pinning_ahead import pending, until_registered
 from .plan import ResidencyPlan
 from .ring import lay_out
 from .staging import Presence, RingMemory, Staged
@@ -90,6 +92,9 @@ class Conveyor:
         for position in positions:
             staged = self._staged[position]
             if not staged.present:
+                if pending:
+                    for part in staged.parts:
+                        until_registered(part.source)
                 for evicted in self._ring.evicted[position]:
                     self._staged[evicted].present = False
                 with _label("fetch", staged):
