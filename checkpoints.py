@@ -162,7 +162,7 @@ def _read(model: comfy.model_base.BaseModel, catalogue: Catalogue, source: _Sour
     warming_up.start()
     try:
         mapped = map_blocks([*modulation_in(model, blocks), *blocks], source.in_file)
-        _pin_ahead(blocks, mapped, device)
+        _pin_ahead([*modulation_in(model, blocks), *blocks], mapped, device)
         attach_streaming(model, groups, mapped, twin=source.twin)
         materialise(model.diffusion_model)
         files = [streamer.file for streamer in model.streaming.streamers]
@@ -188,13 +188,13 @@ def _read(model: comfy.model_base.BaseModel, catalogue: Catalogue, source: _Sour
 
 
 def _pin_ahead(
-    blocks: Sequence[torch.nn.Module],
+    parts: Sequence[torch.nn.Module],
     mapped: Mapping[torch.nn.Module, Mapping[str, torch.Tensor]],
     device: torch.device,
 ) -> None:
-    """Begin to pin what is ``mapped``: that takes as long as all else that is to be done before the first forward."""
-    by_block = [[tensor for part in block.modules() for tensor in mapped.get(part, {}).values()] for block in blocks]
-    file = FileArena(by_block)
+    """Begin to pin what is ``mapped`` of ``parts``, which are in the order in which the first forward needs them."""
+    by_part = [[tensor for module in part.modules() for tensor in mapped.get(module, {}).values()] for part in parts]
+    file = FileArena(by_part)
     limit_bytes, _ = pin_limit(file.nbytes - file.pinned_bytes)
     file.pin_ahead(limit_bytes, device)
 

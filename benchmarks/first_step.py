@@ -51,8 +51,9 @@ STEPS = {
     "offload.file_arena": ("FileArena.bring_in", "FileArena.pin", "FileArena.pin_ahead"),
     "offload.arena": ("HostArena.pin",),
     "offload.pinning_ahead": ("wait",),
+    "offload.put": ("until_registered",),
     "offload.streamer": ("layouts_of", "blocks_in", "Streamer.start", "Streamer.pin", "Streamer._apply"),
-    "offload.conveyor": ("Conveyor.__init__", "Conveyor.start"),
+    "offload.conveyor": ("Conveyor.__init__", "Conveyor.start", "until_registered"),
     "offload.comfyui.streaming": ("Streamer", "Patching", "Streaming.start", "copies_to", "through_bounce_buffers"),
     "offload.comfyui.patcher": ("StreamedModelPatcher.load", "StreamedModelPatcher._apply_patches"),
 }

@@ -8,9 +8,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .pinning import Piece, PinnableMemory, Pins, Registrar, registrar_for
+from ..memory import MIB
+from .pinnable import PinnableMemory
+from .pinning import Piece, Pins, Registrar, registrar_for
 
 PAGE = mmap.PAGESIZE
+
+PIECE_BYTES = 32 * MIB
+"""Records are registered together until they have as many bytes: while a thread registers a file, each call to the
+driver waits for the thread's present one."""
 
 
 class HostArena(PinnableMemory):
@@ -40,11 +46,21 @@ class HostArena(PinnableMemory):
                 else torch.empty(0, dtype=torch.uint8)
                 for start, nbytes in zip(starts, record_bytes, strict=False)
             )
-        pieces = [[self._piece(record)] if record.nbytes else [] for record in self.records]
-        super().__init__(pieces, registrar_for, what)
+        super().__init__(self._pieces(), registrar_for, what)
 
-    def _piece(self, record: torch.Tensor) -> Piece:
-        return Piece(self._pins, record.data_ptr(), whole_pages(record.nbytes))
+    def _pieces(self) -> list[list[Piece]]:
+        pieces: list[list[Piece]] = [[] for _ in self.records]
+        together: list[int] = []
+        for index, record in enumerate(self.records):
+            if record.nbytes:
+                together.append(index)
+            nbytes = sum(whole_pages(self.records[i].nbytes) for i in together)
+            if together and (nbytes >= PIECE_BYTES or index == len(self.records) - 1):
+                piece = Piece(self._pins, self.records[together[0]].data_ptr(), nbytes)
+                for i in together:
+                    pieces[i].append(piece)
+                together = []
+        return pieces
 
 
 def whole_pages(nbytes: int) -> int:

@@ -7,9 +7,9 @@ start again. Three rules keep the results right:
 - The tile that is called determines which tiles come next. Nothing is counted.
 - If an unfinished forward left a tile in use, the next call releases it.
 
-The host does not wait, except in `bounce`. On the device, compute waits for the copy of its tile ("ready"), and each
-copy waits for all compute launched before it ("free"), because that compute may read the bytes that the copy
-overwrites.
+The host never waits, except in `bounce`, and in the first forward for memory that is still being pinned
+(`pinning_ahead`). On the device, compute waits for the copy of a tile ("ready"), and each copy waits for all compute
+launched before it ("free"), because that compute may read the bytes that the copy overwrites.
 """
 
 import itertools
@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from .block import Block
 from .call_order import CallOrders
 from .copies import Copies
+from .pinning_ahead import pending, until_registered
 from .plan import ResidencyPlan
 from .ring import lay_out
 from .staging import Presence, RingMemory, Staged
@@ -95,6 +96,9 @@ class Conveyor:
         for position in positions:
             staged = self._staged[position]
             if not staged.present:
+                if pending:
+                    for part in staged.parts:
+                        until_registered(part.source)
                 for evicted in self._ring.evicted[position]:
                     self._staged[evicted].present = False
                 with _label("fetch", staged):

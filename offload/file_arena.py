@@ -11,7 +11,8 @@ from torch import nn
 from . import pinning_ahead
 from .arena import PAGE, whole_pages
 from .file_map import FileMapError, FilePart, bring_in, map_parts, range_of
-from .pinning import THE_LIMIT, Piece, PinnableMemory, Registrar, Shortfall, pinned_by_all, registrar_for
+from .pinnable import THE_LIMIT, PinnableMemory, Shortfall
+from .pinning import Piece, Registrar, pinned_by_all, registrar_for
 from .ram import free_ram_bytes, ram_bytes
 
 _NO_ROOM = Shortfall(
@@ -83,9 +84,9 @@ class FileArena(PinnableMemory):
         super().pin(limit_bytes, device, limited_by, first)
 
     def pin_ahead(self, limit_bytes: int, device: torch.device) -> None:
-        """Begin to pin on another thread, in order, if all may be pinned. If not, `pin` must choose what matters most.
+        """Begin to pin on another thread (`pinning_ahead`), in order, if all may be pinned.
 
-        ``limit_bytes`` as for `pin`.
+        If not all may be, `pin` has to choose what matters most. ``limit_bytes`` is as for `pin`.
         """
         registrar = self._registrar_for(device)
         pieces = [piece for piece in self._in_order() if not piece.is_pinned]
@@ -97,9 +98,8 @@ class FileArena(PinnableMemory):
             item.pins.registrars.setdefault(device, registrar)
         pinning_ahead.start(self, pieces, registrar)
 
-    def unpin(self) -> None:
-        """Unpin what no other arena uses, once no copy from it is under way. Idempotent."""
-        pinning_ahead.wait()
+    def _release(self) -> None:
+        """Unpin what no other arena uses."""
         for item in self._ranges:
             item.users.discard(self)
             if not item.users:
@@ -135,5 +135,5 @@ def why_not_pinned(
         return str(error)
     pins = range_of(page).pins  # given back with the page
     pins.registrars[device] = registrar
-    refused = pins.register(registrar, page.data_ptr(), PAGE)
-    return f"the driver refused a page of the file (error {refused})" if refused else ""
+    code = Piece(pins, page.data_ptr(), PAGE).register(registrar)
+    return f"the driver refused a page of the file (error {code})" if code else ""

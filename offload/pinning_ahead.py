@@ -1,61 +1,122 @@
-"""Memory that is registered with a driver on a thread of its own, while a model that needs it is still being made.
+"""Memory that is registered with a driver on a thread of its own, while a model is made and its first forward runs.
 
-To register 6.7 GB of a file takes the driver 0.3 s (H200), as long as all else that loading does. One thread at a time:
-a driver registers one piece after the other anyway.
+To register 6.7 GB of a file takes the driver 0.3 s (H200), as long as all else that loading does. One rule lets the
+first forward begin before that is over: what the thread is to register counts as pinned from the start, and whoever
+copies from it waits for its own piece (`until_registered`). If the thread ends early, the pieces that are left count no
+longer, and nobody waits for them: copies from there are right, but slow, until somebody pins again.
 """
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from threading import Event, Thread, current_thread
 
+import torch
+
 from . import pinning
-from .pinning import Piece, Registrar
+from .pinning import Piece, Registrar, refused
+
+pending: dict[int, Event] = {}
+"""By address, the pieces that are still to be registered. Each event is set when that is over, done or not."""
 
 
 class _Ahead(Thread):
     """Registers ``pieces``, which ``owner`` keeps in memory, until it is told to stop or the driver refuses one."""
 
     def __init__(self, owner: object, pieces: Sequence[Piece], registrar: Registrar) -> None:
-        super().__init__(name="pinning-ahead", daemon=True)
+        super().__init__(name="pinning-ahead")
         self.must_stop = Event()
-        self._work: tuple[object, Sequence[Piece], Registrar] | None = (owner, pieces, registrar)
+        self.over: Future[str] = Future()
+        """Why it has ended early, as a clause; "" if it has not, or was told to."""
+        self.ended = Event()
+        """All is over, calls that were waiting for that (`when_over`) too."""
+        self._owner: object = owner
+        self._left = deque(pieces)
+        self._registrar = registrar
+        for piece in pieces:
+            piece.count()
+            pending[piece.pointer] = Event()
 
     def run(self) -> None:
-        assert self._work is not None
-        _, pieces, registrar = self._work
+        global _thread
+        problem = ""
         try:
-            for piece in pieces:
-                if self.must_stop.is_set() or piece.pins.register(registrar, piece.pointer, piece.nbytes, tell=False):
-                    break
+            problem = self._register()
+        except Exception as error:  # whoever pins next tries again, and raises it
+            problem = f"the driver failed ({error})"
         finally:
-            self._work = None
+            self._leave_the_rest()
+            self._owner = None
+            self.over.set_result(problem)
+            _thread = None
+            self.ended.set()
+
+    def _register(self) -> str:
+        while self._left and not self.must_stop.is_set():
+            if error := self._left[0].register(self._registrar):
+                return refused(error)
+            pending.pop(self._left.popleft().pointer).set()
+        return ""
+
+    def _leave_the_rest(self) -> None:
+        """What is left does not count any more, and nobody waits for it."""
+        while self._left:
+            piece = self._left.popleft()
+            piece.discount()
+            pending.pop(piece.pointer).set()
 
 
 _thread: _Ahead | None = None
+"""The one that is under way. One at a time: a driver registers one piece after the other anyway."""
 
 
 def start(owner: object, pieces: Sequence[Piece], registrar: Registrar) -> None:
     """Begin to register ``pieces``, in order. ``owner`` keeps their memory, and is kept until that has ended.
 
-    Whoever pins or unpins waits for it (`wait`). What the driver refuses is left to them: they try again, and say why.
+    Whoever unpins waits for that. What the driver refuses is left to whoever pins next: they try again.
     """
     global _thread
     wait()
-    thread = _Ahead(owner, pieces, registrar)
-    thread.start()  # before others can wait for it
-    _thread = thread
+    thread = _thread = _Ahead(owner, pieces, registrar)
+    pinning.pins_changed()
+    try:
+        thread.start()
+    except RuntimeError:  # the system has no thread left
+        thread.must_stop.set()
+        thread.run()
+
+
+def until_registered(source: torch.Tensor) -> None:
+    """Wait until the memory of ``source`` is registered, if the thread is going to do that."""
+    event = pending.get(source.untyped_storage().data_ptr())
+    if event is not None:
+        event.wait()
 
 
 def wait() -> None:
-    """Wait until everything is registered that `start` was given."""
-    global _thread
-    if _thread is not None and _thread is not current_thread():
-        _thread.join()
-        _thread = None
+    """Wait until all is registered that `start` was given.
+
+    Does nothing where that would be for ever, as the garbage collector may call this at any time: on the thread that
+    registers, and before that has begun.
+    """
+    thread = _thread
+    if thread is not None and thread.is_alive() and thread is not current_thread():
+        thread.ended.wait()
         pinning.pins_changed()
+
+
+def when_over(call: Callable[[str], None]) -> None:
+    """Have ``call`` called, now or by the thread when it has ended; with why it has ended early, as a clause, or ""."""
+    thread = _thread
+    if thread is None:
+        call("")
+    else:
+        thread.over.add_done_callback(lambda over: call(over.result()))
 
 
 def stop() -> None:
     """Wait for the piece that is being registered, if any, and leave the others."""
-    if _thread is not None:
-        _thread.must_stop.set()
+    thread = _thread
+    if thread is not None:
+        thread.must_stop.set()
     wait()

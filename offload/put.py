@@ -4,6 +4,7 @@ import torch
 
 from .block import Block, HostRecord, MappedRecord
 from .copies import Copies
+from .pinning_ahead import until_registered
 
 
 def put_missing(block: Block, copies: Copies) -> None:
@@ -28,6 +29,7 @@ def put(record: HostRecord | MappedRecord, resident: bool, copies: Copies) -> No
 
 def write(buffer: torch.Tensor, source: torch.Tensor, copies: Copies) -> None:
     """Copy ``source`` after the compute launched so far, which may read ``buffer``, and before what follows."""
+    until_registered(source)
     free, ready = copies.event(), copies.event()
     copies.record(free)
     copies.copy(buffer, source, after=free, done=ready)

@@ -11,7 +11,6 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..memory import is_out_of_memory
-from . import pinning_ahead
 from .arena import HostArena
 from .block import Block, Extras, HostRecord, blocks_in, extras_in, layouts_of, split
 from .call_order import CallOrders
@@ -19,7 +18,7 @@ from .conveyor import Conveyor, hooks_of_residents, tensors_replaced
 from .copies import Copies, InlineCopies
 from .extras import Places, Travelling, remove_staying
 from .file_arena import FileArena
-from .pinning import THE_LIMIT, PinnableMemory, Shortfall
+from .pinnable import THE_LIMIT, PinnableMemory, Shortfall
 from .plan import BlockSize, ResidencyPlan, plan_for, spread
 from .put import put, put_missing, write
 from .record import RecordLayout, extras_layouts, refuse_copies
@@ -135,7 +134,6 @@ class Streamer:
 
         ``first``: indices of the blocks to pin first: the streamed ones gain most.
         """
-        pinning_ahead.wait()
         for arena in self._arenas:
             arena.pin(limit_bytes, device, limited_by, first)
         for index, block in enumerate(self.blocks):

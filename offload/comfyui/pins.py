@@ -5,7 +5,8 @@ from comfy.cli_args import args as comfy_args
 
 from ...memory import GIB
 from .. import pinning
-from ..pinning import Shortfall, pinned_by_all
+from ..pinnable import Shortfall
+from ..pinning import pinned_by_all
 from ..ram import ram_bytes
 
 _counted_bytes = 0

@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -111,6 +112,44 @@ def test_the_file_is_pinned_while_the_rest_is_loaded(file, tiny_config, copies, 
     assert not streamer.arena.pinned_bytes
 
 
+class SlowRegistrar(FakeRegistrar):
+    def register(self, *arguments, **options):
+        time.sleep(0.005)
+        return super().register(*arguments, **options)
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (3, 4), (19, 38)])
+def test_a_slow_driver_is_waited_for_block_by_block_and_the_log_tells_the_end_of_it(
+    file, counts, tiny_config, copies, sample, monkeypatch, caplog
+):
+    expected = in_arena(file, monkeypatch, sample, *counts)
+    driver = SlowRegistrar()
+    monkeypatch.setitem(pinning.REGISTRARS, "cpu", driver)
+    copy, seen = copies.copy, set()
+
+    def copy_what_is_registered(destination, source, **events):
+        address = source.untyped_storage().data_ptr()
+        if address in file_map._ranges:
+            assert address in driver.registered
+            seen.add(address)
+        copy(destination, source, **events)
+
+    monkeypatch.setattr(copies, "copy", copy_what_is_registered)
+    with caplog.at_level(logging.INFO):
+        patcher = load(file, *counts)
+        streaming = patcher.model.streaming
+        assert sum(driver.registered.values()) < streaming.pinned_bytes, "it is under way, and counts"
+        assert torch.equal(sample(patcher), expected)
+        pinning_ahead.wait()
+        assert torch.equal(sample(patcher), expected)
+    assert sum(driver.registered.values()) == streaming.pinned_bytes == streaming.host_bytes
+    assert seen <= driver.registered.keys()
+    assert len(seen) == sum(len(streamer.file._ranges) for streamer in streaming.streamers)
+    said = [record.message for record in caplog.records if "of the file pinned" in record.message]
+    assert len(said) == len(streaming.streamers)
+    assert not any(";" in text for text in said)
+
+
 def test_a_load_that_is_interrupted_leaves_nothing_registered(own_file, tiny_config, copies, registrar, monkeypatch):
     def interrupt(*_):
         raise InterruptedError
@@ -167,6 +206,7 @@ def test_where_registering_is_refused_it_is_read_as_before(
 def test_a_driver_that_refuses_more_leaves_the_rest_unpinned(file, tiny_config, copies, monkeypatch, sample, caplog):
     expected = in_arena(file, monkeypatch, sample)
     driver = FakeRegistrar(refuse_at=6)  # the trial is one
+    monkeypatch.setattr(checkpoints, "_pin_ahead", lambda *_: None)
     monkeypatch.setitem(pinning.REGISTRARS, "cpu", driver)
     monkeypatch.setattr("flux_nf4.offload.streamer.Streamer.pin", pin_the_file_first)
     patcher = load(file)

@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+import threading
 from pathlib import Path
 
 
@@ -50,6 +51,23 @@ class FakeRegistrar:
 
     def synchronise(self):
         self.log.append("synchronise")
+
+
+class GatedRegistrar(FakeRegistrar):
+    """Registers as many pieces as it was let to, and waits (10 s at most) to be let register the next."""
+
+    def __init__(self, *arguments, let=0, **options):
+        super().__init__(*arguments, **options)
+        self._turns = threading.Semaphore(0)
+        self.let(let)
+
+    def let(self, count):
+        for _ in range(count):
+            self._turns.release()
+
+    def register(self, *arguments, **options):
+        assert self._turns.acquire(timeout=10), "nobody let it go on"
+        return super().register(*arguments, **options)
 
 
 def rights(pointer):

@@ -11,9 +11,11 @@ import torch
 from fake_registrar import FakeRegistrar
 from own_python import run_script
 
+from flux_nf4.offload import arena as arena_module
 from flux_nf4.offload import pinning
 from flux_nf4.offload.arena import PAGE, HostArena
-from flux_nf4.offload.pinning import CudaRegistrar, Shortfall, registrar_for
+from flux_nf4.offload.pinnable import Shortfall
+from flux_nf4.offload.pinning import CudaRegistrar, registrar_for
 
 DEVICE = torch.device("cuda", 0)
 SIZES = [3 * PAGE, PAGE + 1, 100, 2 * PAGE]
@@ -24,6 +26,11 @@ ALL = sum(PAGES)
 @pytest.fixture(autouse=True)
 def _only_this_test_pins(monkeypatch):
     monkeypatch.setattr(pinning, "_all_pins", weakref.WeakSet())
+
+
+@pytest.fixture(autouse=True)
+def _every_record_is_a_piece(monkeypatch):
+    monkeypatch.setattr(arena_module, "PIECE_BYTES", 1)
 
 
 @pytest.fixture
@@ -60,6 +67,19 @@ def test_every_record_is_registered_at_its_size_in_pages(messages):
     ((level, text),) = messages()
     assert level == "INFO"
     assert text.endswith("GiB of host memory pinned")
+
+
+def test_small_records_are_registered_together_and_large_ones_alone(monkeypatch):
+    monkeypatch.setattr(arena_module, "PIECE_BYTES", 3 * PAGE)
+    registrar = FakeRegistrar()
+    arena = HostArena([PAGE, 0, 2 * PAGE, 3 * PAGE, PAGE - 1, 100, 0], registrar)
+    starts = [record.data_ptr() for record in arena.records]
+    arena.pin(1 << 40, DEVICE)
+    assert registrar.registered == {starts[0]: 3 * PAGE, starts[3]: 3 * PAGE, starts[4]: 2 * PAGE}
+    assert [arena.is_pinned(index) for index in range(7)] == [True, False, True, True, True, True, False]
+    assert arena.pinned_bytes == arena.nbytes == 8 * PAGE
+    del arena
+    assert registrar.registered == {}
 
 
 def test_pinning_what_is_pinned_does_nothing_and_says_nothing(messages):
@@ -264,8 +284,10 @@ def test_cuda_and_only_cuda_registers():
 
 PINNED_ARENA = """
     from fake_registrar import FakeRegistrar
+    from flux_nf4.offload import arena
     from flux_nf4.offload.arena import PAGE, HostArena
 
+    arena.PIECE_BYTES = PAGE
     registrar = FakeRegistrar()
     arena = HostArena([PAGE, PAGE], registrar)
     arena.pin(2 * PAGE, torch.device("cuda", 0))

@@ -4,7 +4,6 @@ import gc
 import logging
 import os
 import sys
-import threading
 import weakref
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from fake_registrar import FakeRegistrar
 from file_parts import Part, maps_of, open_files
 
-from flux_nf4.offload import file_arena, pinning, pinning_ahead
+from flux_nf4.offload import file_arena, pinning
 from flux_nf4.offload.arena import PAGE
 from flux_nf4.offload.file_arena import FileArena, why_not_pinned
 from flux_nf4.offload.file_map import FileMapError, map_parts
@@ -114,98 +113,6 @@ def test_two_arenas_of_a_file_share_its_pins_and_the_last_gives_them_back(file):
     second.unpin()
     assert registrar.registered == {}
     assert registrar.log[BLOCKS:][:3] == ["synchronise", "synchronise", "unregister"], "copies to both devices are done"
-
-
-def test_pinned_ahead_it_is_all_pinned_by_the_time_that_somebody_asks(file):
-    registrar = FakeRegistrar()
-    arena = arena_of(file, registrar)
-    arena.pin_ahead(ALL, DEVICE)
-    pinning_ahead.wait()
-    assert arena.all_pinned
-    assert registrar.calls == BLOCKS
-    arena.pin(ALL, DEVICE)
-    assert registrar.calls == BLOCKS
-    arena.unpin()
-    assert registrar.registered == {}
-    assert registrar.log[BLOCKS:][:2] == ["synchronise", "unregister"]
-
-
-def test_whoever_pins_waits_for_what_is_pinned_ahead(file):
-    registrar = SlowRegistrar()
-    arena = arena_of(file, registrar)
-    arena.pin_ahead(ALL, DEVICE)
-    registrar.may_go_on.set()
-    arena.unpin()
-    assert registrar.registered == {}
-    assert registrar.calls == BLOCKS
-
-
-class SlowRegistrar(FakeRegistrar):
-    """Registers nothing before it may."""
-
-    def __init__(self):
-        super().__init__()
-        self.may_go_on = threading.Event()
-
-    def register(self, *arguments, **options):
-        assert self.may_go_on.wait(10)
-        return super().register(*arguments, **options)
-
-
-def test_pinning_ahead_ends_where_loading_does(file):
-    registrar = SlowRegistrar()
-    arena = arena_of(file, registrar)
-    arena.pin_ahead(ALL, DEVICE)
-    threading.Timer(0.05, registrar.may_go_on.set).start()
-    pinning_ahead.stop()
-    assert registrar.calls == 1
-    arena.unpin()
-    assert registrar.registered == {}
-
-
-def test_a_file_that_is_forgotten_while_it_is_pinned_ahead_is_unregistered_before_it_is_unmapped(file):
-    registrar = SlowRegistrar()
-    arena = arena_of(file, registrar)
-    arena.pin_ahead(ALL, DEVICE)
-    del arena
-    gc.collect()
-    assert len(maps_of(file)) == BLOCKS
-    registrar.may_go_on.set()
-    pinning_ahead.wait()
-    gc.collect()
-    assert registrar.calls == BLOCKS
-    assert registrar.registered == {}
-    assert maps_of(file) == open_files(file) == []
-
-
-@pytest.mark.parametrize("short", ["limit", "room"])
-def test_what_may_not_all_be_pinned_is_not_pinned_ahead(file, short, ram):
-    registrar = FakeRegistrar()
-    arena = arena_of(file, registrar)
-    if short == "room":
-        ram(ALL - 1)
-    arena.pin_ahead(ALL - 1 if short == "limit" else ALL, DEVICE)
-    pinning_ahead.wait()
-    assert registrar.calls == 0
-
-
-def test_a_refusal_ahead_is_said_by_whoever_pins(file, caplog):
-    arena = arena_of(file, FakeRegistrar(refuse_at=2))
-    arena.pin_ahead(ALL, DEVICE)
-    pinning_ahead.wait()
-    assert arena.pinned_bytes == 2 * PAGES
-    assert not caplog.text
-    arena.pin(ALL, DEVICE)
-    assert "the driver refused more (error 2)" in caplog.text
-
-
-def test_comfyui_is_told_of_what_was_pinned_ahead(file, monkeypatch):
-    counted = []
-    monkeypatch.setattr(pinning, "pins_changed", lambda: counted.append(pinned_by_all()))
-    arena = arena_of(file, FakeRegistrar())
-    arena.pin_ahead(ALL, DEVICE)
-    pinning_ahead.wait()
-    assert counted == [ALL]
 
 
 def test_a_view_that_is_left_keeps_the_pages_registered_and_the_last_gives_all_back(file):

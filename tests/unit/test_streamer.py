@@ -9,11 +9,11 @@ import weakref
 import pytest
 import torch
 from counted import plan_by_counts
-from fake_registrar import FakeRegistrar
+from fake_registrar import FakeRegistrar, GatedRegistrar
 from file_parts import mapped_copies
 from torch import nn
 
-from flux_nf4.offload import pinning
+from flux_nf4.offload import pinning, pinning_ahead
 from flux_nf4.offload import record as record_module
 from flux_nf4.offload.copies import InlineCopies
 from flux_nf4.offload.plan import plan_for
@@ -386,6 +386,52 @@ def test_what_is_mapped_is_streamed_from_where_it_is(resident, whole_blocks):
     streamer.stop()
     assert {block.first.weight.data_ptr() for block in blocks} == addresses
     assert torch.equal(functools.reduce(lambda value, block: block(value), blocks, x), expected)
+
+
+class WaitingCopies(CountingCopies):
+    """Copies from a file only what is registered; then the next piece may be."""
+
+    def __init__(self, registrar, file):
+        super().__init__()
+        self.registrar = registrar
+        self.pieces = {piece.pointer for of_block in file.pieces for piece in of_block}
+        self.registered = []
+
+    def copy(self, destination, source, **events):
+        address = source.untyped_storage().data_ptr()
+        if address in self.pieces:
+            self.registered.append(len(self.registrar.registered))
+            assert address in self.registrar.registered
+            self.registrar.let(1)
+        super().copy(destination, source, **events)
+
+
+@pytest.mark.parametrize("whole_blocks", [False, True])
+@pytest.mark.parametrize("resident", [(), range(5)])
+def test_the_first_forward_does_not_wait_for_all_to_be_pinned(resident, whole_blocks, monkeypatch):
+    registrar = GatedRegistrar(let=1)
+    monkeypatch.setitem(pinning.REGISTRARS, "cpu", registrar)
+    blocks = [Block(64) for _ in range(5)]
+    x = torch.randn(3, 8)
+    expected = functools.reduce(lambda value, block: block.compute(value), blocks, x)
+    streamer = Streamer({"double": blocks}, in_place(blocks))
+    copies = WaitingCopies(registrar, streamer.file)
+    streamer.file.pin_ahead(1 << 40, CPU)
+    registrar.let(1)  # for the arena, which `pin` pins at once
+    streamer.pin(1 << 40, CPU)
+    assert streamer.all_pinned
+    streamer.start(
+        plan_for(streamer.sizes(whole_blocks=whole_blocks), resident, 5000), copies, whole_blocks=whole_blocks
+    )
+    assert torch.equal(functools.reduce(lambda value, block: block(value), blocks, x), expected)
+    assert copies.registered[0] < 4
+    registrar.let(5)
+    pinning_ahead.wait()
+    assert sum(registrar.registered.values()) == streamer.host_bytes
+    functools.reduce(lambda value, block: block(value), blocks, x)
+    if not resident:
+        cost = streamer.telemetry.last
+        assert cost.pinned_bytes == cost.copied_bytes > 0
 
 
 def test_what_is_mapped_and_pinned_is_copied_as_pinned_and_given_back_with_the_streamer(monkeypatch):
