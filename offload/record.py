@@ -315,13 +315,18 @@ class BoundTile:
 def keep_in_place(block: nn.Module) -> None:
     """Make ``block.to()`` and similar calls do nothing: the streamer decides where the block is."""
     for module in block.modules():
-        reference = weakref.ref(module)
+        stay_in_place(module)
 
-        def stay(*_: Any, reference: Any = reference, **__: Any) -> Any:
-            return reference()
 
-        module._apply = stay  # type: ignore[method-assign]
-        module.__deepcopy__ = refuse_copies  # type: ignore[assignment]
+def stay_in_place(module: nn.Module) -> None:
+    """`keep_in_place` for one module, without those in it."""
+    reference = weakref.ref(module)
+
+    def stay(*_: Any, **__: Any) -> Any:
+        return reference()
+
+    module._apply = stay  # type: ignore[method-assign]
+    module.__deepcopy__ = refuse_copies  # type: ignore[assignment]
 
 
 def refuse_copies(memo: object) -> NoReturn:

@@ -1,15 +1,14 @@
 """What nodes for torch.compile do to a model."""
 
-from collections.abc import Iterable
 from typing import Any
 
-from ..block import Block
+from .own_model import blocks_of
 
 
-def is_compiled(patcher: Any, blocks: Iterable[Block]) -> bool:
-    """Whether a node has the model of ``patcher`` or some of its ``blocks`` run through torch.compile."""
+def is_compiled(patcher: Any) -> bool:
+    """Whether a node has the streamed model of ``patcher``, or blocks of it, run through torch.compile."""
     return (
         any("torch.compile" in keyed for keyed in patcher.wrappers.values())
         or any(type(patch).__name__ == "OptimizedModule" for patch in patcher.object_patches.values())
-        or any(block.module._compiled_call_impl is not None for block in blocks)
+        or any(block._compiled_call_impl is not None for block in blocks_of(patcher.model))
     )

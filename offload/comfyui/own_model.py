@@ -1,9 +1,9 @@
-"""A model object of its own for each MODEL that a loader gives, over the same modules and memory.
+"""A model object of its own for each MODEL that a loader gives, over the same layers and memory.
 
-Nodes put state on the model object that all clones of a MODEL share. With other settings, a loader of ComfyUI's gives
-a newly read model, which has none of that state. Here it gives a new object: the file is read once, and for ComfyUI's
-memory manager all of them are one model. The transformer stays the same object: nodes that change it (RES4LYF) change
-its blocks as well, and either both must be new or neither.
+Nodes put state on the model object that all clones of a MODEL share, and on its transformer and blocks: DyPE an
+attribute, RES4LYF other classes. With other settings, a loader of ComfyUI's gives a newly read model, which has none of
+that state. Here it gives new objects for the model and for all modules down to the layers, which hold the tensors and
+are shared: the file is read once, and for ComfyUI's memory manager all of them are one model.
 """
 
 import copy
@@ -15,6 +15,8 @@ import comfy.model_patcher
 import comfy.utils
 import torch
 from torch import nn
+
+from ..record import stay_in_place
 
 
 @dataclass
@@ -58,7 +60,7 @@ class SharedModulesPatcher(comfy.model_patcher.ModelPatcher):
         Its modules are as they were read: object patches of a loaded model come back when that is loaded again.
         """
         self._shared.restore(self.model)
-        self.model = _over_the_same_modules(self.model)
+        self.model = _over_the_same_layers(self.model)
         self.object_patches_backup = {}
 
     def is_clone(self, other: Any) -> bool:
@@ -101,7 +103,7 @@ class SharedModulesPatcher(comfy.model_patcher.ModelPatcher):
         return self.model.streaming.shared
 
 
-def _over_the_same_modules(model: nn.Module) -> nn.Module:
+def _over_the_same_layers(model: Any) -> nn.Module:
     """Another object with the attributes of ``model``; setting one of either changes nothing of the other's."""
     other = copy.copy(model)
     for name, value in vars(model).items():
@@ -110,4 +112,40 @@ def _over_the_same_modules(model: nn.Module) -> nn.Module:
     schedule = other._modules.get("model_sampling")
     if schedule is not None:
         other._modules["model_sampling"] = copy.deepcopy(schedule)
+    if not any(_is_layer(module) and module._modules for module in model.diffusion_model.modules()):
+        own: dict[nn.Module, nn.Module] = {}
+        other._modules["diffusion_model"] = _own(model.diffusion_model, own)
+        other.own_blocks = tuple(own[block.module] for block in model.streaming.streamer.blocks)
     return other
+
+
+def blocks_of(model: Any) -> tuple[nn.Module, ...]:
+    """The blocks of a streamed model as nodes find them in it."""
+    own: tuple[nn.Module, ...] | None = vars(model).get("own_blocks")
+    return tuple(block.module for block in model.streaming.streamer.blocks) if own is None else own
+
+
+_OF_TORCH = frozenset(vars(nn.Module())) - {"_modules"}
+"""Attributes of a module that torch keeps, hooks among them: streaming has its own on modules that are not layers."""
+
+
+def _own(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Another object for ``module`` and each module in it, except for layers. ``done`` maps modules to theirs."""
+    if _is_layer(module):
+        return module
+    if module not in done:
+        other = done[module] = object.__new__(type(module))
+        for name, value in vars(module).items():
+            is_shared = name in _OF_TORCH or not isinstance(value, dict | list | set)
+            vars(other)[name] = value if is_shared else copy.copy(value)
+        other._parameters, other._buffers = {}, {}
+        for name, child in module._modules.items():
+            other._modules[name] = None if child is None else _own(child, done)
+        if "_apply" in vars(module):
+            stay_in_place(other)
+    return done[module]
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether it has tensors of its own, or could have them."""
+    return bool(module._parameters or module._buffers)

@@ -295,7 +295,7 @@ class StreamedModelPatcher(SharedModulesPatcher):
     @property
     def _needs_whole_blocks(self) -> bool:
         """Whether to stream whole blocks: it is asked for, or a node runs blocks or the model through torch.compile."""
-        return self.whole_blocks or is_compiled(self, self._streaming.streamer.blocks)
+        return self.whole_blocks or is_compiled(self)
 
     @property
     def _compute_dtype(self) -> torch.dtype:

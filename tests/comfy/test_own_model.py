@@ -1,11 +1,14 @@
 """State that other nodes put on the model object: other settings of a loader have none of it, as in stock ComfyUI."""
 
+import copy
 import gc
 
 import comfy.model_management
 import comfy.model_sampling
 import pytest
 import torch
+from comfy.ldm.flux.layers import DoubleStreamBlock
+from comfy.ldm.flux.model import Flux
 
 from flux_nf4.offload.comfyui.adopt import stream_model
 from flux_nf4.offload.plan import Residency
@@ -44,6 +47,80 @@ def test_other_settings_are_as_a_model_that_was_read_anew(loaded, sample, copies
         assert torch.equal(sample(shifted(other)), expected)
         assert not hasattr(loaded(*counts).model, "_shifted_by")
         assert torch.equal(sample(loaded(*counts)), plain)
+
+
+class LouderFlux(Flux):
+    """Another transformer and other blocks: what RES4LYF makes of a model's own."""
+
+    def forward_orig(self, *args, **kwargs):
+        return super().forward_orig(*args, **kwargs) * self.loudness
+
+
+class LouderBlock(DoubleStreamBlock):
+    def forward(self, img, txt, **kwargs):
+        img, txt = super().forward(img * 1.25, txt, **kwargs)
+        self.calls = getattr(self, "calls", 0) + 1
+        return img, txt
+
+
+def louder(patcher):
+    """As a node that gives a MODEL's own transformer and blocks other classes, and state."""
+    patched = patcher.clone()
+    transformer = patched.model.diffusion_model
+    transformer.__class__, transformer.loudness = LouderFlux, 1.5
+    for block in transformer.double_blocks:
+        block.__class__ = LouderBlock
+    return patched
+
+
+def test_nor_have_they_what_was_made_of_transformer_and_blocks(loaded, sample, copies):
+    plain = sample(loaded(2, 2))
+    patched = louder(loaded(2, 2))
+    expected = sample(patched)
+    assert not torch.equal(expected, plain)
+    for counts in ((2, 2), (0, 0), (5, 1)):
+        other = loaded(*counts)
+        transformer = other.model.diffusion_model
+        assert type(transformer) is Flux
+        assert {type(block) for block in transformer.double_blocks} == {DoubleStreamBlock}
+        assert not hasattr(transformer, "loudness")
+        assert torch.equal(sample(other), plain)
+        assert torch.equal(sample(louder(loaded(*counts))), expected)
+        assert torch.equal(sample(patched), expected)
+        assert torch.equal(sample(other), plain)
+    assert all(block.calls for block in patched.model.diffusion_model.double_blocks)
+
+
+def test_the_layers_are_the_same_objects_and_what_is_above_them_stays_in_place(loaded, copies):
+    patchers = loaded(1, 1), loaded(2, 2)
+    one, two = (patcher.model.diffusion_model for patcher in patchers)
+    assert one.double_blocks[0] is not two.double_blocks[0]
+    assert one.double_blocks[0].img_attn.qkv is two.double_blocks[0].img_attn.qkv
+    assert one.img_in is two.img_in
+    block = one.single_blocks[0]
+    assert block.to("meta") is block
+    assert not any(tensor.is_meta for tensor in (*block.parameters(), *block.buffers()))
+    with pytest.raises(TypeError, match="cannot be copied"):
+        copy.deepcopy(block)
+
+
+@pytest.mark.parametrize("whole_blocks", [False, True])
+def test_hooks_that_stream_are_those_of_all_the_models(whole_blocks, loaded, sample, copies):
+    plain = sample(loaded(9, 9))
+    for counts in ((0, 0), (1, 2)):
+        patcher = loaded(*counts)
+        patcher.whole_blocks = whole_blocks
+        assert torch.equal(sample(patcher), plain)
+        assert patcher.report().cost.refetched == 0
+
+
+def test_a_block_that_is_compiled_in_place_is_streamed_as_a_whole(loaded, sample, copies):
+    plain, patcher, other = sample(loaded(1, 1)), loaded(1, 1), loaded(2, 2)
+    patcher.model.diffusion_model.single_blocks[0].compile(backend="eager")
+    assert torch.equal(sample(patcher), plain)
+    assert patcher.model.streaming.streamer.whole_blocks
+    assert torch.equal(sample(other), plain)
+    assert not patcher.model.streaming.streamer.whole_blocks
 
 
 def test_clones_share_what_was_put_on_the_model(loaded, copies):

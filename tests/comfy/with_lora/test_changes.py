@@ -230,6 +230,31 @@ def test_a_lora_that_could_not_be_put_in_place_leaves_the_plain_model(
     assert torch.equal(sample(plain), expected)
 
 
+def test_factors_that_found_no_room_leave_the_plain_model(files, load, sample, with_lora, copies, monkeypatch):
+    """Blocks and modulation have a streamer each: the first has its factors when the second fails."""
+    plain = load(1, 1)
+    expected = sample(plain)
+    patched = with_lora(plain, files["low rank"])
+    with_factors = sample(patched)
+    streaming = patched.model.streaming
+    other = with_lora(plain, files["split"])
+    set_extras = streaming.modulation.streamer.set_extras
+    failures = [MemoryError("fake")]
+
+    def fail_once(extras):
+        if failures and extras:
+            raise failures.pop()
+        set_extras(extras)
+
+    monkeypatch.setattr(streaming.modulation.streamer, "set_extras", fail_once)
+    with pytest.raises(MemoryError):
+        sample(other)
+    assert not failures
+    assert [streamer.extras_arena for streamer in streaming.streamers] == [None, None]
+    assert torch.equal(sample(plain), expected)
+    assert torch.equal(sample(patched), with_factors)
+
+
 def test_what_patches_put_on_the_device_is_in_the_size_that_comfyui_sees(files, load, with_lora, copies):
     plain = load(0, 0)
     comfy.model_management.load_models_gpu([plain])
