@@ -78,8 +78,8 @@ def budget_input(tooltip: str) -> dict[str, Input]:
 
 RESIDENCY = {
     **budget_input(
-        "VRAM for the model, in GiB. 0: all that is free, except for what ComfyUI reserves. The picture is the same with "
-        "any budget. A smaller one is slower only if the bus is slower than the GPU."
+        "VRAM for the model, in GiB. 0: all that is free, except for what ComfyUI reserves. The picture is the same "
+        "with any budget. A smaller one is slower only if the bus is slower than the GPU."
     ),
     **{blocks: _count_input(kind) for blocks, kind in FLUX1.lists.items()},
 }
