@@ -68,17 +68,18 @@ OLD_COUNTED = {f"{blocks}{_OLD}": kind for blocks, kind in FLUX1.lists.items()}
 OLD_COUNTS = {
     f"{blocks}{_OLD}": _old_count_input(kind, most, mib) for (blocks, kind), (most, mib) in _OLD_FLUX1.items()
 }
-RESIDENCY: dict[str, Input] = {
-    "vram_budget_gb": (
-        "FLOAT",
-        {
-            "default": 0.0,
-            "min": 0.0,
-            "max": 256.0,
-            "step": 0.1,
-            "tooltip": "VRAM for the model, in GiB. 0: all that is free, except for what ComfyUI reserves. The picture "
-            "is the same with any budget. A smaller one is slower only if the bus is slower than the GPU.",
-        },
+
+
+def budget_input(tooltip: str) -> dict[str, Input]:
+    """The input ``vram_budget_gb``, in GiB."""
+    options = {"default": 0.0, "min": 0.0, "max": 256.0, "step": 0.1, "tooltip": tooltip}
+    return {"vram_budget_gb": ("FLOAT", options)}
+
+
+RESIDENCY = {
+    **budget_input(
+        "VRAM for the model, in GiB. 0: all that is free, except for what ComfyUI reserves. The picture is the same "
+        "with any budget. A smaller one is slower only if the bus is slower than the GPU."
     ),
     **{blocks: _count_input(kind) for blocks, kind in FLUX1.lists.items()},
 }

@@ -7,24 +7,15 @@ import folder_paths
 from .encoders import key_of_encoders, load_encoders, streamed_clip
 from .nf4_loader.checkpoint.encoder_file import read_encoder_file
 from .nf4_loader.models.streamed_encoders import require_4bit, supported_types
-from .nodes_shared import CATEGORY, HIDDEN, Input, Loader, PlannedNode, path_of, residency_of
+from .nodes_shared import CATEGORY, HIDDEN, Loader, PlannedNode, budget_input, path_of, residency_of
 from .offload.comfyui.clip import stream_clip
 
 _NONE = "none"
 _ALIASES = ["low vram", "offload", "block swap", "clip", "text encoder", "qwen", "mistral", "t5"]
-_BUDGET: dict[str, Input] = {
-    "vram_budget_gb": (
-        "FLOAT",
-        {
-            "default": 0.0,
-            "min": 0.0,
-            "max": 256.0,
-            "step": 0.1,
-            "tooltip": "The most VRAM for the text encoder, in GiB. 0: what is free while a prompt is encoded. As "
-            "much of the diffusion model as possible stays on the card. The result is the same with any budget.",
-        },
-    )
-}
+_BUDGET = budget_input(
+    "The most VRAM for the text encoder, in GiB. 0: what is free while a prompt is encoded. As much of the "
+    "diffusion model as possible stays on the card. The result is the same with any budget."
+)
 
 
 class Load4BitTextEncoderStreamed(Loader):

@@ -1,10 +1,13 @@
 """Files of random NF4 weights in the layout of transformers: Mistral 3 as FLUX.2 uses it, and a FLUX.2 transformer."""
 
 import base64
+import functools
 import json
 import math
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -12,6 +15,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 _DTYPES = {torch.uint8: "U8", torch.float32: "F32", torch.bfloat16: "BF16"}
 _BLOCK = 64
+_PATTERN_BYTES = 64 << 20
 
 
 def mistral3(*, layers: int, heads: int, kv_heads: int, intermediate: int, vocabulary: int) -> Shapes:
@@ -57,10 +61,11 @@ def flux2(*, hidden: int, double: int, single: int, context: int = 15360) -> Sha
     }
 
 
-def write_random(path: Path, shapes: Shapes, device: torch.device) -> Path:
+def write_random(path: Path, shapes: Shapes) -> Path:
     """Write a file unless it is there: matrices in NF4 with fp32 absmax, but for the embedding; the rest in bf16.
 
-    A matrix keeps the size of what goes through it. The numbers are made on ``device``.
+    A matrix keeps the size of what goes through it. All random numbers are from 64 MiB of them, of which each tensor
+    begins at another place, and several threads write: to make all of 30 GB took longer than what is measured.
     """
     if path.exists():
         return path
@@ -73,14 +78,25 @@ def write_random(path: Path, shapes: Shapes, device: torch.device) -> Path:
         position = end
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 64 + 56)  # so that every tensor begins where its values may
-    generator = torch.Generator(device).manual_seed(0)
     unfinished = path.with_suffix(".part")
+    begins = [8 + len(header) + entry["data_offsets"][0] for entry in entries.values()]  # type: ignore[index]
     with unfinished.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        for tensor in _tensors(shapes, generator, device):
-            file.write(tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes())
+        file.truncate(file.tell() + position)
+    with ThreadPoolExecutor() as writers:
+        list(writers.map(functools.partial(_write, unfinished), begins, _contents(shapes)))
     unfinished.rename(path)
     return path
+
+
+def _write(path: Path, begin: int, content: "_Content") -> None:
+    with path.open("r+b") as file:
+        file.seek(begin)
+        pattern = content.pattern.view(torch.uint8).numpy().data
+        place, left = begin // 64 * 64 % len(pattern) if content.is_random else 0, content.nbytes
+        while left:
+            written = file.write(pattern[place : place + left])
+            place, left = 0, left - written
 
 
 def tekken() -> bytes:
@@ -112,17 +128,30 @@ def _entries(shapes: Shapes) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]
         yield f"{name}.quant_state.bitsandbytes__nf4", torch.uint8, (len(_state(shape)),)
 
 
-def _tensors(shapes: Shapes, generator: torch.Generator, device: torch.device) -> Iterator[torch.Tensor]:
+class _Content(NamedTuple):
+    """``nbytes`` of ``pattern`` (1-dimensional), as often as they take: from its beginning, or from any place in it."""
+
+    nbytes: int
+    pattern: torch.Tensor
+    is_random: bool = False
+
+
+def _contents(shapes: Shapes) -> Iterator[_Content]:
+    """Of the tensors, in the order of `_entries`."""
     from flux_nf4.nf4_loader.checkpoint.quant_state import CODES
 
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(256, (_PATTERN_BYTES,), dtype=torch.uint8, generator=generator)
+    values = torch.randn(_PATTERN_BYTES // 2, generator=generator).bfloat16()
+    ones, quant_map = torch.ones(_BLOCK, dtype=torch.bfloat16), torch.tensor(CODES["nf4"])
     for name, shape in shapes.items():
         numel = math.prod(shape)
         if not _is_packed(name, shape):
             is_norm = len(shape) == 1
-            values = torch.ones(shape) if is_norm else torch.randn(shape, generator=generator, device=device)
-            yield values.bfloat16()
+            yield _Content(2 * numel, ones if is_norm else values, not is_norm)
             continue
-        yield torch.randint(0, 256, (numel // 2,), dtype=torch.uint8, generator=generator, device=device)
-        yield torch.full((numel // _BLOCK,), 1.7 / math.sqrt(shape[1]))
-        yield torch.tensor(CODES["nf4"])
-        yield torch.frombuffer(bytearray(_state(shape)), dtype=torch.uint8)
+        absmax, state = torch.full((1 << 20,), 1.7 / math.sqrt(shape[1])), bytearray(_state(shape))
+        yield _Content(numel // 2, codes, True)
+        yield _Content(4 * (numel // _BLOCK), absmax)
+        yield _Content(quant_map.nbytes, quant_map)
+        yield _Content(len(state), torch.frombuffer(state, dtype=torch.uint8))

@@ -56,25 +56,13 @@ class _Operations(text_encoders.LayersWithoutMemory):
             empty = torch.empty(0, dtype=self.get_parameter("weight").dtype)
             self.weight = nn.Parameter(empty, requires_grad=False)
 
-        def _load_from_state_dict(
-            self,
-            state_dict: State,
-            prefix: str,
-            metadata: Any,
-            strict: bool,
-            missing: Any,
-            unexpected: Any,
-            errors: Any,
-        ) -> None:
-            value, dtype = state_dict.get(f"{prefix}weight"), self.weight.dtype
-            if value is None:
-                missing.append(f"{prefix}weight")
-            elif value.is_meta:
-                errors.append(f"{prefix}weight: it is packed in 4 bits, which only the weight of a Linear may be")
-            elif value.shape != (self.num_embeddings, self.embedding_dim):
-                needed = (self.num_embeddings, self.embedding_dim)
-                errors.append(f"{prefix}weight: it has shape {tuple(value.shape)}; needed is {needed}")
-            else:
+        def _load_from_state_dict(self, state_dict: State, prefix: str, *lists: Any) -> None:
+            dtype, key = self.weight.dtype, f"{prefix}weight"
+            value = text_encoders.taken(state_dict, key, (self.num_embeddings, self.embedding_dim), *lists)
+            if value is not None and value.is_meta:
+                errors = lists[-1]
+                errors.append(f"{key}: it is packed in 4 bits, which only the weight of a Linear may be")
+            elif value is not None:
                 self.weight = nn.Parameter(value, requires_grad=False)
                 _convert(self, dtype)
 

@@ -51,30 +51,42 @@ class LayersWithoutMemory(comfy.ops.manual_cast):
             self.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
             self.bias = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False) if bias else None
 
-        def _load_from_state_dict(
-            self,
-            state_dict: State,
-            prefix: str,
-            metadata: Any,
-            strict: bool,
-            missing: Any,
-            unexpected: Any,
-            errors: Any,
-        ) -> None:
-            shapes = {"weight": (self.out_features, self.in_features), "bias": (self.out_features,)}
-            for name, shape in shapes.items():
-                value, expected = state_dict.get(prefix + name), getattr(self, name)
-                if value is None and expected is None:
+        def _load_from_state_dict(self, state_dict: State, prefix: str, *lists: Any) -> None:
+            for name, shape in (("weight", (self.out_features, self.in_features)), ("bias", (self.out_features,))):
+                expected = getattr(self, name)
+                if expected is None and prefix + name not in state_dict:
                     continue
-                if value is None:
+                value = taken(state_dict, prefix + name, shape, *lists)
+                if value is None and expected is not None:
                     # CLIP-L files may lack text_projection, which Flux does not look at; ComfyUI computes it anyway.
-                    missing.append(prefix + name)
                     setattr(self, name, nn.Parameter(torch.zeros(shape, dtype=expected.dtype), requires_grad=False))
-                elif tuple(value.shape) != shape:
-                    errors.append(f"{prefix}{name}: it has shape {tuple(value.shape)}; needed is {shape}")
-                elif not value.is_meta:  # for a packed weight, `adopt_4bit` puts another layer in place of this one
-                    # A bias is taken if a file has one, though ComfyUI's T5 has none.
+                elif value is not None and not value.is_meta:
+                    # For a packed weight, `adopt_4bit` puts another layer in the place of this one. A bias is taken if
+                    # a file has one, though ComfyUI's T5 has none.
                     setattr(self, name, nn.Parameter(value, requires_grad=False))
+
+
+def taken(
+    state_dict: State,
+    key: str,
+    shape: tuple[int, ...],
+    metadata: Any,
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> torch.Tensor | None:
+    """The tensor ``key``; or None, and it is in ``missing``, or ``errors`` say that its shape is another.
+
+    The last five arguments are those of `nn.Module._load_from_state_dict`.
+    """
+    value = state_dict.get(key)
+    if value is None:
+        missing.append(key)
+    elif tuple(value.shape) != shape:
+        errors.append(f"{key}: it has shape {tuple(value.shape)}; needed is {shape}")
+        return None
+    return value
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,15 @@ class StreamedEncoders(nn.Module):
 
     @property
     def current_patcher(self) -> Any:
-        """What ComfyUI's diffusion models have."""
+        """What ComfyUI's diffusion models have: the patcher that has loaded it.
+
+        ComfyUI sets it before a run, and to None after one. The patcher that has loaded the model stays the same."""
         return self.patcher_of()
+
+    @current_patcher.setter
+    def current_patcher(self, patcher: Any) -> None:
+        if patcher is not None:
+            self.patcher_of = weakref.ref(patcher)
 
     def encode_token_weights(self, *args: Any, **kwargs: Any) -> Any:
         """ComfyUI's."""
@@ -62,6 +69,7 @@ def stream_encoders(model: nn.Module) -> None:
     large = LargeLayers(model, [block.module for block in streaming.streamer.blocks])
     streaming.outside_bytes -= large.nbytes
     streaming.only_in_ram += large.nbytes
+    streaming.patching.in_host_memory = large.layers
     model.large_layers = large  # type: ignore[assignment]
     model.__class__ = type(f"Streamed{type(model).__name__}", (StreamedEncoders, type(model)), {})
 

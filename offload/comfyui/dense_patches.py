@@ -21,7 +21,11 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
+from ...low_rank.factors import factors_of
 from .patch_check import Patch, trial
+
+PIECE_BYTES = 64 << 20
+"""In fp32, of a large weight that is patched some rows at a time."""
 
 _FAIL_IN_16_BITS = ("oft", "boft")
 """Adapters of ComfyUI's that fail on a 16-bit weight: ComfyUI then leaves them out, with an error in the log."""
@@ -133,6 +137,33 @@ def patched_copy(
     if set_to is not None:
         return set_to(patched, seed=_seed_of(key), return_weight=True)
     return comfy.float.stochastic_rounding(patched, tensor.dtype, seed=_seed_of(key))
+
+
+def patched_in_host_memory(
+    tensor: torch.Tensor, key: str, patches: Sequence[Sequence[Any]], module: torch.nn.Module, device: torch.device
+) -> torch.Tensor:
+    """As `patched_copy`, of a weight that is too large for the device: the copy is in host memory.
+
+    Plain LoRA is added on ``device``, some rows at a time. Other patches need the whole weight: the CPU adds them.
+    """
+    shape: Any = tuple(tensor.shape)
+    if len(shape) != 2 or any(patch[3] is not None for patch in patches) or factors_of(patches, shape) is None:
+        return patched_copy(tensor, key, patches, module, torch.device("cpu"))
+    patched = torch.empty_like(tensor, device="cpu")
+    count = max(1, PIECE_BYTES // (4 * shape[1]))
+    for start in range(0, len(tensor), count):
+        rows = slice(start, start + count)
+        own = [(strength, _of_rows(adapter, rows), *rest) for strength, adapter, *rest in patches]
+        patched[rows] = patched_copy(tensor[rows], key, own, module, device)
+    return patched
+
+
+def _of_rows(lora: Any, rows: slice) -> Any:
+    """What a plain LoRA of ComfyUI's adds to these rows of the weight."""
+    up, *others = lora.weights
+    part = copy.copy(lora)
+    part.weights = (up[rows], *others)
+    return part
 
 
 def _seed_of(key: str) -> int:

@@ -3,6 +3,7 @@
 An embedding of Mistral 3 takes 1.3 GB, of which a prompt needs a few hundred rows; an output layer is used only to
 write text. So they stay in host memory, unless all of the model has room on the device. An embedding looks its rows up
 in host memory and brings only those to the device. A Linear of ComfyUI's brings its weight there when it is called.
+With patches, a patched copy in host memory takes the weight's place.
 """
 
 import copy
@@ -32,6 +33,10 @@ class LargeLayers:
             if isinstance(layer, nn.Embedding):
                 layer.__class__ = type("HostEmbedding", (HostEmbedding, type(layer)), {})
         self.is_on_device = False
+
+    @property
+    def layers(self) -> Collection[nn.Module]:
+        return self._host.keys()
 
     @property
     def nbytes(self) -> int:
@@ -70,6 +75,7 @@ class HostEmbedding(nn.Embedding):
         # By bytes: torch does not index every dtype that weights are kept in.
         rows = weight.detach().view(torch.uint8).index_select(0, ids.flatten()).view(weight.dtype)
         small = copy.copy(self)
+        small.__dict__.pop("weight", None)  # a patched copy is there
         small._parameters = {**self._parameters, "weight": nn.Parameter(rows.to(input.device), requires_grad=False)}
         small.num_embeddings, small.padding_idx = len(rows), None
         return super(HostEmbedding, small).forward(places.to(input.device), *args, **kwargs)

@@ -4,7 +4,8 @@ How a tensor is patched depends on its layer:
 
 - Some layers compute with patches beside their weight (`TakesPatches`). 4-bit layers do, and `LowRankBeside` does it
   for layers in ComfyUI's quantised formats.
-- In other layers, a tensor that is small or outside the blocks gets a patched copy on the device, which shadows it.
+- In other layers, a tensor that is small or outside the blocks gets a patched copy, which shadows it. It is on the
+  device, or in host memory if the layer stays there.
 - A large weight in a block is patched in each forward, from a fresh dense copy (`DensePatches`).
 
 What a forward needs of the patches becomes buffers of the layer, so that it is streamed with the layer.
@@ -13,7 +14,7 @@ A patch whose strength is None stands by: it has no effect until it gets a stren
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +22,7 @@ from torch import nn
 
 from .. import record
 from ..extras import ByModule
-from .dense_patches import DensePatches, patched_copy
+from .dense_patches import DensePatches, patched_copy, patched_in_host_memory
 from .low_rank_beside import LowRankBeside, is_quantised_linear
 from .patch_check import Patch, name_and_place
 
@@ -79,6 +80,8 @@ class Patching:
         self._takers: set[TakesPatches] = set()
         in_blocks: list[Any] = list(self._in_blocks)
         self._choosing: list[ChoosesCompute] = [layer for layer in in_blocks if hasattr(type(layer), "compute_by")]
+        self.in_host_memory: Collection[nn.Module] = ()
+        """Layers outside the blocks whose patched copies are in host memory."""
         self._shadows: list[tuple[nn.Module, str]] = []
         self._outside: list[tuple[nn.Module, str]] = []
         self._compute_bytes = 0
@@ -138,7 +141,8 @@ class Patching:
     @property
     def device_bytes(self) -> int:
         """Bytes on the device for patches and for the way to compute, beside the buffers that `apply` returned."""
-        shadows = [module.__dict__[name] for module, name in self._shadows]
+        on_device = [(module, name) for module, name in self._shadows if module not in self.in_host_memory]
+        shadows = [module.__dict__[name] for module, name in on_device]
         outside = [module.get_buffer(name) for module, name in self._outside]
         return self._compute_bytes + sum(tensor.nbytes for tensor in (*shadows, *outside))
 
@@ -193,7 +197,8 @@ class Patching:
         tensor = _own_tensor(module, name)
         assert tensor is not None
         # Python looks here before it looks at _parameters, which the streamer rebinds and the state dict reads.
-        module.__dict__[name] = patched_copy(tensor, key, patches, module, device)
+        make = patched_in_host_memory if module in self.in_host_memory else patched_copy
+        module.__dict__[name] = make(tensor, key, patches, module, device)
         self._shadows.append((module, name))
 
     def _remove(self) -> None:

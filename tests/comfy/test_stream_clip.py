@@ -10,6 +10,7 @@ from nodes import CLIPSetLastLayer
 from safetensors.torch import load_file
 from tiny_encoders import CLIP_L, T5, TINY, dense_twin, for_comfyui, make_small, save, save_clip_l, save_t5, tokens_of
 
+from flux_nf4.offload.comfyui import dense_patches
 from flux_nf4.offload.comfyui.clip import StreamedClip, stream_clip
 from flux_nf4.offload.comfyui.large_layers import HostEmbedding
 from flux_nf4.offload.plan import Residency
@@ -67,6 +68,28 @@ def with_lora(clip):
     return comfy.sd.load_lora_for_models(None, clip, lora_for(clip), 0, 0.7)[1]
 
 
+def lora_on_embedding(clip):
+    """Of rank 4, and the name of the weight."""
+    (name,) = [name for name in clip.patcher.model_state_dict() if name.endswith("embed_tokens.weight")]
+    rows, columns = clip.patcher.model.get_parameter(name).shape
+    generator = torch.Generator().manual_seed(3)
+    path = f"text_encoders.{name.removesuffix('.weight')}"
+    lora = {f"{path}.lora_up.weight": torch.randn(rows, 4, generator=generator)}
+    return lora | {f"{path}.lora_down.weight": torch.randn(4, columns, generator=generator) / 10}, name
+
+
+def with_lora_on_embedding(clip):
+    return comfy.sd.load_lora_for_models(None, clip, lora_on_embedding(clip)[0], 0, 0.7)[1]
+
+
+def with_difference_on_embedding(clip):
+    _, name = lora_on_embedding(clip)
+    clone = clip.clone()
+    difference = torch.ones(clone.patcher.model.get_parameter(name).shape) / 4
+    assert clone.patcher.add_patches({name: ("diff", (difference,))}, 0.5)
+    return clone
+
+
 def with_hook(clip):
     hooks = comfy.hooks.create_hook_lora(lora_for(clip), 0, 0.6)
     return SetClipHooks().apply_hooks(clip, schedule_clip=False, apply_to_conds=False, hooks=hooks)[0]
@@ -78,6 +101,7 @@ def with_last_layer(clip):
 
 
 ACTS = {"nothing": lambda clip: clip, "LoRA": with_lora, "hook": with_hook, "last layer": with_last_layer}
+ON_EMBEDDING = {"LoRA": with_lora_on_embedding, "difference": with_difference_on_embedding}
 
 
 def encoded(clip, tokens=None):
@@ -112,6 +136,38 @@ def test_what_nodes_do_to_it_before_or_after_is_the_same(act, budget, clip, clip
         assert bool(streaming.plan.streamed) == (budget is not None)
     assert same(encoded(clip), plain), "the CLIP that it came from stays as it was"
     assert not isinstance(clip, StreamedClip)
+
+
+@pytest.mark.parametrize("act", ON_EMBEDDING)
+@pytest.mark.parametrize("budget", [0, None])
+def test_patches_of_a_large_embedding_stay_in_host_memory(act, budget, clip, clip_copies):
+    do = ON_EMBEDDING[act]
+    plain, wanted = encoded(clip), encoded(do(clip))
+    assert not same(plain, wanted)
+    ours = do(streamed(clip, budget))
+    assert same(encoded(ours), wanted)
+    streaming = ours.patcher.model.streaming
+    assert streaming.patching.device_bytes == 0
+    embedding = next(module for module in ours.patcher.model.modules() if isinstance(module, HostEmbedding))
+    ids = torch.tensor([[5, 5, 0, 17]])
+    assert torch.equal(embedding.look_up(ids, out_dtype=torch.float32), embedding(ids, out_dtype=torch.float32))
+    assert not torch.equal(embedding.weight, embedding._parameters["weight"])
+    assert same(encoded(streamed(clip, budget)), plain)
+
+
+def test_lora_on_a_large_embedding_takes_the_device_some_rows_at_a_time(clip, clip_copies, dtype, monkeypatch):
+    whole = encoded(with_lora_on_embedding(clip))["cond"]
+    sizes = []
+    copied = dense_patches.patched_copy
+    monkeypatch.setattr(dense_patches, "PIECE_BYTES", 40_000)
+    monkeypatch.setattr(dense_patches, "patched_copy", lambda *args: (sizes.append(args[0].numel()), copied(*args))[1])
+    ours = encoded(with_lora_on_embedding(streamed(clip, 0)))["cond"]
+    assert len(sizes) > 5
+    assert max(sizes) <= 10_000
+    # Each piece is rounded at random to the weight's dtype as ComfyUI does it, but not by the same numbers.
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float8_e4m3fn: 0.3}[dtype]
+    assert (ours - whole).norm() < tolerance * whole.norm()
+    assert (ours - encoded(clip)["cond"]).norm() > 2 * (ours - whole).norm()
 
 
 @pytest.mark.parametrize("act", ACTS)
@@ -162,6 +218,21 @@ def test_out_of_memory_gives_the_residents_up_and_encodes_once_more(clip, clip_c
     assert same(encoded(ours), wanted)
     handle.remove()
     assert not streamer.plan.resident
+
+
+def test_comfyui_may_say_which_patcher_runs_it(clip, clip_copies):
+    """As it does before and after each sampling, for any model that has such an attribute."""
+    ours = streamed(clip, 0)
+    wanted = encoded(ours)
+    model, patcher = ours.patcher.model, ours.patcher
+    other = patcher.clone()
+    other.pre_run()
+    assert model.current_patcher is other
+    other.cleanup()
+    assert model.current_patcher is other
+    patcher.pre_run()
+    assert model.current_patcher is patcher
+    assert same(encoded(ours), wanted)
 
 
 def test_it_is_not_saved_by_nodes_that_would_write_it_wrong(clip, clip_copies):

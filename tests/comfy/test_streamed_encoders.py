@@ -7,6 +7,7 @@ from tiny_encoders import TINY, dense_twin, for_comfyui, make_small, save, token
 
 from flux_nf4.encoders import load_encoders, streamed_clip
 from flux_nf4.nf4_loader.checkpoint.encoder_file import read_encoder_file
+from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
 from flux_nf4.offload.comfyui.large_layers import HostEmbedding
 from flux_nf4.offload.plan import Residency
 
@@ -45,3 +46,28 @@ def test_it_encodes_as_comfyui_on_the_dense_twin(tiny, tmp_path, monkeypatch, cl
         assert same(encoded(clip, tiny), wanted)
         streamed = len(streamer.plan.streamed)
         assert (streamed == len(streamer.blocks)) if budget == least else (budget is None) == (streamed == 0)
+
+
+QWEN3 = next(tiny for tiny in TINY if tiny.clip_type == "lumina2")
+
+
+@pytest.mark.skipif(not QWEN3.is_known, reason="this ComfyUI has no Qwen3 4B")
+@pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("quant_type", ["fp4", "nf4"])
+def test_fp4_and_shards_are_read_from_any_shard_of_transformers_folder(
+    quant_type, double_quant, tmp_path, monkeypatch, clip_copies
+):
+    make_small(monkeypatch, QWEN3)
+    model = save(QWEN3, tmp_path, double_quant=double_quant, quant_type=quant_type, shards="200KB")
+    shards = sorted(tmp_path.glob("model-*-of-*.safetensors"))
+    assert len(shards) > 2
+    wanted = encoded(stock(QWEN3, dense_twin(model)), QWEN3)
+    for chosen in (shards[0], shards[-1], tmp_path):
+        file = read_encoder_file(chosen)
+        assert {weight.state.quant_type for weight in file.packed.values()} == {quant_type}
+        loaded = load_encoders([file], QWEN3.clip_type)
+        clip = streamed_clip(loaded, Residency(budget_bytes=loaded.patcher.model_size()), None)
+        assert same(encoded(clip, QWEN3), wanted)
+    shards[1].unlink()
+    with pytest.raises(CheckpointError, match=shards[1].name):
+        read_encoder_file(shards[0])
