@@ -449,23 +449,22 @@ def test_the_trial_notices_other_values(monkeypatch):
 def test_tensors_are_exported_to_comfy_kitchen_without_checks():
     from comfy_kitchen.backends import cuda
 
-    def slow(tensor):
-        raise AssertionError("exported with checks")
-
-    namespace = {"_wrap_for_dlpack": slow}
-    code = "def own(x, *, scale=2.0):\n    return torch.from_dlpack(_wrap_for_dlpack(x)) * scale"
-    exec(code, {"torch": torch} | namespace, namespace)
-    fast, x = kitchen._with_fast_export(namespace["own"]), torch.ones(3)
+    fast, x = kitchen._with_fast_export(exporting), torch.ones(3)
     assert torch.equal(fast(x), 2 * x)
     assert torch.equal(fast(x, scale=3.0), 3 * x)
     assert kitchen._with_fast_export(torch.add) is torch.add
-    assert kitchen._with_fast_export(layer_without) is layer_without
+    assert kitchen._with_fast_export(interpreted) is interpreted  # of a module that exports nothing
     assert kitchen._EXPORT in vars(cuda)  # if comfy-kitchen has renamed it, all works, and takes the host longer
     assert kitchen._with_fast_export(cuda.int8_linear) is not cuda.int8_linear
 
 
-def layer_without():
-    """A function that exports nothing."""
+def exporting(x, *, scale=2.0):
+    """Exports a tensor as comfy-kitchen's functions do."""
+    return torch.from_dlpack(_wrap_for_dlpack(x)) * scale
+
+
+def _wrap_for_dlpack(tensor):
+    raise AssertionError("exported with checks")
 
 
 def test_a_model_that_is_exact_logs_nothing(layer_of, caplog):

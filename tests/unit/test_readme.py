@@ -69,6 +69,12 @@ def test_both_readmes_have_the_same_parts_in_the_same_order():
     assert parts[0] == parts[1]
 
 
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_command_has_no_blank_to_fill_in(text):
+    lines = re.findall(r"^ {4,}\S.*", read(text), re.M)
+    assert [line for line in lines if "<" in line] == []
+
+
 def test_every_page_of_docs_is_linked_from_the_readmes():
     for text in READMES:
         assert [page for page in DOCS if f"]({page})" not in read(text)] == []
