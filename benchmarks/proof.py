@@ -205,7 +205,10 @@ def write(output: Path) -> None:
     rows: dict[str, Any] = {}
     for row in ROWS:
         if (output / row.name).is_dir():
-            told = [asdict(figure) | {"verdict": figure.verdict} for figure in read(row, output)]
+            told = [
+                asdict(figure) | {"shown": figure.shown, "target": figure.target, "verdict": figure.verdict}
+                for figure in read(row, output)
+            ]
             rows[row.name] = {"what": row.what, "script": row.script, **how_it_went(row, output), "figures": told}
     partial = output / "proof.json.partial"
     partial.write_text(json.dumps({"rows": rows}, indent=1))

@@ -1,10 +1,13 @@
 """Draws the charts and writes the tables of the texts from the measured figures in docs/data.
 
     python3 tools/charts.py
+    python3 tools/charts.py --proof results/proof.json
 
 Each file of docs/data is one table: groups (cards, settings), series with a value for each group, and for each series
 the run that measured it. The script draws docs/charts/NAME.svg (and NAME.zh.svg where the figures have Chinese names)
-and replaces what stands between ``<!-- NAME -->`` and ``<!-- /NAME -->`` in the texts. Standard library only.
+and replaces what stands between ``<!-- NAME -->`` and ``<!-- /NAME -->`` in the texts. ``--proof`` first takes over
+what `benchmarks/proof.py` has found: all figures as docs/data/proof.json, and your_card.json, which is made of them
+(`proof_data`). Standard library only.
 """
 
 import argparse
@@ -13,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+
+import proof_data
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "docs" / "data"
@@ -24,7 +29,10 @@ _OURS, _OTHERS = "#2f6fd0", "#a9b1bb"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
+    parser.add_argument("--proof", type=Path, help="proof.json of benchmarks/proof.py")
+    given = parser.parse_args()
+    if given.proof:
+        take_over(json.loads(given.proof.read_text("utf-8")))
     CHARTS.mkdir(exist_ok=True)
     for path, content in (*charts(), *texts()):
         path.write_text(content, "utf-8")
@@ -34,6 +42,15 @@ def main() -> None:
 def read_data() -> dict[str, dict[str, Any]]:
     """Every file of docs/data by its name without ending."""
     return {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(DATA.glob("*.json"))}
+
+
+def take_over(proof: dict[str, Any]) -> None:
+    """Put what a run of benchmarks/proof.py has found into docs/data; a table of which it has nothing stays."""
+    found = {"proof": proof_data.condensed(proof)}
+    if card := proof_data.your_card(found["proof"]):
+        found["your_card"] = card
+    for name, data in found.items():
+        (DATA / f"{name}.json").write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def charts() -> Iterator[tuple[Path, str]]:
@@ -58,10 +75,29 @@ def with_tables(text: str, language: str) -> str:
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         if begin in text:
             before, after = text.split(begin)
-            lines = _slots(data, language) if "slots" in data else _table(data, language)
+            lines = _lines(data, language)
             table = "".join(f"{line}\n" for line in lines)
             text = before + begin + table + end + after.split(end, 1)[1]
     return text
+
+
+def _lines(data: dict[str, Any], language: str) -> Iterator[str]:
+    if "rows" in data:
+        return _claims(data)
+    return _slots(data, language) if "slots" in data else _table(data, language)
+
+
+def _claims(data: dict[str, Any]) -> Iterator[str]:
+    """Markdown: each claim of a proof beside its target, and what it was measured on."""
+    yield from ("## Claims and targets", "", "Each row is one run of a benchmark, by `benchmarks/proof.py`.", "")
+    for about, names in proof_data.machines(data).items():
+        yield f"- {about}: {', '.join(names)}."
+    yield ""
+    yield from _header(["row", "what", "figure", "target", "verdict"])
+    for name, row in data["rows"].items():
+        for figure in proof_data.claims(row):
+            cells = (figure["name"], figure["shown"], figure["target"], figure["verdict"])
+            yield _line([f"`{name}`", *cells])
 
 
 def _word(words: dict[str, str], language: str) -> str:
@@ -77,6 +113,8 @@ def _table(data: dict[str, Any], language: str) -> Iterator[str]:
     yield from _header(heads)
     for index, group in enumerate(data["groups"]):
         yield _line([group, *(_cell(series, index, language) for series in data["series"])])
+    if "note" in data:
+        yield from ("", _word(data["note"], language))
 
 
 def _cell(series: dict[str, Any], index: int, language: str) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import proof
+import proof_data
 import pytest
 import two_gpus
 from cases import CASES
@@ -279,6 +280,20 @@ def test_a_card_has_the_fastest_of_each_side(tmp_path):
     assert told("peak VRAM") == ("0.50 GiB", "beside")
     assert told("streamed-auto") == ("190.0 ms", "beside")
     assert told("gguf-q4") == ("– (gguf-q4: no pack)", "not measured")
+
+
+def test_the_tables_of_the_texts_are_made_of_what_is_written(stand):
+    times = {"streamed-auto": 190.4, "comfy-int8": 266.0}
+    stand.told["card-8"] = lambda folder: write_compared(folder, {"1024-cap8": times})
+    stand.run("--rows", "card-8")
+    table = proof_data.your_card(proof_data.condensed(json.loads((stand.output / "proof.json").read_text())))
+    columns = {series["name"]["en"]: series["values"] for series in table["series"]}
+    assert columns == {
+        "blocks that stay in VRAM": [None, None, "7 + 9", None],
+        "peak VRAM": [None, None, 0.5, None],
+        "this package": [None, None, 190, None],
+        "ComfyUI, int8": [None, None, 266, None],
+    }
 
 
 def test_a_new_prompt_is_counted_from_its_text_to_its_picture(tmp_path):

@@ -1,8 +1,11 @@
 """Charts, tables and the measured figures say the same."""
 
+import json
 import re
+import sys
 
 import charts
+import proof_data
 import pytest
 import torch
 from sparse_checkpoint import make_sparse_checkpoint
@@ -12,7 +15,7 @@ from flux_nf4.offload.plan import Residency
 from flux_nf4.page.file_plan import block_sizes, make_plan
 
 DATA = charts.read_data()
-MEASURED = {name: data for name, data in DATA.items() if not data.get("is_computed")}
+MEASURED = {name: data for name, data in DATA.items() if "series" in data}
 
 
 def test_charts_and_tables_are_those_of_the_figures():
@@ -24,12 +27,18 @@ def test_charts_and_tables_are_those_of_the_figures():
     assert set(charts.CHARTS.iterdir()) == {path for path, _ in made if path.suffix == ".svg"}
 
 
+def cells_of(text):
+    """Of its tables, without the lines below the heads."""
+    lines = [line for line in text.splitlines() if line.startswith("|") and not line.startswith("|---")]
+    return [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines]
+
+
 @pytest.mark.parametrize("name", MEASURED)
 def test_every_value_stands_in_the_table_under_its_head(name):
     """Read as a person reads it, and not with the code that has written it."""
     text = (charts.ROOT / "docs" / "measurements.md").read_text("utf-8")
     table = text.split(f"<!-- {name} -->\n")[1].split(f"<!-- /{name} -->")[0]
-    heads, _, *rows = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    heads, *rows = cells_of(table)
     for column, series in enumerate(MEASURED[name]["series"], 1):
         assert heads[column].startswith(series["name"]["en"])
         assert [row[column] for row in rows] == ["–" if v is None else str(v) for v in series["values"]]
@@ -73,3 +82,119 @@ def test_seconds_by_slot_are_computed_from_what_a_step_copies(tmp_path):
     for name in ("README.md", "docs/measurements.md"):
         before_the_table = (charts.ROOT / name).read_text("utf-8").split("<!-- slots -->")[0].rsplit("\n## ", 1)[1]
         assert "omputed" in before_the_table
+
+
+ABOUT = {"device": "NVIDIA H200, 143771 MiB, 570.1", "comfyui": "0.33.0", "command": "proof.py --folder /mine"}
+
+
+def figure(name, value, unit="", *, most=None, verdict="beside"):
+    told = {"name": name, "value": value, "unit": unit, "most": most, "note": "", "verdict": verdict}
+    return told | {"shown": f"{value} {unit}".strip(), "target": "" if most is None else f"at most {most}"}
+
+
+def a_proof(**others):
+    """Of a card of 4 GiB without GGUF and of 8 GiB, and one claim that is missed; what `benchmarks/proof.py` writes."""
+    small = [figure("blocks that stay", "none"), figure("peak VRAM", 0.784, "GiB"), figure("gguf-q4", None, "ms")]
+    large = [
+        figure("blocks that stay", "all, 19 + 38"),
+        figure("peak VRAM", 5.061, "GiB"),
+        figure("gguf-q4", 569.2, "ms"),
+    ]
+    small += [figure("streamed-auto", 190.4, "ms"), figure("comfy-int8", 266.6, "ms")]
+    large += [figure("streamed-auto", 180.0, "ms"), figure("comfy-int8", 250.0, "ms")]
+    large.append(figure("NF4 here of the fastest by ComfyUI", 1.041, most=1.0, verdict="missed"))
+    rows = {"card-4": small, "card-8": large, **others}
+    how = {
+        "about": ABOUT,
+        "command": "compare.py --cases x",
+        "script": "compare.py",
+        "code": 0,
+        "seconds": 9,
+        "said": "",
+    }
+    return {"rows": {name: {"what": name, **how, "figures": figures} for name, figures in rows.items()}}
+
+
+@pytest.fixture
+def texts(tmp_path, monkeypatch):
+    """A function that takes a proof over into a copy of the texts, as the command does; their folder."""
+    for name, folder in (("ROOT", tmp_path), ("DATA", tmp_path / "docs/data"), ("CHARTS", tmp_path / "docs/charts")):
+        folder.mkdir(exist_ok=True, parents=True)
+        monkeypatch.setattr(charts, name, folder)
+    marks = "# Title\n\n<!-- {0} -->\nold\n<!-- /{0} -->\n\nThe end.\n"
+    (tmp_path / "README.md").write_text(marks.format("your_card"))
+    (tmp_path / "README.zh.md").write_text(marks.format("your_card"))
+    (tmp_path / "docs" / "measurements.md").write_text(marks.format("proof"))
+
+    def take_over(proof):
+        (tmp_path / "proof.json").write_text(json.dumps(proof))
+        monkeypatch.setattr(sys, "argv", ["charts.py", "--proof", str(tmp_path / "proof.json")])
+        charts.main()
+        return tmp_path
+
+    return take_over
+
+
+def test_a_proof_becomes_the_table_and_the_chart_of_cards(texts):
+    folder = texts(a_proof(**{"new-prompt": [figure("RAM in total", 12.34, "GiB")]}))
+    readme = (folder / "README.md").read_text()
+    heads, *rows = cells_of(readme)
+    assert [head.split(", ")[0] for head in heads[:4]] == [
+        "your card",
+        "blocks that stay in VRAM",
+        "peak VRAM",
+        "this package",
+    ]
+    assert heads[4:] == [
+        "ComfyUI, int8, ms",
+        "ComfyUI-GGUF, Q4_0, ms",
+        "RAM in total, GiB",
+    ]  # the others have no figure
+    assert rows == [
+        ["4 GB", "none", "0.78", "190", "267", "–", "12.3"],
+        ["6 GB", *["–"] * 5, "12.3"],
+        ["8 GB", "all, 19 + 38", "5.06", "180", "250", "569", "12.3"],
+        ["12 GB", *["–"] * 5, "12.3"],
+    ]
+    assert "NVIDIA H200 with all memory but 4, 8 GiB taken; ComfyUI 0.33.0." in readme
+    assert readme.endswith("<!-- /your_card -->\n\nThe end.\n")
+    assert "old" not in readme
+    assert "| 8 GB | 全部，19 + 38 | 5.06 | **180** |" in (folder / "README.zh.md").read_text()
+    bars = re.findall(r">([\d.]+)</text>", (folder / "docs/charts/your_card.svg").read_text())
+    assert bars == ["190", "267", "180", "250", "569"]
+
+
+def test_every_claim_stands_beside_its_target(texts):
+    folder = texts(a_proof())
+    text = (folder / "docs" / "measurements.md").read_text()
+    assert "- NVIDIA H200, ComfyUI 0.33.0: `card-4`, `card-8`.\n" in text
+    heads, *rows = cells_of(text)
+    assert len(rows) == 5  # no ms: they are in the other table
+    assert ["`card-8`", "NF4 here of the fastest by ComfyUI", "1.041", "at most 1.0", "missed"] in rows
+    assert len(heads) == 5
+
+
+def test_a_proof_without_cards_leaves_their_table(texts):
+    folder = texts({"rows": {}})
+    assert "old" in (folder / "README.md").read_text()
+    assert [path.name for path in (folder / "docs/data").iterdir()] == ["proof.json"]
+
+
+def test_no_folder_of_the_machine_that_was_measured_is_told(texts):
+    assert "/mine" not in (texts(a_proof()) / "docs/data/proof.json").read_text()
+
+
+def test_cards_of_two_machines_are_in_no_table(texts):
+    proof = a_proof()
+    proof["rows"]["card-8"]["about"] = ABOUT | {"comfyui": "0.3.75"}
+    with pytest.raises(SystemExit, match="card-4, card-8 are of different machines"):
+        texts(proof)
+
+
+def test_the_cards_are_those_of_the_proof():
+    """Once there is one; before, no table says that it is from it."""
+    if "proof" in DATA:
+        assert DATA["your_card"] == proof_data.your_card(DATA["proof"])
+    else:
+        commands = [run["command"] for data in MEASURED.values() for run in data["runs"].values()]
+        assert "benchmarks/proof.py" not in commands
