@@ -26,9 +26,9 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: it cannot be written; ``path`` is unchanged.
     """
-    partial, file = _create(path)
-    try:
-        with file:
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}{PARTIAL_SUFFIX}")
+    try:  # Ctrl-C may come at any time: before the file is made, too
+        with _create(partial) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -52,15 +52,14 @@ def remove_abandoned(folder: Path) -> None:
             )
 
 
-def _create(path: Path) -> tuple[Path, BinaryIO]:
+def _create(partial: Path) -> BinaryIO:
     while True:
-        partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
         file = partial.open("xb")
         if sys.platform != "win32":
             with contextlib.suppress(OSError):  # without locks nobody removes what others have left
                 fcntl.flock(file, fcntl.LOCK_EX)
         if partial.exists():  # else taken for abandoned before it was locked
-            return partial, file
+            return file
         file.close()
 
 

@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -126,3 +127,15 @@ def test_a_writer_that_is_taken_for_abandoned_before_it_has_its_lock_begins_anew
         file.write(b"whole")
     assert len(removed) == 1
     assert (tmp_path / "model.safetensors").read_bytes() == b"whole"
+
+
+def test_ctrl_c_when_the_file_has_just_been_made_leaves_none(tmp_path, monkeypatch):
+    def interrupted(self, mode):
+        real_open(self, mode).close()
+        raise KeyboardInterrupt
+
+    real_open = Path.open
+    monkeypatch.setattr(Path, "open", interrupted)
+    with pytest.raises(KeyboardInterrupt), whole_file(tmp_path / "model.safetensors"):
+        raise AssertionError("it was made")
+    assert list(tmp_path.iterdir()) == []
