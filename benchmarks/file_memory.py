@@ -10,8 +10,8 @@ Run it with ComfyUI's Python, on Linux. Without a checkpoint it makes one with r
   Seconds until ComfyUI has the model ready for its first step, and what of the process's memory is its own.
 - Steps: both ways in one process, in turns; medians. Outputs must be bit-identical, or it fails.
 - Processes: two that load the same file, each on a GPU of its own, or both on the first where there is one. By how much
-  the memory of both together grows when they load, against one alone (Pss), and the time of a step while both run.
-  ``--part processes`` measures only these.
+  the memory of both together grows when they load, against the first alone (Pss), and the time of a step of the first
+  alone and while both run. ``--part processes`` measures only these, in less than a minute once the file is there.
 - Copies to each GPU from memory that was registered for the first one.
 """
 
@@ -153,19 +153,28 @@ def pss_bytes(process: int) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
-def serve(path: Path, way: str, repeats: int) -> None:
-    """One of several processes: goes on to its next state, and says so, whenever it is told to."""
-    step(put_on_device(load(path, way)))
-    forget_everything()
-    answer("has loaded it once, and has forgotten it")
-    patcher = load(path, way)
-    step(put_on_device(patcher))
-    answer("has it")
-    times = {}
-    for pixels in PIXELS:
-        model = put_on_device(patcher, pixels)
-        times[pixels] = statistics.median(milliseconds(model.forward, 4 * repeats, model.device)[1:])
-    answer(json.dumps(times))
+def serve(path: Path, repeats: int) -> None:
+    """One of several processes: does what it is told on its standard input, a verb and a way a line, and answers."""
+    model: Any = None
+    answer("is there")
+    for line in sys.stdin:
+        verb, way = line.split()
+        said: Any = "done"
+        if verb == "load":
+            model = put_on_device(load(path, way))
+            step(model)
+        elif verb == "time":
+            said = {pixels: time_of(model.patcher, pixels, repeats) for pixels in PIXELS}
+        else:
+            model = None
+            forget_everything()
+        answer(json.dumps(said))
+
+
+def time_of(patcher: Any, pixels: int, repeats: int) -> float:
+    """Milliseconds of a step, the median."""
+    model = put_on_device(patcher, pixels)
+    return statistics.median(milliseconds(model.forward, repeats, model.device)[1:])
 
 
 ANSWER = "answer: "
@@ -173,61 +182,81 @@ ANSWER = "answer: "
 
 def answer(text: str) -> None:
     print(ANSWER + text, flush=True)
-    sys.stdin.readline()
 
 
-class Servers:
-    """Processes that `serve`, one on each of ``devices``."""
+class Server:
+    """A process that serves, on ``device``."""
 
-    def __init__(self, arguments: Sequence[str], devices: Sequence[int]) -> None:
-        self._processes = [
-            subprocess.Popen(
-                own_command("serve", *arguments),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=os.environ | {"CUDA_VISIBLE_DEVICES": str(device)},
-            )
-            for device in devices
-        ]
+    def __init__(self, arguments: Sequence[str], device: int) -> None:
+        self._process = subprocess.Popen(
+            own_command("serve", *arguments),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": str(device)},
+        )
 
-    def answers(self) -> list[str]:
-        return [next_answer(process) for process in self._processes]
+    def begin(self, verb: str, way: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{verb} {way}\n")
+        self._process.stdin.flush()
 
+    def answer(self) -> str:
+        """The next one; whatever else the process prints is passed over."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(ANSWER):
+                return line.removeprefix(ANSWER)
+        raise SystemExit("a process has ended early: its own messages say why")
+
+    @property
     def pss(self) -> int:
-        return sum(pss_bytes(process.pid) for process in self._processes)
-
-    def go_on(self) -> None:
-        for process in self._processes:
-            assert process.stdin is not None
-            process.stdin.write("\n")
-            process.stdin.flush()
+        return pss_bytes(self._process.pid)
 
     def end(self) -> None:
-        self.go_on()
-        for process in self._processes:
-            process.wait()
+        self._process.kill()
+        self._process.communicate()
 
 
-def next_answer(process: "subprocess.Popen[str]") -> str:
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith(ANSWER):
-            return line.removeprefix(ANSWER)
-    raise SystemExit("a process has ended early: its own messages say why")
+def all_at_once(servers: Sequence[Server], verb: str, way: str) -> list[Any]:
+    for server in servers:
+        server.begin(verb, way)
+    return [json.loads(server.answer()) for server in servers]
 
 
-def processes(arguments: Sequence[str], devices: Sequence[int]) -> dict[str, Any]:
-    servers = Servers(arguments, devices)
-    servers.answers()
-    before = servers.pss()
-    servers.go_on()
-    servers.answers()
-    after = servers.pss()
-    servers.go_on()
-    times = [json.loads(line) for line in servers.answers()]
-    servers.end()
-    return {"devices": list(devices), "grown_gib": (after - before) / GIB, "pss_gib": after / GIB, "ms": times}
+def processes(arguments: Sequence[str], devices: Sequence[int], ways: Sequence[str]) -> dict[str, Any]:
+    """Two processes for all ways, as most of the time is their start: one of them has the model, then both."""
+    servers = [Server(arguments, device) for device in devices]
+    try:
+        for server in servers:
+            server.answer()
+        say("both processes have ComfyUI")
+        return {way: {"devices": list(devices)} | one_and_two(servers, way) for way in ways}
+    finally:
+        for server in servers:
+            server.end()
+
+
+def one_and_two(servers: Sequence[Server], way: str) -> dict[str, Any]:
+    for verb in ("load", "forget"):  # what only a first load takes is no model's
+        all_at_once(servers, verb, way)
+    before = sum(server.pss for server in servers)
+    found: dict[str, Any] = {}
+    for name, last, of in (("one", servers[0], servers[:1]), ("two", servers[1], servers)):
+        all_at_once([last], "load", way)
+        grown = sum(server.pss for server in servers) - before
+        found[name] = {"grown_gib": grown / GIB, "ms": all_at_once(of, "time", way)}
+        say(f"weights in the {way}, {name} with the model: {json.dumps(found[name])}")
+    all_at_once(servers, "forget", way)
+    return found | {"grown_gib_ratio": found["two"]["grown_gib"] / found["one"]["grown_gib"]}
+
+
+BEGUN = time.perf_counter()
+
+
+def say(text: str) -> None:
+    """A sign of life."""
+    print(f"[{time.perf_counter() - BEGUN:.0f} s] {text}", flush=True)
 
 
 def own_command(what: str, *arguments: str) -> list[str]:
@@ -262,26 +291,16 @@ def measure(path: Path, given: argparse.Namespace) -> dict[str, Any]:
         results["steps"] = in_fresh_process("steps", *common)
     if "processes" in given.part:
         two = [0, min(1, torch.cuda.device_count() - 1)]
-        results["processes"] = {way: one_and_two([*common, "--way", way], two) for way in given.ways}
+        results["processes"] = processes(common, two, given.ways)
     return results
-
-
-def one_and_two(arguments: Sequence[str], two: Sequence[int]) -> dict[str, Any]:
-    one, both = (processes(arguments, devices) for devices in (two[:1], two))
-    ratios = {f"{name}_ratio": both[name] / one[name] for name in ("grown_gib", "pss_gib")}
-    return {"one": one, "two": both} | ratios
 
 
 def report(results: dict[str, Any]) -> str:
     lines = report_of_start(results) if "start" in results else []
     lines += [f"{name}: {value}" for name, value in results.get("steps", {}).items()]
     for way, found in results.get("processes", {}).items():
-        for name in ("one", "two"):
-            lines.append(f"weights in the {way}, {json.dumps(found[name])}")
-        lines.append(
-            f"weights in the {way}: to load, two processes take {found['grown_gib_ratio']:.3f} of the memory of one; "
-            f"in all, {found['pss_gib_ratio']:.3f}"
-        )
+        ratio = found["grown_gib_ratio"]
+        lines.append(f"weights in the {way}: to load, two processes take {ratio:.3f} of the memory of one")
     return "\n".join(lines)
 
 
@@ -315,9 +334,11 @@ def main() -> None:
     parts: dict[str, Callable[[], Any]] = {
         "start": lambda: start(given.checkpoint, given.way, given.rounds),
         "steps": lambda: steps(given.checkpoint, given.rounds, given.repeats),
-        "serve": lambda: serve(given.checkpoint, given.way, given.repeats),
     }
     with torch.inference_mode():
+        if given.only == "serve":
+            serve(given.checkpoint, given.repeats)
+            return
         if given.only:
             print(json.dumps(parts[given.only]()))
             return

@@ -320,6 +320,18 @@ def test_nothing_is_kept_when_it_is_over_though_nobody_waits(file):
     assert registrar.registered == {}
 
 
+def test_what_another_arena_has_pinned_ahead_is_unpinned_by_the_last_user(file):
+    registrar = FakeRegistrar()
+    arena = arena_of(file, registrar)
+    arena_of(file, registrar).pin_ahead(ALL, DEVICE)
+    thread = pinning_ahead._thread  # keeps no arena
+    pinning_ahead.wait()
+    arena.pin(ALL, DEVICE)
+    arena.unpin()
+    assert registrar.registered == {}
+    assert thread is None or ends(thread)
+
+
 def test_where_no_thread_is_to_be_had_whoever_pins_does_it(file, monkeypatch):
     def refuse(_):
         raise RuntimeError("can't start new thread")
