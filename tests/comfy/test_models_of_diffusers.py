@@ -71,16 +71,25 @@ def load(path):
     return catalogue, load_transformer(catalogue)
 
 
-@pytest.fixture
-def stock(small):
-    """A function: stock ComfyUI's model of the same values as diffusers' quantised one, dense."""
+def stock_of(name, reference, model):
+    """Stock ComfyUI's model of the same values as diffusers' quantised one, dense."""
+    twin = dense_twin(SMALL[name], reference, _logical_shapes(model.model.diffusion_model))
+    patcher = comfy.sd.load_diffusion_model_state_dict(twin)
+    assert type(patcher.model) is type(model.model)
+    assert patcher.model.get_dtype() == torch.float32
+    return patcher
 
-    def make(reference, model):
-        twin = dense_twin(SMALL[small], reference, _logical_shapes(model.model.diffusion_model))
-        patcher = comfy.sd.load_diffusion_model_state_dict(twin)
-        assert type(patcher.model) is type(model.model)
-        assert patcher.model.get_dtype() == torch.float32
-        return patcher
+
+@pytest.fixture(scope="module")
+def latents_of_stock(quantised):
+    """A function: what stock ComfyUI makes of the quantised model of this name, on its dense twin, in so many steps."""
+
+    @functools.cache
+    def make(name, nested=False, steps=1):
+        reference, folder = quantised(name, nested)
+        latents = sample(stock_of(name, reference, load(folder)[1]), SMALL[name], steps)
+        assert latents.std() > 0.01
+        return latents
 
     return make
 
@@ -95,16 +104,15 @@ def _logical_shapes(transformer):
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["fp32 absmax", "nested absmax"])
-def test_latents_are_those_of_stock_comfyui(small, nested, quantised, stock, copies, monkeypatch):
+def test_latents_are_those_of_stock_comfyui(small, nested, quantised, latents_of_stock, copies, monkeypatch):
     monkeypatch.setattr(StreamedModelPatcher, "staging_bytes", 1000)  # else it holds the whole model, and all stays
-    reference, folder = quantised(small, nested)
+    _, folder = quantised(small, nested)
     catalogue, model = load(folder)
-    wanted = sample(stock(reference, model), SMALL[small])
-    assert wanted.std() > 0.01
+    wanted = latents_of_stock(small, nested, steps=2)
     kinds = catalogue.found.family.kinds
     for count in (0, 1, 99):
         patcher = streamed(model, Residency(tuple((kind, count) for kind in kinds)), None)
-        assert torch.equal(sample(patcher, SMALL[small]), wanted), f"{count} of each kind"
+        assert torch.equal(sample(patcher, SMALL[small], steps=2), wanted), f"{count} of each kind"
         report = patcher.report()
         assert len(report.wanted) == (count * len(kinds) if count < 99 else len(report.kinds))
 
@@ -126,8 +134,8 @@ def test_what_is_packed_stays_packed_and_the_plan_from_the_header_is_that_of_the
     ]
 
 
-def test_it_is_read_however_it_is_named(small, quantised, stock, tmp_path):
-    reference, folder = quantised(small)
+def test_it_is_read_however_it_is_named(small, quantised, latents_of_stock, tmp_path):
+    _, folder = quantised(small)
     shards = sorted(folder.glob("*.safetensors"))
     assert len(shards) > 1
     (index,) = folder.glob("*.index.json")
@@ -136,7 +144,7 @@ def test_it_is_read_however_it_is_named(small, quantised, stock, tmp_path):
     one, prefixed = tmp_path / "one.safetensors", tmp_path / "prefixed.safetensors"
     save_file(tensors, one)
     save_file({f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()}, prefixed)
-    wanted = sample(stock(reference, load(folder)[1]), SMALL[small])
+    wanted = latents_of_stock(small)
     for path in (tmp_path, shards[0], shards[-1], index, one, prefixed):
         patcher = streamed(load(path)[1], Residency((), None), None)
         assert torch.equal(sample(patcher, SMALL[small]), wanted), path.name
@@ -194,11 +202,11 @@ def test_a_model_that_this_comfyui_cannot_make_is_one_that_it_is_too_old_for(qua
 
 
 def test_saved_from_stock_comfyui_it_has_the_names_of_its_model_and_the_values_of_bitsandbytes(
-    small, quantised, stock, tmp_path, monkeypatch
+    small, quantised, tmp_path, monkeypatch
 ):
     """*Quantise and Save* on a dense MODEL, and the file loaded again."""
     reference, folder = quantised(small)
-    dense = stock(reference, load(folder)[1])
+    dense = stock_of(small, reference, load(folder)[1])
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
     FluxNF4QuantiseSave().save(dense, "saved", "output", "nf4", "fp32", "")
     (path,) = tmp_path.glob("*.safetensors")
@@ -220,15 +228,17 @@ def test_saved_from_stock_comfyui_it_has_the_names_of_its_model_and_the_values_o
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["fp32 absmax", "nested absmax"])
-def test_saved_from_diffusers_file_its_4bit_values_stay(small, nested, quantised, stock, tmp_path, monkeypatch):
-    reference, folder = quantised(small, nested)
+def test_saved_from_diffusers_file_its_4bit_values_stay(
+    small, nested, quantised, latents_of_stock, tmp_path, monkeypatch
+):
+    _, folder = quantised(small, nested)
     _, model = load(folder)
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
     skipped = "transformer_blocks.0.*, transformer_blocks.3.*, img_in, proj_out" if SMALL[small].skipped else ""
     FluxNF4QuantiseSave().save(streamed(model, Residency(()), None), "saved", "output", "nf4", "fp32", skipped)
     (path,) = tmp_path.glob("*.safetensors")
     again = streamed(load(path)[1], Residency(()), None)
-    assert torch.equal(sample(again, SMALL[small]), sample(stock(reference, model), SMALL[small]))
+    assert torch.equal(sample(again, SMALL[small]), latents_of_stock(small, nested))
 
 
 def test_the_two_models_of_ideogram_4_make_one_picture(quantised, monkeypatch, copies, tmp_path):
