@@ -4,6 +4,10 @@ Nodes put state on the model object that all clones of a MODEL share, and on its
 attribute, RES4LYF other classes. With other settings, a loader of ComfyUI's gives a newly read model, which has none of
 that state. Here it gives new objects for the model and for all modules down to the layers, which hold the tensors and
 are shared: the file is read once, and for ComfyUI's memory manager all of them are one model.
+
+Models that have tensors in other modules as well (Wan in each block) keep one transformer for all: blocks of their own
+would need the streamer's bindings and the patches of these tensors, too, and either transformer and blocks must be new
+or neither.
 """
 
 import copy
@@ -104,7 +108,10 @@ class SharedModulesPatcher(comfy.model_patcher.ModelPatcher):
 
 
 def _over_the_same_layers(model: Any) -> nn.Module:
-    """Another object with the attributes of ``model``; setting one of either changes nothing of the other's."""
+    """Another object with the attributes of ``model``; setting one of either changes nothing of the other's.
+
+    So it is with its transformer and blocks, if all tensors of the transformer are in layers.
+    """
     other = copy.copy(model)
     for name, value in vars(model).items():
         if isinstance(value, dict | list | set):

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import sys
 import types
 
@@ -52,6 +53,24 @@ def test_the_model_it_came_from_goes_on_and_shares_its_memory(dense, sample, cop
     assert host_memory(dense) == host_memory(streamed)
     for patcher in (streamed, dense, streamed, dense):
         assert torch.equal(sample(patcher), expected)
+
+
+def test_a_model_that_is_loaded_leaves_comfyuis_list_with_its_own_weights(dense, sample, copies):
+    """ComfyUI's list is written to: no entry stays there, and none of them unloads the model once more when it goes."""
+    plain, key = sample(dense), "diffusion_model.single_blocks.1.linear1.weight"
+    patched = dense.clone()
+    patched.add_patches({key: ("diff", (torch.ones(dense.model.state_dict()[key].shape),))})
+    sample(patched)
+    (entry,) = comfy.model_management.current_loaded_models
+    assert entry.model.is_clone(dense)
+    streamed = stream_model(dense, Residency((("double", 0), ("single", 0))), None)
+    assert comfy.model_management.current_loaded_models == []
+    assert dense.loaded_size() == 0
+    del entry, patched
+    gc.collect()
+    assert torch.equal(sample(streamed), plain)
+    assert torch.equal(sample(dense), plain)
+    assert len(comfy.model_management.current_loaded_models) == 2
 
 
 def test_patches_and_options_come_along(dense, sample, copies):

@@ -1,7 +1,10 @@
 """ComfyUI's count of pinned memory and this package's share of it."""
 
+from types import SimpleNamespace
+
 import comfy.model_management
 import pytest
+import torch
 
 from flux_nf4.offload.comfyui import pins
 
@@ -54,3 +57,19 @@ def test_a_count_that_comfyui_has_set_to_zero_gets_this_packages_share_back(mana
 def test_a_comfyui_that_pins_nothing_of_its_own_accord_forbids_nothing(management, monkeypatch):
     monkeypatch.setattr(management, "MAX_PINNED_MEMORY", -1)
     assert limit() > 100 * MIB
+
+
+@pytest.mark.skipif(not hasattr(comfy.model_management, "TOTAL_PINNED_MEMORY"), reason="this ComfyUI counts no pins")
+def test_comfyuis_own_pins_are_counted_where_ours_are(management, monkeypatch):
+    """Not a stand-in: it fails if ComfyUI counts elsewhere, or otherwise, than is assumed here."""
+    driver = SimpleNamespace(cudaHostRegister=lambda *_: 0, cudaHostUnregister=lambda *_: 0)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    monkeypatch.setattr(management, "PINNED_MEMORY", {})
+    pin(monkeypatch, 40 * MIB)
+    weight = torch.nn.Parameter(torch.zeros(MIB, dtype=torch.uint8), requires_grad=False)
+    assert management.pin_memory(weight)
+    assert counted(management) == 41 * MIB
+    assert limit() == 99 * MIB
+    assert management.unpin_memory(weight)  # some ComfyUIs set the counter to 0 here
+    assert limit() == 100 * MIB
+    assert counted(management) == 40 * MIB

@@ -1,5 +1,6 @@
 """4-bit text encoders of transformers, streamed: the bits of ComfyUI's own on the dense twin, whatever is resident."""
 
+import comfy.model_management
 import comfy.sd
 import pytest
 import torch
@@ -37,7 +38,9 @@ def same(got, wanted):
 def test_it_encodes_as_comfyui_on_the_dense_twin(tiny, tmp_path, monkeypatch, clip_copies):
     make_small(monkeypatch, tiny)
     wanted = encoded(stock(tiny, dense_twin(save(tiny, tmp_path, double_quant=tiny.layers > 30))), tiny)
+    on_list = [*comfy.model_management.current_loaded_models]
     loaded = load_encoders([read_encoder_file(tmp_path)], tiny.clip_type)
+    assert all(entry in on_list for entry in comfy.model_management.current_loaded_models)
     streamer = loaded.patcher.model.streaming.streamer
     assert any(isinstance(module, HostEmbedding) for module in loaded.cond_stage_model.modules())
     least = loaded.patcher.model_size()
