@@ -61,7 +61,7 @@ _vaes: WeakValueDictionary[Place, comfy.sd.VAE] = WeakValueDictionary()
 
 @dataclass(frozen=True)
 class AllInOne:
-    """What one file holds."""
+    """The parts of an all-in-one file."""
 
     model: StreamedModelPatcher
     clip: comfy.sd.CLIP
@@ -192,7 +192,7 @@ def _pin_ahead(
     mapped: Mapping[torch.nn.Module, Mapping[str, torch.Tensor]],
     device: torch.device,
 ) -> None:
-    """Begin to pin what is ``mapped``: that takes as long as all else that is to be done before the first forward."""
+    """Begin to pin the ``mapped`` memory: it takes about as long as everything else before the first forward."""
     by_block = [[tensor for part in block.modules() for tensor in mapped.get(part, {}).values()] for block in blocks]
     file = FileArena(by_block)
     limit_bytes, _ = pin_limit(file.nbytes - file.pinned_bytes)

@@ -34,7 +34,7 @@ class StreamedEncoders(nn.Module):
 
     @property
     def current_patcher(self) -> Any:
-        """What ComfyUI's diffusion models have."""
+        """As ComfyUI's diffusion models have it."""
         return self.patcher_of()
 
     def encode_token_weights(self, *args: Any, **kwargs: Any) -> Any:
@@ -153,7 +153,7 @@ class StreamedEncoderPatcher(StreamedModelPatcher):
 
     @property
     def _bytes_of_all_others(self) -> int:
-        """Of what is in no block."""
+        """Bytes of the tensors in no block."""
         return self._streaming.other_bytes + (0 if self._large.is_on_device else self._large.nbytes)
 
     @property

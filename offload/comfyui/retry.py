@@ -33,7 +33,7 @@ def retry_with_less(executor: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def with_less(model: Any, forward: Callable[[], Any]) -> Any:
-    """What ``forward`` of a streamed model gives, if need be of a second run with no block resident.
+    """The output of a streamed model's ``forward``. If memory runs out, it runs again with no block resident.
 
     Raises:
         RuntimeError: comfy-kitchen cannot compute the model's format on this device.
@@ -70,7 +70,7 @@ def with_less(model: Any, forward: Callable[[], Any]) -> Any:
 
 
 def _is_of_comfy_kitchen(error: BaseException) -> bool:
-    """Whether none of its backends could compute what it was asked for. Not every ComfyUI has it."""
+    """Whether comfy-kitchen had no backend for the computation. Not every ComfyUI has comfy-kitchen."""
     return any(kind.__module__ == "comfy_kitchen.exceptions" for kind in type(error).__mro__)
 
 
