@@ -61,7 +61,7 @@ _vaes: WeakValueDictionary[Place, comfy.sd.VAE] = WeakValueDictionary()
 
 @dataclass(frozen=True)
 class AllInOne:
-    """What one file holds."""
+    """The parts of an all-in-one file."""
 
     model: StreamedModelPatcher
     clip: comfy.sd.CLIP
@@ -192,7 +192,10 @@ def _pin_ahead(
     mapped: Mapping[torch.nn.Module, Mapping[str, torch.Tensor]],
     device: torch.device,
 ) -> None:
-    """Begin to pin what is ``mapped`` of ``parts``, which are in the order in which the first forward needs them."""
+    """Begin to pin what is ``mapped``, in the order of ``parts``, in which the first forward needs them.
+
+    It takes about as long as everything else before the first forward.
+    """
     by_part = [[tensor for module in part.modules() for tensor in mapped.get(module, {}).values()] for part in parts]
     file = FileArena(by_part)
     limit_bytes, _ = pin_limit(file.nbytes - file.pinned_bytes)

@@ -68,7 +68,7 @@ def streamed_clip(loaded: StreamedClip, residency: Residency, node_id: str | Non
 
 
 def key_of_encoders(files: Sequence[EncoderFile], clip_type: str) -> Key:
-    """What tells the files, as they are now, and what is made of them from others."""
+    """The identity of the files in their present state, and of the CLIP that is made of them."""
     paths = [path.resolve() for file in files for path in sorted({one.path for one in file.header.tensors.values()})]
     stats = tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths)
     return stats, clip_type, comfy.model_management.text_encoder_device()
@@ -119,7 +119,7 @@ def _bytes_of(in_file: InFile) -> int:
 def _in_file(
     files: Sequence[EncoderFile], built: BuiltEncoders, blocks: Sequence[nn.Module], device: torch.device
 ) -> InFile:
-    """Which tensors stay in the files. Log and errors say why, and what it takes.
+    """Decide which tensors stay in the files, and say so in the log.
 
     Raises:
         CheckpointError: the RAM does not hold what cannot stay in a file.

@@ -36,7 +36,7 @@ _ROWS_AT_1024 = 4096 + 512
 
 @dataclass(frozen=True)
 class Int8Figures:
-    """What was measured on a device: int8 is faster for ``faster`` of ``measured`` kinds of layers.
+    """Measured on a device: int8 is faster for ``faster`` of ``measured`` kinds of layers.
 
     With int8 for these, all kinds together are ``times`` as fast as exact ones. ``is_used``: the model computes so.
     """
@@ -71,7 +71,7 @@ def figures(patcher: StreamedModelPatcher) -> Int8Figures | None:
 
 
 _said: dict[torch.device, Int8Figures | None] = {}
-"""What the log said last about each device."""
+"""The figures that the log told last, by device."""
 
 
 def _say(patcher: StreamedModelPatcher) -> None:

@@ -1,4 +1,4 @@
-"""What the nodes have in common: inputs that say what stays in VRAM, files by name, and models kept between runs."""
+"""Shared by the nodes: the inputs for residency, files by name, and models kept between runs."""
 
 import logging
 import sys
@@ -110,7 +110,7 @@ BY_OLD_COUNTS: dict[str, Any] = {"counts": {kind: given for given, kind in OLD_C
 
 
 def residency_of(vram_budget_gb: float = 0.0, **counts: int) -> Residency:
-    """What these inputs ask for: 0 GiB and counts of -1 leave it to the free VRAM."""
+    """The residency that these inputs ask for. 0 GiB and counts of -1 leave it to the free VRAM."""
     kinds = COUNTED | OLD_COUNTED
     wanted = tuple((kinds[given], count) for given, count in counts.items() if count >= 0)
     return Residency(wanted, int(vram_budget_gb * GIB) or None)

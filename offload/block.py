@@ -1,7 +1,7 @@
 """A block in host memory, and what of it is on the device.
 
-A block has a record of its own tensors. Extras - tensors that its layers were given later, a LoRA's factors for
-instance - have records beside it: what is large travels with the layer's tile, what is small stays on the device.
+A block has a record of its own tensors. Extras are tensors that its layers were given later, such as a LoRA's
+factors. They have records beside it: large ones travel with the layer's tile, small ones stay on the device.
 """
 
 import itertools
@@ -159,7 +159,7 @@ class Block:
 
     @property
     def tiles(self) -> tuple[BoundTile, ...]:
-        """Of its own tensors."""
+        """The layout of its own tensors."""
         return self.own.tiles
 
     @property
@@ -184,7 +184,7 @@ class Block:
         return sum(record.buffer.nbytes for record in self.records if record.buffer is not None)
 
     def parts(self, local: int) -> tuple[tuple[BoundTile, HostRecord | MappedRecord], ...]:
-        """What travels as tile ``local``: tensors of the layer's own, and its extras; each with its record."""
+        """The parts of tile ``local``: the layer's own tensors and its extras, each with its record."""
         travelling = [record for record in (self.own, self.travelling) if record is not None]
         parts = [(record.tiles[local], record) for record in travelling if record.tiles[local].tile.nbytes]
         mapped = [(piece, self.mapped) for piece in self.mapped.pieces[local]] if self.mapped is not None else []
@@ -209,7 +209,7 @@ Names = Mapping[tuple[str, str], torch.Tensor]
 """Host bytes (uint8, flat) of tensors, by module and name."""
 
 Split = tuple[RecordLayout, RecordLayout]
-"""A block's layout in two: its own record, and what is mapped."""
+"""The two layouts of a block: of its own record, and of its mapped tensors."""
 
 
 def layouts_of(modules: Sequence[nn.Module], without: Collection[nn.Module] = ()) -> list[RecordLayout]:
@@ -223,7 +223,7 @@ def layouts_of(modules: Sequence[nn.Module], without: Collection[nn.Module] = ()
 
 
 def split(layouts: Sequence[RecordLayout], mapped: Sequence[Names]) -> list[Split]:
-    """What of each block gets a record of its own, and what is ``mapped``."""
+    """Split each block's layout into its own record and its ``mapped`` tensors."""
     found: dict[tuple[int, frozenset[tuple[str, str]]], Split] = {}  # blocks of one structure share their layout
     splits = []
     for layout, names in zip(layouts, mapped, strict=True):
@@ -242,7 +242,7 @@ def blocks_in(
     mapped: Sequence[Names],
     each: Callable[[int], None],
 ) -> tuple[Block, ...]:
-    """Move the tensors of ``modules`` into the records of ``arena``; what is ``mapped`` stays where it is.
+    """Move the tensors of ``modules`` into the records of ``arena``; ``mapped`` tensors stay where they are.
 
     ``each`` is called with the index of each block that has moved.
 

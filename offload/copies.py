@@ -45,7 +45,7 @@ class Copies(Protocol):
         ...
 
     def compute_waits(self, event: Any) -> None:
-        """What is launched for compute from here on runs after ``event``."""
+        """Have all compute launched from here on run after ``event``."""
         ...
 
     def record(self, event: Any) -> None:

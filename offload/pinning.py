@@ -75,7 +75,7 @@ def registrar_for(device: torch.device) -> Registrar | None:
 
 
 class Pins:
-    """What is registered of one mapping, and the registrars of the devices that copy from it."""
+    """The registered parts of one mapping, and the registrars of the devices that copy from it."""
 
     def __init__(self, *, read_only: bool = False) -> None:
         self.sizes: dict[int, int] = {}

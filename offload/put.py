@@ -8,7 +8,7 @@ from .pinning_ahead import until_registered
 
 
 def put_missing(block: Block, copies: Copies) -> None:
-    """Bring to the device what is always there of ``block``, if it is missing: all of a resident, else small parts."""
+    """Copy to the device the part of ``block`` that stays there, if it is missing: all, or the small part."""
     for record in block.records:
         if record.buffer is None:
             put(record, block.is_resident, copies)

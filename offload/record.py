@@ -96,7 +96,7 @@ def layout_from(owners: Mapping[str, Sequence[Field]]) -> RecordLayout:
     """
     of_modules = tuple((path, tuple(fields)) for path, fields in owners.items())
     if any(field.wrapper is not None for _, fields in of_modules for field in fields):
-        return _laid_out(of_modules, SMALL_BYTES)  # equal ones may differ in the context of what they wrap
+        return _laid_out(of_modules, SMALL_BYTES)  # equal classes may wrap their tensors with different contexts
     return _kept_layout(of_modules, SMALL_BYTES)
 
 

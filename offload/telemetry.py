@@ -33,7 +33,7 @@ class ForwardCost:
 
 @dataclass
 class _Running:
-    """A forward, or the beginning of one, whose figures are not complete."""
+    """A forward that is running, or whose figures the device does not have yet."""
 
     begun: Any = None
     ended: Any = None
@@ -254,14 +254,14 @@ def summarise(telemetry: Telemetry | None, is_pinned: bool) -> str | None:
 
 
 Limit = Literal["keeps_up", "not_pinned", "slow_link", "bus_is_limit"]
-"""What holds forwards up: nothing, copies of memory that is not pinned, a bus slower than a full slot's, or the bus."""
+"""What forwards wait for: nothing, copies of unpinned memory, a bus slower than a full slot, or a full-speed bus."""
 
 _STALL_WORTH_ADVICE = 0.1
 _SLOW_LINK_GBPS = 10.0
 
 
 def limit_of(stall_ms: float, total_ms: float, gbps: float, *, is_pinned: bool) -> Limit:
-    """What to advise on for a forward of ``total_ms``, of which compute waits ``stall_ms`` for copies.
+    """The limit of a forward of ``total_ms``, in which compute waits ``stall_ms`` for copies.
 
     ``gbps`` is the bandwidth of the bus in 1e9 bytes a second; ``is_pinned``: all host memory is.
     """

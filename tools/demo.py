@@ -36,7 +36,7 @@ def main() -> None:
     size, steps = _between(64, 4096, step=16), _between(1, 1000)
     parser.add_argument("--size", type=size, help="width and height in pixels (256; with --checkpoint 1024)")
     parser.add_argument("--steps", type=steps, help="sampling steps (4; with --checkpoint 20)")
-    count = _between(-1, 999)
+    count = _between(-1, 100)  # as the node
     parser.add_argument("--double", type=count, default=-1, help="double blocks that stay in VRAM (-1: automatic)")
     parser.add_argument("--single", type=count, default=-1, help="single blocks that stay in VRAM (-1: automatic)")
     parser.add_argument("--output", type=Path, default=_OUTPUT, help="folder for the PNG")

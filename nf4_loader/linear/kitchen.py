@@ -27,7 +27,7 @@ _LEAST_CUDA, _LEAST_CAPABILITY = (13, 0), (7, 5)
 
 
 class _Functions(NamedTuple):
-    """Of the backend for a device."""
+    """The functions of the backend for a device."""
 
     int8_linear: Callable[..., torch.Tensor]
     quantize_int8_convrot_weight: Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -135,7 +135,7 @@ def problem_on(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def trial(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Whether `quantise` and `linear` give what they should, on a small weight: why not, or None."""
+    """Try `quantise` and `linear` on a small weight. Returns why they are not right, or None."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Any:

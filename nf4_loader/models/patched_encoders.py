@@ -27,7 +27,7 @@ class ClipIn4Bits(comfy.sd.CLIP):
         return other
 
     def get_sd(self) -> dict[str, torch.Tensor]:
-        """All tensors, patched, for a file: what is in 4 bits as dense tensors on the CPU."""
+        """All tensors, patched, for a file. 4-bit weights become dense tensors on the CPU."""
         return self._with_dense_values(super().get_sd())
 
     def state_dict_for_saving(self) -> dict[str, torch.Tensor]:

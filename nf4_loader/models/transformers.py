@@ -100,7 +100,7 @@ def _told_by_config(catalogue: Catalogue) -> Iterator[str]:
 
 
 def _why_comfyui_is_too_old(catalogue: Catalogue) -> str:
-    """That this ComfyUI came before the file's model, and what to do; "" where it did not."""
+    """If this ComfyUI is older than the file's model: a sentence that says so, and what to do; else ""."""
     if catalogue.found is None:
         return ""
     family, shapes = catalogue.found.family, catalogue.logical_shapes

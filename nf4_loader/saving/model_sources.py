@@ -93,14 +93,14 @@ def source_of(
     is_layer: bool = True,
     stored: TransformerTensor | None = None,
 ) -> Source:
-    """Of the tensor ``key`` of a model, to be saved as ``name`` with its patches; see `Source`."""
+    """The source of the tensor ``key`` of a model, to be saved as ``name`` with its patches; see `Source`."""
     weight, convert = original
     read = functools.partial(_merged, key, weight, convert, patches)
     return Source(name, _shape(weight), read, stored, is_layer)
 
 
 def stored_as_it_is(name: str, tensor: torch.Tensor) -> Source:
-    """Of a tensor that is saved as it is, whatever its dtype."""
+    """The source of a tensor that is saved as it is, in any dtype."""
     return Source(name, tuple(tensor.shape), functools.partial(_as_it_is, tensor), is_layer=False)
 
 

@@ -1,4 +1,4 @@
-"""Where a model of ComfyUI's has its blocks: the lists of modules of which a forward runs one after the other."""
+"""Finds the blocks of a model of ComfyUI's: the lists of modules that a forward runs one after the other."""
 
 import re
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ _VISION = re.compile(r"\.(visual|vision\w*)\.")
 _LISTS = (nn.ModuleList, nn.ModuleDict)
 
 _LEAST_PART = 0.5
-"""Of a transformer's weights that its blocks must have: with fewer, streaming them would gain little."""
+"""The least share of a transformer's weights in its blocks. With less, streaming them would gain little."""
 
 
 def lists_of_blocks(model: Any) -> dict[str, list[nn.Module]]:
@@ -40,7 +40,7 @@ def _lists_in(module: nn.Module, is_deep: bool, prefix: str = "") -> Iterator[tu
 
 
 def _blocks_in(blocks: nn.Module) -> Iterator[nn.Module]:
-    """Those with weights, also of a list in a list (Stable Cascade has one for each resolution)."""
+    """The blocks with weights, also those in lists of lists (Stable Cascade has one list for each resolution)."""
     for block in blocks.children():
         if isinstance(block, _LISTS):
             yield from _blocks_in(block)
@@ -49,7 +49,7 @@ def _blocks_in(blocks: nn.Module) -> Iterator[nn.Module]:
 
 
 def _count(module: nn.Module) -> int:
-    """Of weights, whatever each takes."""
+    """The number of weights, whatever bytes each takes."""
     return sum(tensor.numel() for tensor in (*module.parameters(), *module.buffers()))
 
 

@@ -161,7 +161,7 @@ class StreamedEncoderPatcher(StreamedModelPatcher):
 
     @property
     def _bytes_of_all_others(self) -> int:
-        """Of what is in no block."""
+        """Bytes of the tensors in no block."""
         return self._streaming.other_bytes + (0 if self._large.is_on_device else self._large.nbytes)
 
     @property

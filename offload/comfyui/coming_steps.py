@@ -20,7 +20,7 @@ from ..ahead import bits_of
 
 @dataclass(frozen=True, eq=False)
 class _Noted:
-    """What a forward was called with: ``sigma`` (rows,) of this step, ``sigmas`` (steps + 1,) of all."""
+    """The sigmas of a forward: ``sigma`` (rows,) of its step, ``sigmas`` (steps + 1,) of all steps."""
 
     sampling: Any
     sigma: torch.Tensor

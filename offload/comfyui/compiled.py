@@ -1,4 +1,4 @@
-"""What nodes for torch.compile do to a model."""
+"""How to recognise a model that a node for torch.compile has compiled."""
 
 from typing import Any
 

@@ -54,7 +54,7 @@ class LargeLayers:
         self.is_on_device = bool(self._host)
 
     def take_back(self) -> None:
-        """Give what is on the device up. Idempotent."""
+        """Free the memory on the device. Idempotent."""
         for layer, weight in self._host.items():
             layer._parameters["weight"] = weight
         self.is_on_device = False

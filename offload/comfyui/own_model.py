@@ -25,7 +25,7 @@ from ..record import stay_in_place
 
 @dataclass
 class SharedState:
-    """What the model objects over the same modules have in common: it is kept on each of them by ComfyUI."""
+    """State that all model objects over the same modules must share, because ComfyUI keeps it on each of them."""
 
     device: torch.device | None = None
     loaded_bytes: int = 0

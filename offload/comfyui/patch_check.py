@@ -118,7 +118,7 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def _complaint(patches: Sequence[Patch], weight: torch.Tensor, key: str) -> str | None:
-    """What ComfyUI logs or raises when it applies the patches to a weight that has a shape and no values."""
+    """The last warning or error of ComfyUI when it patches this weight on the meta device; None if there is none."""
     shaped = torch.empty(weight.shape, device="meta")
     with trial() as messages:
         try:

@@ -1,4 +1,4 @@
-"""What the log says of the patches that a patcher takes."""
+"""The lines in the log about the patches that a patcher takes."""
 
 import logging
 from collections.abc import Mapping

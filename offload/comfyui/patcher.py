@@ -81,11 +81,11 @@ class StreamedModelPatcher(SharedModulesPatcher):
 
     @property
     def plan(self) -> ResidencyPlan:
-        """What this patcher's settings ask for."""
+        """The plan that this patcher's settings ask for."""
         return self._plan_within(math.inf)
 
     def report(self) -> StreamingReport:
-        """What is where now, and what the latest forward cost."""
+        """Where the blocks are now, and the cost of the latest forward."""
         kinds = tuple(size.kind for size in self._sizes)
         return self._streaming.report(self.node_id, kinds, self.plan.resident, self.loaded_size())
 

@@ -1,4 +1,4 @@
-"""What streaming needs of ComfyUI's memory manager, found out by looking: versions and forks differ."""
+"""Checks that ComfyUI's memory manager has what streaming needs. It asks for names, as versions and forks differ."""
 
 import importlib
 from collections.abc import Iterator
@@ -72,13 +72,13 @@ def _missing_in_modules() -> Iterator[str]:
 
 
 def _missing_of_patchers() -> Iterator[str]:
-    """Of a ModelPatcher that is made as ours are, of an empty module."""
+    """The attributes of a ModelPatcher over an empty module, made as ours are."""
     from comfy.model_patcher import ModelPatcher
 
     cpu = torch.device("cpu")
     try:
         patcher = ModelPatcher(nn.Module(), cpu, cpu)
-    except Exception as error:  # whatever a changed one raises where it is not given what it wants
+    except Exception as error:  # a changed constructor may raise anything
         yield f"ModelPatcher of a model and two devices ({type(error).__name__}: {error})"
         return
     missing = [name for name in _NEEDED_OF_PATCHERS if not _has(patcher, name)]

@@ -33,8 +33,9 @@ def retry_with_less(executor: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def with_less(model: Any, forward: Callable[[], Any]) -> Any:
-    """What ``forward`` of a streamed model gives, if need be of a second run without the modulation's weights on the
-    device, and of a third with no block resident.
+    """The output of a streamed model's ``forward``.
+
+    If memory runs out, it runs again without the modulation's weights on the device, then with no block resident.
 
     Raises:
         RuntimeError: comfy-kitchen cannot compute the model's format on this device.
@@ -78,7 +79,7 @@ def _give_up(streaming: Streaming, plan: ResidencyPlan) -> str:
 
 
 def _is_of_comfy_kitchen(error: BaseException) -> bool:
-    """Whether none of its backends could compute what it was asked for. Not every ComfyUI has it."""
+    """Whether comfy-kitchen had no backend for the computation. Not every ComfyUI has comfy-kitchen."""
     return any(kind.__module__ == "comfy_kitchen.exceptions" for kind in type(error).__mro__)
 
 

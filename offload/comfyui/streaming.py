@@ -1,4 +1,4 @@
-"""What makes a model a streamed one: what all its patchers share, and what each of them reports."""
+"""The state of a streamed model that all its patchers share, and the report of each patcher."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -58,9 +58,9 @@ class Streaming:
     streamer: Streamer
     patching: Patching
     outside_bytes: int
-    """Of the model's tensors that are in no block."""
+    """Bytes of the model's tensors that are in no block."""
     only_in_ram: int = field(default=0, kw_only=True)
-    """Bytes of those that are left in RAM, and are not in ``outside_bytes``."""
+    """Bytes of tensors in no block that stay in RAM. ``outside_bytes`` does not count them."""
     modulation: Modulated | None = None
     """The layers in the blocks that are computed ahead, which ``streamer`` does not move."""
     said: set[str] = field(default_factory=set)
@@ -96,7 +96,7 @@ class Streaming:
         return self.modulation is not None and keeps_all(plan, self.modulation.more_bytes, room - self.taken_bytes)
 
     def held_bytes(self, *, from_host: bool) -> int:
-        """Bytes on the device now; with ``from_host`` it computes from host memory, and all of that counts."""
+        """Bytes on the device now. With ``from_host`` the device is the CPU, and all host memory counts."""
         in_all = self.ram_bytes if from_host else self.other_bytes + self.streamer.device_bytes
         return self.patching.device_bytes + in_all
 

@@ -33,7 +33,7 @@ def key_patches(
     patches: Mapping[str, Sequence[Any]],
     in_host_memory: Callable[[nn.Module, str], torch.Tensor | None],
 ) -> dict[str, list[Any]]:
-    """What ``ModelPatcher.get_key_patches`` returns: for each tensor of the ``state`` dict a pair, then its patches.
+    """The result of ``ModelPatcher.get_key_patches``: for each tensor of the ``state`` dict a pair, then its patches.
 
     The pair is the weight in host memory, and the function of its layer that converts it to the values that the layer
     computes with. ``in_host_memory`` gives the tensor of a module that is streamed, and None of another.
