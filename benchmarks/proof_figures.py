@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-_DIGITS = {"": 3, "s": 2, "ms": 1, "GiB": 2, "MiB": 0, "of them": 0}
+_DIGITS = {"": 3, "s": 2, "ms": 1, "GiB": 2, "MiB": 0, "count": 0}
 """Decimals by the unit; a figure without unit is a ratio."""
 
 
@@ -43,7 +43,8 @@ class Figure:
     def _with_unit(self, value: float | str) -> str:
         if isinstance(value, str):
             return value
-        return f"{value:.{_DIGITS[self.unit]}f} {self.unit}".strip()
+        number = f"{value:.{_DIGITS[self.unit]}f}"
+        return number if self.unit in ("", "count") else f"{number} {self.unit}"
 
 
 def quotient(name: str, value: Any, to: Any, most: float | None = None, note: str = "") -> Figure:
@@ -90,8 +91,8 @@ class Compared:
         turns = [turn for one in contenders for turn in self._rows.get((case, one), {"turns": []})["turns"]]
         differences = [turn["difference"] for turn in turns if turn["difference"] is not None]
         if not differences or any(one["compared_with"] != base for one in differences):
-            return Figure(name, None, "of them", 0, f"no output was compared with {base}")
-        return Figure(name, sum(not one["is_equal"] for one in differences), "of them", 0)
+            return Figure(name, None, "count", 0, f"no output was compared with {base}")
+        return Figure(name, sum(not one["is_equal"] for one in differences), "count", 0)
 
     def _why(self, case: str, name: str) -> str:
         row = self._rows.get((case, name))
@@ -188,7 +189,7 @@ def flux2_encoders(found: dict[str, Any]) -> Iterator[Figure]:
     small = found["rows"][-1]
     yield Figure(f"Mistral 3 within {small['budget_gib']:g} GiB of resident", small["ratio"], most=1.15)
     moved = found.get("workflow", {}).get("moved")
-    yield Figure("blocks of dev that a second prompt on 8 GiB moved", moved, "of them", 0)
+    yield Figure("blocks of dev that a second prompt on 8 GiB moved", moved, "count", 0)
 
 
 def new_prompt(found: dict[str, Any]) -> Iterator[Figure]:
@@ -202,7 +203,7 @@ def new_prompt(found: dict[str, Any]) -> Iterator[Figure]:
             note = f"{small:.2f} s" if small is not None else ""
             yield quotient(f"{name}, {cap:g} GiB of the whole card", small, whole, most, note)
     differing = sum(bool(row["latent"]) for row in rows)
-    yield Figure("latents that are not those of the whole card", differing, "of them", 0)
+    yield Figure("latents that are not those of the whole card", differing, "count", 0)
     yield Figure("RAM in total", found.get("ram_gib"), "GiB")
 
 
@@ -223,7 +224,7 @@ def two_workers(found: dict[str, Any]) -> Iterator[Figure]:
 
 
 def soak(found: dict[str, Any]) -> Iterator[Figure]:
-    yield Figure("prompts", len(found["done"]), "of them")
-    yield Figure("pictures other than the first of their kind", len(found["other_pictures"]), "of them", 0)
+    yield Figure("prompts", len(found["done"]), "count")
+    yield Figure("pictures other than the first of their kind", len(found["other_pictures"]), "count", 0)
     for kind, nbytes in found["grown"].items():
         yield Figure(f"growth, {kind}", nbytes / 2**20, "MiB", found["slack"][kind] / 2**20)
