@@ -87,7 +87,7 @@ _FLUX2 = functools.partial(
 QWEN = {
     "num_layers": 4,
     "attention_head_dim": 32,
-    "num_attention_heads": 4,
+    "num_attention_heads": 2,
     "joint_attention_dim": 64,
     "axes_dims_rope": (8, 12, 12),
 }
