@@ -177,6 +177,14 @@ def test_comfyui_has_one_entry_and_knows_what_is_on_the_device(loaded, sample, c
     assert one.loaded_size() > 0
 
 
+def test_a_model_that_is_loaded_once_more_for_another_device_is_not_kept_by_the_first(load, dense, sample, copies):
+    first, second = load(1, 1), stream_model(dense, Residency(), None)
+    second.parent.parent = first  # as ComfyUI has it
+    sample(second)
+    assert second.parent.keeps is second.model
+    assert first.keeps is first.parent.keeps is None
+
+
 def test_patches_of_the_models_in_turn_reach_tensors_of_no_block(load, sample, copies):
     one, two = load(1, 1).clone(), load(2, 2)
     plain = sample(two)
