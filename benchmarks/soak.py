@@ -97,11 +97,11 @@ def load_all(files: Files) -> dict[str, Any]:
 class Encoder:
     """Mistral 3 with random weights, and the text that it encodes each time."""
 
-    def __init__(self, folder: Path, device: torch.device, *, is_tiny: bool) -> None:
+    def __init__(self, folder: Path, *, is_tiny: bool) -> None:
         if is_tiny:
             text_encoder.shrink_comfyui()
         sizes = text_encoder.TINY if is_tiny else text_encoder.FULL
-        self._loaded = text_encoder.load_encoder(folder, sizes, device)
+        self._loaded = text_encoder.load_encoder(text_encoder.write_encoder(folder, sizes))
         self._tokens = text_encoder.tokens(16 if is_tiny else 512, sizes["vocabulary"], 0)
         self.patcher = self._loaded.patcher
 
@@ -115,13 +115,13 @@ class Encoder:
         return encoded
 
 
-def encoder_if_known(folder: Path, device: torch.device, *, is_tiny: bool) -> Encoder | None:
+def encoder_if_known(folder: Path, *, is_tiny: bool) -> Encoder | None:
     """None, and a line that says why, where this ComfyUI or its transformers cannot read Mistral 3."""
     from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
 
     try:
         if text_encoder.is_known():
-            return Encoder(folder, device, is_tiny=is_tiny)
+            return Encoder(folder, is_tiny=is_tiny)
         print("without a text encoder: this ComfyUI has no Mistral 3", flush=True)
     except CheckpointError as error:
         print(f"without a text encoder: {error}", flush=True)
@@ -219,8 +219,7 @@ def main() -> None:
     done: list[Done] = []
     with torch.inference_mode():
         patchers = load_all(files)
-        device = next(iter(patchers.values())).load_device
-        encoder = encoder_if_known(given.folder, device, is_tiny=given.dry_run) if given.encoder else None
+        encoder = encoder_if_known(given.folder, is_tiny=given.dry_run) if given.encoder else None
         drawn = prompts(given.prompts, list(patchers), is_tiny=given.dry_run, encodes=encoder is not None)
         for prompt in drawn:
             if time.monotonic() < until:
