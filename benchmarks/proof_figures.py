@@ -224,7 +224,8 @@ def two_workers(found: dict[str, Any]) -> Iterator[Figure]:
 
 
 def soak(found: dict[str, Any]) -> Iterator[Figure]:
-    yield Figure("prompts", len(found["done"]), "count")
+    encoder = "with" if found["encodes"] else "without"
+    yield Figure("prompts", len(found["done"]), "count", note=f"{encoder} a text encoder")
     yield Figure("pictures other than the first of their kind", len(found["other_pictures"]), "count", 0)
     for kind, nbytes in found["grown"].items():
         yield Figure(f"growth, {kind}", nbytes / 2**20, "MiB", found["slack"][kind] / 2**20)

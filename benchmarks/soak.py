@@ -5,8 +5,9 @@
 
 Run it with ComfyUI's Python. Prompts are drawn at random, with a fixed seed: which file (NF4, NF4 with nested absmax,
 INT8 ConvRot where ComfyUI knows it), size of the picture, LoRAs, blocks that stay, and now and then all models unloaded
-before it, as ComfyUI's button does. It fails if a picture is not bit-equal to the first one of its file, size and
-LoRAs, whatever blocks stayed, or if memory grew: of the device, pinned, or of the host. Writes ``soak.json``.
+before it, as ComfyUI's button does. With ``--encoder`` each prompt first has Mistral 3 in NF4 (10.7 GB) encode a text,
+within a budget that is drawn, too. It fails if a picture is not bit-equal to the first one of its file, size and LoRAs,
+whatever stayed, or an encoding is not, or if memory grew: of the device, pinned, or of the host. Writes ``soak.json``.
 """
 
 import dataclasses
@@ -19,9 +20,11 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import needs_torch  # noqa: F401
+import text_encoder
 import torch
 from arguments import begin, parser_for
 from cases import Case
@@ -42,9 +45,12 @@ class Prompt:
     double: int
     single: int
     unloads_first: bool
+    encoder_gib: float | None = None
 
     def __str__(self) -> str:
         unloaded = ", all unloaded before" if self.unloads_first else ""
+        if self.encoder_gib is not None:
+            unloaded += f", encoder within {self.encoder_gib:g} GiB" if self.encoder_gib else ", encoder automatic"
         blocks = f"{self.double}/{self.single} blocks stay"
         return f"{self.file}, {self.pixels}x{self.pixels}, {self.loras} LoRAs, {blocks}{unloaded}"
 
@@ -88,8 +94,43 @@ def load_all(files: Files) -> dict[str, Any]:
     return patchers
 
 
-def prompts(count: int, names: Sequence[str], *, is_tiny: bool) -> list[Prompt]:
-    draw = random.Random(0)
+class Encoder:
+    """Mistral 3 with random weights, and the text that it encodes each time."""
+
+    def __init__(self, folder: Path, *, is_tiny: bool) -> None:
+        if is_tiny:
+            text_encoder.shrink_comfyui()
+        sizes = text_encoder.TINY if is_tiny else text_encoder.FULL
+        self._loaded = text_encoder.load_encoder(text_encoder.write_encoder(folder, sizes))
+        self._tokens = text_encoder.tokens(16 if is_tiny else 512, sizes["vocabulary"], 0)
+        self.patcher = self._loaded.patcher
+
+    def encode(self, budget_gib: float) -> torch.Tensor:
+        """Within this budget; 0 is as much as there is room for."""
+        from flux_nf4.encoders import streamed_clip
+        from flux_nf4.offload.plan import Residency
+
+        clip = streamed_clip(self._loaded, Residency(budget_bytes=int(budget_gib * 2**30) or None), None)
+        encoded: torch.Tensor = clip.encode_from_tokens(self._tokens)
+        return encoded
+
+
+def encoder_if_known(folder: Path, *, is_tiny: bool) -> Encoder | None:
+    """None, and a line that says why, where this ComfyUI or its transformers cannot read Mistral 3."""
+    from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
+
+    try:
+        if text_encoder.is_known():
+            return Encoder(folder, is_tiny=is_tiny)
+        print("without a text encoder: this ComfyUI has no Mistral 3", flush=True)
+    except CheckpointError as error:
+        print(f"without a text encoder: {error}", flush=True)
+    return None
+
+
+def prompts(count: int, names: Sequence[str], *, is_tiny: bool, encodes: bool = False) -> list[Prompt]:
+    draw, draw_budget = random.Random(0), random.Random(1)
+    budgets = (0.0, 0.5) if is_tiny else (0.0, 1.0, 3.0)
     sizes = (64, 96) if is_tiny else (512, 768, 1024)
     depths = (*((n, n) for n in range(2)), TINY_BLOCKS) if is_tiny else ((0, 0), (7, 7), (12, 24), (3, 0), (19, 38))
     drawn = []
@@ -100,11 +141,13 @@ def prompts(count: int, names: Sequence[str], *, is_tiny: bool) -> list[Prompt]:
             draw.choice((0, 0, 1, 2)),
             draw.choice(depths),
         )
-        drawn.append(Prompt(name, pixels, loras, *counts, unloads_first=draw.random() < 0.1))
+        budget = draw_budget.choice(budgets) if encodes else None
+        drawn.append(Prompt(name, pixels, loras, *counts, draw.random() < 0.1, budget))
     return drawn
 
 
-def run(patchers: Mapping[str, Any], prompt: Prompt, steps: int, text_tokens: int) -> Done:
+def run(patchers: Mapping[str, Any], encoder: Encoder | None, prompt: Prompt, steps: int, text_tokens: int) -> Done:
+    """Run one prompt. Its digest is of the picture and, with ``encoder``, of what the text became."""
     import comfy.model_management
     from comfy_model import ComfyModel
     from streamed import with_residency
@@ -112,13 +155,16 @@ def run(patchers: Mapping[str, Any], prompt: Prompt, steps: int, text_tokens: in
     if prompt.unloads_first:
         comfy.model_management.unload_all_models()
     case = Case("", prompt.pixels, steps=steps, loras=prompt.loras, rank=16, text_tokens=text_tokens)
-    started = time.perf_counter()
+    started, digest = time.perf_counter(), hashlib.sha256()
+    if encoder is not None:
+        digest.update(encoder.encode(prompt.encoder_gib or 0.0).float().cpu().numpy().tobytes())
     patcher = with_residency(patchers[prompt.file], prompt.double, prompt.single)
     picture = ComfyModel(patcher, case).sample(lambda: None)
     seconds = time.perf_counter() - started
-    digest = hashlib.sha256(picture.float().numpy().tobytes()).hexdigest()
+    digest.update(picture.float().numpy().tobytes())
     gc.collect()
-    return Done(prompt, digest, seconds, memory_of(list(patchers.values())))
+    held = [*patchers.values(), *([encoder.patcher] if encoder is not None else [])]
+    return Done(prompt, digest.hexdigest(), seconds, memory_of(held))
 
 
 def memory_of(patchers: Sequence[Any]) -> Memory:
@@ -153,6 +199,7 @@ def report(done: Sequence[Done]) -> dict[str, Any]:
         "grown": growth(done),
         "slack": SLACK_BYTES,
         "other_pictures": other_pictures(done),
+        "encodes": any(one.prompt.encoder_gib is not None for one in done),
         "done": done,
     }
 
@@ -161,6 +208,7 @@ def main() -> None:
     parser = parser_for(__doc__)
     parser.add_argument("--prompts", type=int, default=200, help="how many")
     parser.add_argument("--steps", type=int, default=4, help="of each")
+    parser.add_argument("--encoder", action="store_true", help="with a text encoder, where ComfyUI knows Mistral 3")
     parser.add_argument("--minutes", type=float, default=600.0, help="begin no prompt after this time")
     given = parser.parse_args()
     begin(given)
@@ -171,9 +219,11 @@ def main() -> None:
     done: list[Done] = []
     with torch.inference_mode():
         patchers = load_all(files)
-        for prompt in prompts(given.prompts, list(patchers), is_tiny=given.dry_run):
+        encoder = encoder_if_known(given.folder, is_tiny=given.dry_run) if given.encoder else None
+        drawn = prompts(given.prompts, list(patchers), is_tiny=given.dry_run, encodes=encoder is not None)
+        for prompt in drawn:
             if time.monotonic() < until:
-                done.append(run(patchers, prompt, given.steps, text_tokens=8 if given.dry_run else 512))
+                done.append(run(patchers, encoder, prompt, given.steps, text_tokens=8 if given.dry_run else 512))
                 print(f"{len(done)}: {done[-1]}", flush=True)
                 (given.output / "soak.json").write_text(json.dumps(report(done), default=dataclasses.asdict))
     grown, others = growth(done), other_pictures(done)

@@ -54,6 +54,13 @@ def load_encoder(path: Path) -> Any:
     return load_encoders([read_encoder_file(path)], "flux2")
 
 
+def is_known() -> bool:
+    """Whether this ComfyUI knows Mistral 3."""
+    import comfy.text_encoders.llama as llama
+
+    return hasattr(llama, "Mistral3Small24BConfig")
+
+
 def shrink_comfyui() -> None:
     """ComfyUI's Mistral 3 is as small as `TINY`."""
     import comfy.text_encoders.llama as llama

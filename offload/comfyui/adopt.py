@@ -2,6 +2,11 @@
 
 The streamed model has modules of its own, since hooks and records must not touch the MODEL that it came from: that one
 may be sampled too. The values of both are in host memory once.
+
+They are copied into records, even where ComfyUI has left them in a map of the file (packed weights of its quantised
+formats, since 0.8). Its maps are private: to pin such pages, the system copies them. A shared map that may be written
+to would write to the file. And of one that may only be read, as `file_map` makes it for our own models, any node that
+changes a weight in place would end the process.
 """
 
 import copy

@@ -177,7 +177,7 @@ def test_options_are_handed_on_to_those_that_take_them(stand):
     stand.run("--rows", "nf4,soak", "--rounds", "9", "--prompts", "7", "--gguf-pack", "pack")
     nf4, soak = stand.commands
     assert nf4[-8:-4] == ["--rounds", "9", "--gguf-pack", "pack"]
-    assert soak[2:6] == ["--prompts", "40", "--prompts", "7"]
+    assert soak[2:7] == ["--prompts", "40", "--encoder", "--prompts", "7"]
     assert nf4[-4:-2] == ["--output", str(stand.output / "nf4")]
 
 
@@ -318,10 +318,11 @@ def test_a_new_prompt_is_counted_from_its_text_to_its_picture(tmp_path):
 
 def test_growth_is_held_against_what_the_soak_allows(tmp_path):
     told = {"done": [1, 2], "other_pictures": [1], "grown": {"device": 2**27, "pinned": 0}}
-    told["slack"] = {"device": 2**26, "pinned": 0}
+    told |= {"slack": {"device": 2**26, "pinned": 0}, "encodes": True}
     found = figures_of("soak", tmp_path, lambda folder: (folder / "soak.json").write_text(json.dumps(told)))
     assert [figure.verdict for figure in found.values()] == ["beside", "missed", "missed", "held"]
     assert found["growth, device"].shown == "128 MiB"
+    assert found["prompts"].shown == "2 (with a text encoder)"
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """The soak sees growth and changed pictures; a small one runs through."""
 
+import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import soak
+import streamed
+import torch
 
 ROOT = Path(__file__).parent.parent.parent
 MIB = 2**20
@@ -32,6 +35,30 @@ def test_prompts_differ_in_everything_and_are_the_same_each_time():
     assert drawn == soak.prompts(200, ["nf4", "nested"], is_tiny=False)
     for field in ("file", "pixels", "loras", "double", "unloads_first"):
         assert len({getattr(prompt, field) for prompt in drawn}) > 1
+    encoding = soak.prompts(200, ["nf4", "nested"], is_tiny=False, encodes=True)
+    assert {prompt.encoder_gib for prompt in encoding} == {0.0, 1.0, 3.0}
+    assert [dataclasses.replace(prompt, encoder_gib=None) for prompt in encoding] == drawn
+
+
+def test_an_encoding_that_is_another_one_is_found(tiny_files, monkeypatch):
+    class Noise:
+        """Its second encoding differs from the first."""
+
+        def __init__(self, patcher):
+            self.patcher, self.budgets = patcher, []
+
+        def encode(self, budget_gib):
+            self.budgets.append(budget_gib)
+            return torch.full((2,), min(len(self.budgets), 2.0))
+
+    patchers = {"nf4": streamed.load(tiny_files.nf4())}
+    noise = Noise(patchers["nf4"])
+    prompt = soak.Prompt("nf4", 64, 0, 0, 0, unloads_first=False, encoder_gib=0.5)
+    monkeypatch.setattr(soak, "memory_of", lambda held: soak.Memory(0, 0, len(held), 0))
+    run = [soak.run(patchers, noise, prompt, steps=1, text_tokens=8) for _ in range(3)]
+    assert noise.budgets == [0.5] * 3
+    assert soak.other_pictures(run) == [1, 2]
+    assert run[0].memory.pinned == 2  # the encoder's memory is counted
 
 
 def test_a_small_soak_runs_through(comfyui, tmp_path):

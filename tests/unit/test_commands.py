@@ -21,7 +21,7 @@ def start(name, *arguments):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("commands") / "flux.safetensors"
-    make_checkpoint(path, Recipe(hidden=256, double_blocks=8, single_blocks=8, unet_only=True))
+    make_checkpoint(path, Recipe(hidden=256, double_blocks=4, single_blocks=4, unet_only=True))
     return path
 
 
