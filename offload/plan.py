@@ -224,6 +224,17 @@ def spread(indices: Sequence[int], count: int) -> list[int]:
     return [indices[(2 * i + 1) * len(indices) // (2 * count)] for i in range(count)]
 
 
+def smaller_plans(
+    plan: ResidencyPlan, before: ResidencyPlan | None, blocks: Sequence[BlockSize]
+) -> Iterable[ResidencyPlan]:
+    """The plans to try, one after the other, if the device has no room for ``plan``: the one ``before`` first."""
+    if before is not None and before.device_bytes < plan.device_bytes:
+        yield before
+    count = len(plan.resident)
+    for fewer in sorted({3 * count // 4, count // 2, count // 4, 0} - {count}, reverse=True):
+        yield plan_for(blocks, spread(plan.resident, fewer), plan.staging_bytes)
+
+
 def _residents_at(blocks: Sequence[BlockSize], rate: int) -> list[int]:
     """The blocks that stay if the bus copies ``rate / _RATES`` of the largest block while one block computes."""
     largest = max((block.streamed for block in blocks), default=0)

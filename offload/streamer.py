@@ -4,7 +4,7 @@ It also gives blocks extra tensors (a LoRA's factors), and keeps fewer blocks if
 """
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from .copies import Copies, InlineCopies
 from .extras import Places, Travelling, remove_staying
 from .file_arena import FileArena
 from .pinnable import THE_LIMIT, PinnableMemory, Shortfall
-from .plan import BlockSize, ResidencyPlan, plan_for, spread
+from .plan import BlockSize, ResidencyPlan, smaller_plans
 from .put import put, put_missing, write
 from .record import RecordLayout, extras_layouts, refuse_copies
 from .staging import RingMemory, ring_memory
@@ -69,6 +69,8 @@ class Streamer:
         self.arena.keep_pinned_for(self)
         self.file.keep_pinned_for(self)
         self._travelling = Travelling()
+        self._has_extras = False
+        self._sizes: dict[bool, tuple[BlockSize, ...]] = {}
         numbers = {layout: number for number, layout in enumerate(dict.fromkeys(layouts))}
         self._structures = [numbers[layout] for layout in layouts]
         self.whole_blocks = False
@@ -121,7 +123,9 @@ class Streamer:
 
     def sizes(self, *, whole_blocks: bool = False) -> tuple[BlockSize, ...]:
         """The sizes of the blocks in bytes, from which plans are made."""
-        return tuple(block.size(whole=whole_blocks) for block in self.blocks)
+        if whole_blocks not in self._sizes:
+            self._sizes[whole_blocks] = tuple(block.size(whole=whole_blocks) for block in self.blocks)
+        return self._sizes[whole_blocks]
 
     def pin(
         self,
@@ -157,9 +161,14 @@ class Streamer:
             ValueError: a module is not in a block. Nothing has changed.
         """
         by_block = self._places.by_block(extras)
+        if not extras and not self._has_extras:
+            return  # as at the beginning of most samplings
+        self._has_extras = bool(extras)
+        self._sizes.clear()
         try:
             self._replace_extras(by_block)
         except BaseException:
+            self._has_extras = False
             self.stop()
             self._travelling.remove(self.blocks)
             for block in self.blocks:
@@ -289,7 +298,8 @@ class Streamer:
 
     def _apply_what_fits(self, plan: ResidencyPlan) -> ResidencyPlan:
         """Put ``plan`` into effect, or the largest smaller one that fits. Returns the plan that is in effect."""
-        for candidate in (plan, *self._smaller(plan, self.plan)):
+        sizes = self.sizes(whole_blocks=self.whole_blocks)
+        for candidate in (plan, *smaller_plans(plan, self.plan, sizes)):
             try:
                 self._apply(candidate)
                 return candidate
@@ -298,14 +308,6 @@ class Streamer:
                     raise
                 failure = error.with_traceback(None)  # its frames hold device memory
         raise failure
-
-    def _smaller(self, plan: ResidencyPlan, before: ResidencyPlan | None) -> Iterable[ResidencyPlan]:
-        """The plans to try if the device has no room for ``plan``."""
-        if before is not None and before.device_bytes < plan.device_bytes:
-            yield before
-        sizes, count = self.sizes(whole_blocks=self.whole_blocks), len(plan.resident)
-        for fewer in sorted({3 * count // 4, count // 2, count // 4, 0} - {count}, reverse=True):
-            yield plan_for(sizes, spread(plan.resident, fewer), plan.staging_bytes)
 
     def _apply(self, plan: ResidencyPlan) -> None:
         self._close()

@@ -122,7 +122,7 @@ def _over_the_same_layers(model: Any) -> nn.Module:
     if not any(_is_layer(module) and module._modules for module in model.diffusion_model.modules()):
         own: dict[nn.Module, nn.Module] = {}
         other._modules["diffusion_model"] = _own(model.diffusion_model, own)
-        other.own_blocks = tuple(own[block.module] for block in model.streaming.streamer.blocks)
+        other.own_blocks = tuple(own.get(block.module, block.module) for block in model.streaming.streamer.blocks)
     return other
 
 

@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from flux_nf4 import nodes
 from flux_nf4.offload import block as block_module
+from flux_nf4.offload.comfyui import lasting
 from flux_nf4.offload.comfyui.adopt import stream_model
 from flux_nf4.offload.comfyui.patcher import StreamedModelPatcher
 from flux_nf4.offload.comfyui.requires import UnknownComfyUIError, require_comfyui
@@ -295,7 +296,11 @@ def test_what_lasts_is_allocated_outside_of_what_comfyui_records(with_more_resid
     prefetch = types.ModuleType("comfy.model_prefetch")
     prefetch.pause_malloc_graph = pause
     monkeypatch.setitem(sys.modules, "comfy.model_prefetch", prefetch)
-    with_more_residents(lambda nbytes: allocated.append((nbytes, list(is_paused))))
+    lasting._prefetch.cache_clear()
+    try:
+        with_more_residents(lambda nbytes: allocated.append((nbytes, list(is_paused))))
+    finally:
+        lasting._prefetch.cache_clear()
     assert allocated
     assert all(paused == [True] for _, paused in allocated)
 
