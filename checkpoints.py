@@ -147,10 +147,12 @@ class _Source:
 
     Attributes:
         in_file: The tensors that stay in the file.
+        needed_bytes: RAM that what has to be read will take, the other parts of the file among it.
         twin: An equal model on another device, whose host memory has the other tensors. None: they are read.
     """
 
     in_file: InFile
+    needed_bytes: int
     twin: Streaming | None = None
 
 
@@ -162,7 +164,7 @@ def _read(model: comfy.model_base.BaseModel, catalogue: Catalogue, source: _Sour
     warming_up.start()
     try:
         mapped = map_blocks([*modulation_in(model, blocks), *blocks], source.in_file)
-        _pin_ahead([*modulation_in(model, blocks), *blocks], mapped, device)
+        _pin_ahead([*modulation_in(model, blocks), *blocks], mapped, device, source.needed_bytes)
         attach_streaming(model, groups, mapped, twin=source.twin)
         materialise(model.diffusion_model)
         files = [streamer.file for streamer in model.streaming.streamers]
@@ -191,15 +193,16 @@ def _pin_ahead(
     parts: Sequence[torch.nn.Module],
     mapped: Mapping[torch.nn.Module, Mapping[str, torch.Tensor]],
     device: torch.device,
+    needed_bytes: int,
 ) -> None:
     """Begin to pin what is ``mapped``, in the order of ``parts``, in which the first forward needs them.
 
-    It takes about as long as everything else before the first forward.
+    It takes about as long as everything else before the first forward. ``needed_bytes`` of RAM are left for the rest.
     """
     by_part = [[tensor for module in part.modules() for tensor in mapped.get(module, {}).values()] for part in parts]
     file = FileArena(by_part)
     limit_bytes, _ = pin_limit(file.nbytes - file.pinned_bytes)
-    file.pin_ahead(limit_bytes, device)
+    file.pin_ahead(limit_bytes, device, needed_bytes)
 
 
 def _read_again(catalogue: Catalogue, **_: Any) -> StreamedModelPatcher:
@@ -222,7 +225,7 @@ def _source_for(model: comfy.model_base.BaseModel, catalogue: Catalogue, place: 
     if twin is not None:
         require_ram(catalogue.path, others_bytes, _make_room(others_bytes))
         logger.info("NF4: %s is in use on another device: both share its host memory", catalogue.path.name)
-        return _Source(tensors_in_file(model, catalogue) if twin.streamer.file.nbytes else {}, twin)
+        return _Source(tensors_in_file(model, catalogue) if twin.streamer.file.nbytes else {}, others_bytes, twin)
     why_read = _why_read(catalogue, place[1])
     in_file: InFile = {} if why_read else tensors_in_file(model, catalogue)
     needed = catalogue.transformer_ram - _bytes_of(in_file) + others_bytes
@@ -233,7 +236,7 @@ def _source_for(model: comfy.model_base.BaseModel, catalogue: Catalogue, place: 
         needed -= _bytes_of(in_file)
     require_ram(catalogue.path, needed, free)
     _say_where(catalogue, place[1], in_file, why_read)
-    return _Source(in_file)
+    return _Source(in_file, needed)
 
 
 def _make_room(needed: int) -> int:

@@ -83,14 +83,15 @@ class FileArena(PinnableMemory):
         limit_bytes, limited_by = min((limit_bytes, limited_by), (room, _NO_ROOM), key=lambda limit: limit[0])
         super().pin(limit_bytes, device, limited_by, first)
 
-    def pin_ahead(self, limit_bytes: int, device: torch.device) -> None:
+    def pin_ahead(self, limit_bytes: int, device: torch.device, needed_bytes: int = 0) -> None:
         """Begin to pin on another thread (`pinning_ahead`), in order, if all may be pinned.
 
-        If not all may be, `pin` has to choose what matters most. ``limit_bytes`` is as for `pin`.
+        If not all may be, `pin` has to choose what matters most. ``limit_bytes`` is as for `pin`; ``needed_bytes`` of
+        the RAM that is free now are for what is still to be read.
         """
         registrar = self._registrar_for(device)
         pieces = [piece for piece in self._in_order() if not piece.is_pinned]
-        room = min(limit_bytes - pinned_by_all(), _room_for_pins())
+        room = min(limit_bytes - pinned_by_all(), _room_for_pins() - needed_bytes)
         if registrar is None or sum(piece.nbytes for piece in pieces) > room:
             return
         for item in self._ranges:

@@ -55,8 +55,8 @@ class PinnableMemory:
 
     def _let_go(self) -> None:
         self._users -= 1
-        if not self._users:
-            self.unpin()
+        if not self._users:  # the garbage collector may call this anywhere: to wait for the thread could be for ever
+            pinning_ahead.when_over(lambda _: self._release())
 
     def unpin(self) -> None:
         """Unregister what `pin` has registered, once no copy from it is under way. Idempotent."""

@@ -126,7 +126,8 @@ def gemm_4bit(
     """
     nested = {}
     if tables is not None:
-        if len(state.nested) == 1 and state.nested[0].blocksize == NESTED_BLOCKSIZE:
+        as_written = len(state.nested) == 1 and state.nested[0].blocksize == NESTED_BLOCKSIZE
+        if as_written and _has_blockwise_kernel(packed.device):
             # All in one call: to expand absmax before it takes the host a third longer.
             nested = {"absmax_8bit": absmax, "absmax_code": tables.map.view(-1), "absmax_offset": tables.offset}
             absmax = tables.absmax

@@ -12,7 +12,7 @@ or neither.
 
 import copy
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 import comfy.model_patcher
@@ -143,7 +143,7 @@ def _own(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
     if module not in done:
         other = done[module] = object.__new__(type(module))
         for name, value in vars(module).items():
-            is_shared = name in _OF_TORCH or not isinstance(value, dict | list | set)
+            is_shared = name in _OF_TORCH or not (isinstance(value, dict | list | set) or is_dataclass(value))
             vars(other)[name] = value if is_shared else copy.copy(value)
         other._parameters, other._buffers = {}, {}
         for name, child in module._modules.items():

@@ -164,6 +164,7 @@ class StreamedModelPatcher(SharedModulesPatcher):
         with self.use_ejected():
             self.unpatch_hooks()
             device = self.load_device if device_to is None else device_to
+            free = self._free_bytes(device)  # before anything is moved: it counts what was there
             self.model.to(device)  # everything but the blocks, which keep their place
             self._apply_patches(
                 patches_under(None, self.patches, self.hook_patches), self.weight_wrapper_patches, device, self.compute
@@ -172,7 +173,7 @@ class StreamedModelPatcher(SharedModulesPatcher):
                 self._streaming.stop()  # another clone may have had it on a device
             else:
                 room = math.inf if full_load or not lowvram_model_memory else lowvram_model_memory
-                plan, for_all = self._plan_within(room), self._within_budget(min(room, self._free_bytes(device)))
+                plan, for_all = self._plan_within(room), self._within_budget(min(room, free))
                 self._stream(device, plan, modulation_stays=self._streaming.has_room_for_modulation(plan, for_all))
             self.model.device = device
             self.model.model_lowvram = False

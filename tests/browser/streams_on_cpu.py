@@ -17,8 +17,8 @@ def stream_on_cpu(prompt):
 PromptServer.instance.add_on_prompt_handler(stream_on_cpu)
 
 
-class OutOfMemoryOnce:
-    """Makes the first forward of a MODEL run out of memory."""
+class OutOfMemoryTwice:
+    """Makes the first forward of a MODEL run out of memory, and what runs in its place with less on the device, too."""
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -29,7 +29,7 @@ class OutOfMemoryOnce:
     CATEGORY = "tests"
 
     def run(self, model):
-        left = [torch.OutOfMemoryError("a test's")]
+        left = [torch.OutOfMemoryError("a test's") for _ in range(2)]
 
         def forward(executor, *args, **kwargs):
             if left:
@@ -41,4 +41,4 @@ class OutOfMemoryOnce:
         return (model,)
 
 
-NODE_CLASS_MAPPINGS = {"TestOutOfMemoryOnce": OutOfMemoryOnce}
+NODE_CLASS_MAPPINGS = {"TestOutOfMemoryTwice": OutOfMemoryTwice}

@@ -169,7 +169,7 @@ def test_a_prompt_is_queued_and_its_figures_appear(page, checkpoint):
 def test_a_toast_says_that_a_run_had_too_little_memory(page, checkpoint):
     counts = {"double_blocks": 2, "single_blocks": 1}
     prompt = small_prompt(checkpoint, steps=1, **counts)
-    prompt["10"] = {"class_type": "TestOutOfMemoryOnce", "inputs": {"model": ["1", 0]}}
+    prompt["10"] = {"class_type": "TestOutOfMemoryTwice", "inputs": {"model": ["1", 0]}}
     prompt["6"]["inputs"]["model"] = ["10", 0]
     page.load_api(prompt)
     page.wait_for_bar("/ 2 double")

@@ -49,6 +49,12 @@ def test_other_settings_are_as_a_model_that_was_read_anew(loaded, sample, copies
         assert torch.equal(sample(loaded(*counts)), plain)
 
 
+def test_nor_have_they_other_parameters_of_the_transformer(loaded, copies):
+    first, before = loaded(2, 2).model.diffusion_model, loaded(2, 2).model.diffusion_model.params.theta
+    first.params.theta = before + 1
+    assert loaded(2, 2).model.diffusion_model.params.theta == before
+
+
 class LouderFlux(Flux):
     """Another transformer and other blocks: what RES4LYF makes of a model's own."""
 

@@ -76,8 +76,8 @@ def test_tests_that_are_ended_leave_no_server(start):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--double", "1000"), "1000 is no number from -1 to 999"),
-        (("--double", "-3"), "-3 is no number from -1 to 999"),
+        (("--double", "1000"), "1000 is no number from -1 to 100"),
+        (("--double", "-3"), "-3 is no number from -1 to 100"),
         (("--size", "0"), "0 is no number from 64 to 4096, a multiple of 16"),
         (("--steps", "few"), "few is no number from 1 to 1000"),
         (("--checkpoint", "/nowhere.safetensors"), "there is no such file"),

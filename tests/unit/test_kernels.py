@@ -138,6 +138,11 @@ def test_bitsandbytes_multiplies_with_nested_absmax(monkeypatch, parts, blocksiz
     input, bias = torch.randn(3, 512, generator=random), torch.randn(shape[0], generator=random)
     found = kernels.gemm_4bit(input, packed, codes, state, bias, tables)
     assert len(calls) == expanded
+    with monkeypatch.context() as without:
+        without.setattr(kernels, "_has_blockwise_kernel", lambda _: False)
+        by_table = kernels.gemm_4bit(input, packed, codes, state, bias, tables)
+    assert len(calls) == expanded + parts
+    torch.testing.assert_close(by_table, found, rtol=1e-5, atol=1e-4)
     weight = kernels.dequantise(packed, kernels.fp32_absmax(state, codes, tables), state, torch.float32)
     torch.testing.assert_close(found, torch.nn.functional.linear(input, weight, bias), rtol=1e-5, atol=1e-4)
 

@@ -368,3 +368,33 @@ def test_what_may_not_all_be_pinned_is_not_pinned_ahead(file, short, ram):
     pinning_ahead.wait()
     assert registrar.calls == 0
     assert pinned_by_all() == 0
+
+
+def test_a_user_that_goes_meanwhile_waits_for_nothing_and_all_is_unpinned_in_the_end(file):
+    """The garbage collector may end it anywhere, also where the thread that registers waits for a lock."""
+
+    class User:
+        pass
+
+    registrar = GatedRegistrar()
+    arena, users = arena_of(file, registrar), [User()]
+    arena.keep_pinned_for(users[0])
+    arena.pin_ahead(ALL, DEVICE)
+    goes = threading.Thread(target=users.clear, daemon=True)
+    goes.start()
+    assert ends(goes)
+    registrar.let(BLOCKS)
+    pinning_ahead.wait()
+    assert registrar.registered == {}
+    assert pinned_by_all() == 0
+
+
+@pytest.mark.parametrize(("needed", "begins"), [(0, True), (1, False)])
+def test_ram_that_is_still_to_be_filled_is_not_pinned(needed, begins, file, monkeypatch):
+    monkeypatch.setattr(file_arena, "_room_for_pins", lambda: ALL)
+    registrar = GatedRegistrar(let=BLOCKS)
+    arena = arena_of(file, registrar)
+    arena.pin_ahead(ALL, DEVICE, needed)
+    pinning_ahead.wait()
+    assert bool(registrar.registered) is begins
+    arena.unpin()
