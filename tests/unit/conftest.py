@@ -1,10 +1,20 @@
-"""What the tests of nf4_loader share: 4-bit weights as bitsandbytes makes them, and files with any header."""
+"""What the tests share: 4-bit weights as bitsandbytes makes them, files with any header, RAM, the log."""
 
 import json
+import logging
+import os
+import weakref
 
 import pytest
 import torch
 from bitsandbytes import functional as bnb
+from blocks_of_a_file import ALL
+
+from flux_nf4.nf4_loader.checkpoint.quant_state import NestedAbsmax, QuantState
+from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
+from flux_nf4.offload import file_arena, pinning
+from flux_nf4.offload.arena import PAGE
+from flux_nf4.offload.pinning import pinned_by_all
 
 
 @pytest.fixture
@@ -35,6 +45,59 @@ def quantise():
         return packed, state
 
     return quantise
+
+
+@pytest.fixture(scope="session")
+def quantised_layer(quantise):
+    """A function: a `Linear4bit` with what `quantise` gives; the values of its bias are not set."""
+
+    def make(shape, quant_type="nf4", blocksize=64, nested=False, bias=True, dtype=torch.bfloat16):
+        packed, state = quantise(shape, quant_type, blocksize, nested)
+        second = (NestedAbsmax(state.absmax.numel(), 256),) if nested else ()
+        layer = Linear4bit([QuantState(quant_type, blocksize, shape, second)], bias=bias, dtype=dtype)
+        layer.packed_0.copy_(packed.view(-1))
+        layer.absmax_0.copy_(state.absmax)
+        if nested:
+            layer.nested_absmax_0.copy_(state.state2.absmax)
+            layer.nested_map_0.copy_(state.state2.code)
+            layer.nested_offset_0.copy_(state.offset)
+        return layer
+
+    return make
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Of random bytes, as many as `arena_of` wants."""
+    path = tmp_path / "flux.safetensors"
+    path.write_bytes(os.urandom(2 * ALL))
+    return path
+
+
+@pytest.fixture
+def ram(monkeypatch):
+    """A function: so many bytes may be pinned of files. Nobody else pins."""
+    monkeypatch.setattr(pinning, "_all_pins", weakref.WeakSet())
+    monkeypatch.setattr(file_arena, "ram_bytes", lambda: 16 * PAGE)
+
+    def set_to(nbytes):
+        monkeypatch.setattr(file_arena, "free_ram_bytes", lambda: nbytes + PAGE + pinned_by_all(read_only=True))
+
+    set_to(1 << 40)
+    return set_to
+
+
+@pytest.fixture
+def messages(caplog):
+    """A function: what the log has said, with the level, since the last call."""
+    caplog.set_level(logging.INFO)
+
+    def take():
+        taken = [(record.levelname, record.getMessage()) for record in caplog.records]
+        caplog.clear()
+        return taken
+
+    return take
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """The pinning ladder: whatever the driver, the limit or a flag refuse, the arena works, says so, and gives all back."""
 
-import logging
 import mmap
 import os
 import weakref
@@ -31,18 +30,6 @@ def _only_this_test_pins(monkeypatch):
 @pytest.fixture(autouse=True)
 def _every_record_is_a_piece(monkeypatch):
     monkeypatch.setattr(arena_module, "PIECE_BYTES", 1)
-
-
-@pytest.fixture
-def messages(caplog):
-    caplog.set_level(logging.INFO)
-
-    def take():
-        taken = [(record.levelname, record.getMessage()) for record in caplog.records]
-        caplog.clear()
-        return taken
-
-    return take
 
 
 def test_records_are_whole_pages_apart_writable_and_of_exact_size():

@@ -4,53 +4,28 @@ import gc
 import logging
 import os
 import sys
-import weakref
 
 import pytest
 import torch
+from blocks_of_a_file import ALL, BLOCKS, DEVICE, PAGES, arena_of
 from fake_registrar import FakeRegistrar
 from file_parts import Part, maps_of, open_files
 
-from flux_nf4.offload import file_arena, pinning
+from flux_nf4.offload import file_arena
 from flux_nf4.offload.arena import PAGE
 from flux_nf4.offload.file_arena import FileArena, why_not_pinned
 from flux_nf4.offload.file_map import FileMapError, map_parts
 from flux_nf4.offload.pinning import pinned_by_all
 
 MIB = 1 << 20
-DEVICE, OTHER = torch.device("cuda", 0), torch.device("cuda", 1)
-BLOCKS = 4
-PAGES = 2 * PAGE
-"""Of each block: its bytes begin and end inside of a page."""
-
-ALL = BLOCKS * PAGES
+OTHER = torch.device("cuda", 1)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no file is pinned")
 
 
 @pytest.fixture(autouse=True)
-def ram(monkeypatch):
-    """A function: so many bytes may be pinned of files. Nobody else pins."""
-    monkeypatch.setattr(pinning, "_all_pins", weakref.WeakSet())
-    monkeypatch.setattr(file_arena, "ram_bytes", lambda: 16 * PAGE)
-
-    def set_to(nbytes):
-        monkeypatch.setattr(file_arena, "free_ram_bytes", lambda: nbytes + PAGE + pinned_by_all(read_only=True))
-
-    set_to(1 << 40)
-    return set_to
-
-
-@pytest.fixture
-def file(tmp_path):
-    path = tmp_path / "flux.safetensors"
-    path.write_bytes(os.urandom(2 * ALL))
-    return path
-
-
-def arena_of(file, registrar):
-    tensors = [map_parts([Part(file, PAGE // 2 + index * PAGE, PAGE)]) for index in range(BLOCKS)]
-    return FileArena(tensors, registrar)
+def _room(ram):
+    """There is enough of it, unless a test says otherwise."""
 
 
 def test_every_block_is_registered_once_though_neighbours_share_pages(file):

@@ -13,7 +13,7 @@ from torch import nn
 
 from flux_nf4.low_rank.branch import LowRank
 from flux_nf4.low_rank.factors import Factors
-from flux_nf4.nf4_loader.checkpoint.quant_state import DensePart, NestedAbsmax, QuantState
+from flux_nf4.nf4_loader.checkpoint.quant_state import DensePart, QuantState
 from flux_nf4.nf4_loader.linear import int8, int8_weight, kitchen, measured
 from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
 
@@ -37,19 +37,11 @@ def full():
 
 
 @pytest.fixture
-def layer_of(quantise):
+def layer_of(quantised_layer):
     """A function: a layer whose weight is `full`, quantised."""
 
     def make(quant_type="nf4", nested=False, dtype=DTYPE, compute=FASTER, shape=SHAPE):
-        packed, state = quantise(shape, quant_type, 64, nested)
-        second = (NestedAbsmax(state.absmax.numel(), 256),) if nested else ()
-        layer = Linear4bit([QuantState(quant_type, 64, shape, second)], bias=True, dtype=dtype)
-        layer.packed_0.copy_(packed.view(-1))
-        layer.absmax_0.copy_(state.absmax)
-        if nested:
-            layer.nested_absmax_0.copy_(state.state2.absmax)
-            layer.nested_map_0.copy_(state.state2.code)
-            layer.nested_offset_0.copy_(state.offset)
+        layer = quantised_layer(shape, quant_type, nested=nested, dtype=dtype)
         layer.bias.data.zero_()
         layer.compute_by(compute, CPU, dtype)
         return layer

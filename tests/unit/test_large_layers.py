@@ -6,9 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from flux_nf4.nf4_loader.checkpoint.quant_state import NestedAbsmax, QuantState
 from flux_nf4.nf4_loader.linear import kernels, matmul
-from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
 
 SHAPE = (1280, 128)
 SLICES = [512, 512, 256]
@@ -36,17 +34,9 @@ def expanded(monkeypatch):
 
 
 @pytest.fixture
-def make(quantise):
+def make(quantised_layer):
     def make(nested=False, bias=False, blocksize=64, shape=SHAPE):
-        packed, state = quantise(shape, "nf4", blocksize, nested)
-        second = (NestedAbsmax(state.absmax.numel(), 256),) if nested else ()
-        layer = Linear4bit([QuantState("nf4", blocksize, shape, second)], bias=bias, dtype=torch.float32)
-        layer.packed_0.copy_(packed.view(-1))
-        layer.absmax_0.copy_(state.absmax)
-        if nested:
-            layer.nested_absmax_0.copy_(state.state2.absmax)
-            layer.nested_map_0.copy_(state.state2.code)
-            layer.nested_offset_0.copy_(state.offset)
+        layer = quantised_layer(shape, "nf4", blocksize, nested, bias, torch.float32)
         if bias:
             layer.bias.copy_(torch.linspace(-1, 1, shape[0]))
         return layer

@@ -19,19 +19,11 @@ SHAPE = (48, 128)
 
 
 @pytest.fixture
-def make_linear(quantise):
+def make_linear(quantised_layer):
     """A function that makes a `Linear4bit` with random values."""
 
     def make(quant_type="nf4", blocksize=64, nested=False, bias=True, dtype=torch.bfloat16):
-        packed, state = quantise(SHAPE, quant_type, blocksize, nested)
-        second = (NestedAbsmax(state.absmax.numel(), 256),) if nested else ()
-        linear = Linear4bit([QuantState(quant_type, blocksize, SHAPE, second)], bias=bias, dtype=dtype)
-        linear.packed_0.copy_(packed.view(-1))
-        linear.absmax_0.copy_(state.absmax)
-        if nested:
-            linear.nested_absmax_0.copy_(state.state2.absmax)
-            linear.nested_map_0.copy_(state.state2.code)
-            linear.nested_offset_0.copy_(state.offset)
+        linear = quantised_layer(SHAPE, quant_type, blocksize, nested, bias, dtype)
         if bias:
             linear.bias.copy_(torch.randn(SHAPE[0], generator=torch.Generator().manual_seed(1)))
         return linear

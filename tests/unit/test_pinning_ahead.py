@@ -1,8 +1,6 @@
 """Pinning on a thread: what it is to do counts, each copy waits for its own piece, and none waits for what is over."""
 
 import gc
-import logging
-import os
 import sys
 import threading
 import time
@@ -10,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from blocks_of_a_file import ALL, BLOCKS, DEVICE, PAGES, arena_of
 from fake_registrar import FakeRegistrar, GatedRegistrar
 from file_parts import Part, maps_of, open_files
 
@@ -20,54 +19,14 @@ from flux_nf4.offload.file_map import map_parts
 from flux_nf4.offload.pinning import pinned_by_all
 from flux_nf4.offload.pinning_ahead import pending, until_registered
 
-DEVICE = torch.device("cuda", 0)
-BLOCKS = 4
-PAGES = 2 * PAGE
-"""Of each block: its bytes begin and end inside of a page."""
-
-ALL = BLOCKS * PAGES
-
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no file is pinned")
 
 
 @pytest.fixture(autouse=True)
-def ram(monkeypatch):
-    """A function: so many bytes may be pinned of files. Nobody else pins; afterwards nothing is under way."""
-    monkeypatch.setattr(pinning, "_all_pins", weakref.WeakSet())
-    monkeypatch.setattr(file_arena, "ram_bytes", lambda: 16 * PAGE)
-
-    def set_to(nbytes):
-        monkeypatch.setattr(file_arena, "free_ram_bytes", lambda: nbytes + PAGE + pinned_by_all(read_only=True))
-
-    set_to(1 << 40)
-    yield set_to
+def _all_is_over_in_the_end(ram):
+    yield
     assert pinning_ahead._thread is None
     assert pending == {}
-
-
-@pytest.fixture
-def messages(caplog):
-    """A function: what the log has said, with the level, since the last call."""
-    caplog.set_level(logging.INFO)
-
-    def take():
-        taken = [(record.levelname, record.getMessage()) for record in caplog.records]
-        caplog.clear()
-        return taken
-
-    return take
-
-
-@pytest.fixture
-def file(tmp_path):
-    path = tmp_path / "flux.safetensors"
-    path.write_bytes(os.urandom(2 * ALL))
-    return path
-
-
-def arena_of(file, registrar):
-    tensors = [map_parts([Part(file, PAGE // 2 + index * PAGE, PAGE)]) for index in range(BLOCKS)]
-    return FileArena(tensors, registrar)
 
 
 def source(arena, index):
