@@ -72,7 +72,7 @@ def test_what_is_reported_is_what_the_allocator_holds(model):
         rounding = 512 * len([*patcher.model.parameters(), *patcher.model.buffers()])
         assert abs(held - patcher.report().device_bytes) <= rounding
         comfy.model_management.unload_all_models()
-        assert requested_bytes() == before
+        assert requested_bytes() <= before  # less: each MODEL begins with a schedule (40 kB) where another has it
 
 
 class Interrupt(BaseException):
