@@ -25,7 +25,7 @@ _LARGE_BYTES, _SLICE_BYTES = 512 << 20, 192 << 20
 """A weight that takes more than the first when it is dense is expanded in slices of rows, of at most the second.
 
 Of Flux's layers that is linear1 of FLUX.2-dev only (648 MiB): the peak of a forward at 1024x1024 falls from 2.06 to
-1.74 GiB, which its attention takes as well, and this layer takes 5 % longer (on an H200). On smaller weights it costs
+1.74 GiB, which no other layer reaches, and this layer takes 5 % longer (on an H200). On smaller weights it costs
 more time and saves nothing. An H200 gives the bits that it gives for the whole weight. It does not where cuBLAS adds a
 bias, so layers with one are never cut.
 """
