@@ -45,7 +45,11 @@ class SeveralInputs(nn.Module):
 
     def forward(self, inputs: Sequence[torch.Tensor]) -> list[Any]:
         """The layer's output for each input, computed one after the other."""
-        return [self._compute(self.layer, each) for each in inputs]
+        return [self.one(each) for each in inputs]
+
+    def one(self, input: torch.Tensor) -> Any:
+        """The layer's output, for which its weights must be there: no hook of this block brings them."""
+        return self._compute(self.layer, input)
 
 
 @dataclass(eq=False)
@@ -118,7 +122,9 @@ class Ahead:
 
     def output(self, index: int, vector: torch.Tensor) -> Any:
         """The output of layer ``index`` for ``vector`` (rows, features)."""
-        if self.weights_stay or torch.is_grad_enabled() or not vector.is_contiguous():
+        if self.weights_stay:
+            return self.blocks[index].one(vector)
+        if torch.is_grad_enabled() or not vector.is_contiguous():
             return self.blocks[index]((vector,))[0]
         if vector is not self._vector:
             self._run = self._run_of(vector)
@@ -193,6 +199,7 @@ _output_uncompiled: Callable[[_Place, torch.Tensor], Any] = torch.compiler.disab
 def _diverted(place: _Place) -> Callable[[torch.Tensor], Any]:
     # Weak: otherwise layer and `Ahead` hold each other, and the weights live until the garbage collector runs.
     def forward(vec: torch.Tensor) -> Any:
-        return _output_uncompiled(place, vec)
+        # Where nothing is compiled, the wrapper would take longer than the call.
+        return (_output_uncompiled if torch.compiler.is_compiling() else _output)(place, vec)
 
     return forward

@@ -41,6 +41,7 @@ class Streamer:
         each: Called with the index of each block that has moved to its record: its old memory can be freed then.
         arena: The host memory; None makes a new arena. Streamers over equal models on several devices may share one.
         without: Modules in the blocks that another streamer moves.
+        may_be_compiled: Whether anybody may run the blocks through torch.compile.
 
     Raises:
         ValueError: a block has no tensors, a tensor occurs twice, or ``arena`` was made for other blocks.
@@ -53,6 +54,8 @@ class Streamer:
         each: Callable[[int], None] = lambda _: None,
         arena: HostArena | None = None,
         without: Collection[nn.Module] = (),
+        *,
+        may_be_compiled: bool = True,
     ) -> None:
         modules = [block for group in groups.values() for block in group]
         kinds = [kind for kind, group in groups.items() for _ in group]
@@ -74,6 +77,7 @@ class Streamer:
         numbers = {layout: number for number, layout in enumerate(dict.fromkeys(layouts))}
         self._structures = [numbers[layout] for layout in layouts]
         self.whole_blocks = False
+        self._may_be_compiled = may_be_compiled
         self._orders = self._new_orders()
         self.plan: ResidencyPlan | None = None
         self._asked: ResidencyPlan | None = None
@@ -319,7 +323,8 @@ class Streamer:
             self._stream(plan)
         else:
             self._ring = None
-            self._hooks = hooks_of_residents(self.blocks, plan.resident) if self.whole_blocks else []
+            needs_hooks = self.whole_blocks and self._may_be_compiled
+            self._hooks = hooks_of_residents(self.blocks, plan.resident) if needs_hooks else []
         for index in plan.resident:
             block = self.blocks[index]
             block.is_resident = True  # before the copy: if memory runs out, the next candidate drops this block

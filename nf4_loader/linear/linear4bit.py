@@ -154,7 +154,9 @@ class Linear4bit(nn.Linear):
 
         Returns the bytes that it keeps on the device for that, whether it is streamed or not.
         """
-        self.int8 = int8.use(self, compute, device, dtype)
+        found = int8.use(self, compute, device, dtype)
+        if found is not self.int8:  # to set an attribute of a module takes longer than to look
+            self.int8 = found
         return 0 if self.int8 is None else self.int8.nbytes
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

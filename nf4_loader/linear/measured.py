@@ -66,13 +66,15 @@ def int8_is_faster(
 ) -> bool:
     """Whether to multiply in int8 (arguments as in `Case`). The first call for a case measures it."""
     case = Case(shape, rows, dtype, device, by_kernel)
-    if case not in timings:
+    timing = timings.get(case)  # in nearly all calls it is there
+    if timing is None:
         if is_captured(device):
             return False  # nothing can be measured, and what is captured has run before
         with _measuring:
-            if case not in timings:
-                timings[case] = measure(case)
-    return timings[case].int8_is_faster
+            timing = timings.get(case)
+            if timing is None:
+                timing = timings[case] = measure(case)
+    return timing.int8_is_faster
 
 
 def is_captured(device: torch.device) -> bool:

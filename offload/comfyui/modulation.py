@@ -8,7 +8,7 @@ kept in between: the forward that needs it is one that computes all blocks, so w
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 from ... import families
 from ..ahead import AHEAD, Ahead
 from ..copies import Copies
-from ..plan import ResidencyPlan, plan_for
+from ..plan import BlockSize, ResidencyPlan, plan_for
 from ..streamer import Streamer
 from .coming_steps import ComingSteps
 from .lasting import lasting_allocations
@@ -36,6 +36,7 @@ class Modulated:
     More prompts or a larger batch keep up to `MOST_ROWS` / `AHEAD` times as many: 76 MB more for Flux.1. No plan counts
     what grows with a batch; ComfyUI sets memory aside for that, as for the rest of a larger forward.
     """
+    _plans: dict[int, tuple[tuple[BlockSize, ...], ResidencyPlan]] = field(default_factory=dict, init=False)
 
     @property
     def device_bytes(self) -> int:
@@ -84,12 +85,18 @@ class Modulated:
 
     @property
     def _passing(self) -> ResidencyPlan:
-        return plan_for(self.streamer.sizes(whole_blocks=True), (), 0)
+        return self._plan_of(0)
 
     @property
     def _staying(self) -> ResidencyPlan:
+        return self._plan_of(len(self.streamer.blocks))
+
+    def _plan_of(self, stay: int) -> ResidencyPlan:
+        """The plan that keeps so many layers. It is asked for ten times in each sampling, so it is kept."""
         sizes = self.streamer.sizes(whole_blocks=True)
-        return plan_for(sizes, range(len(sizes)), 0)
+        if stay not in self._plans or self._plans[stay][0] is not sizes:
+            self._plans[stay] = sizes, plan_for(sizes, range(stay), 0)
+        return self._plans[stay][1]
 
 
 def modulated(
@@ -117,6 +124,7 @@ def modulated(
         of_layers,
         lambda index: each(indices[index]),
         None if twin is None else twin.streamer.arena,
+        may_be_compiled=False,
     )
     return Modulated(ahead, streamer, steps, AHEAD * _output_bytes(model, ahead))
 

@@ -224,7 +224,8 @@ def _prepare(modules: Iterable[Any], device: torch.device, casts: bool) -> None:
         if _has(module, "take_patches"):
             if module.computes_on != device:
                 module.computes_on = device
-            module.patched_shape = module.shape
+            if module.patched_shape != module.shape:
+                module.patched_shape = module.shape
 
 
 def _has_empty_lists(module: Any) -> bool:

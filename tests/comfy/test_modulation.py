@@ -115,7 +115,7 @@ def test_the_weights_pass_once_for_all_steps_that_are_computed_at_once(
 
 
 def test_weights_that_stay_need_no_look_ahead(load, sample, copies, monkeypatch):
-    """No forward waits on the host, and none computes what another will need."""
+    """No forward waits on the host, none computes what another will need, and no layer is called through hooks."""
     expected, patcher = sample(load()), load(DOUBLES, SINGLES)
 
     def refuse(*_):
@@ -126,6 +126,7 @@ def test_weights_that_stay_need_no_look_ahead(load, sample, copies, monkeypatch)
         patcher.residency = residency
         assert torch.equal(sample(patcher), expected)
         assert modulation_of(patcher).stays
+        assert not any(module._forward_pre_hooks for module in modulation_of(patcher).ahead.modules)
 
 
 @pytest.mark.parametrize("short", [0, 1])
