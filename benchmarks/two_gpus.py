@@ -6,6 +6,10 @@ It samples a full-size Flux in NF4 with CFG 4, on one GPU (which computes both p
 two (one prompt each), in turns: with all blocks that fit in VRAM, and with none. It needs two GPUs and a ComfyUI that
 has the node (0.33.0 or later). Run it with ComfyUI's Python. It also writes ``two_gpus.json``. A batch of two may round
 otherwise than two batches of one do, so it says how far the latents are from each other, too.
+
+Both GPUs are driven by threads of one Python process, and only one of them runs Python at a time. So a step takes at
+least as long as the host takes for both forwards: each line says how busy the host's CPU was with two GPUs. Near 1 it
+is what limits them, and larger pictures gain more.
 """
 
 import importlib
@@ -71,34 +75,42 @@ def measure(patchers: dict[str, Any], case: Any, rounds: int) -> dict[str, Any]:
     from comfy_model import at_work
 
     seconds: dict[str, list[float]] = {name: [] for name in patchers}
+    busy: list[float] = []
     latents: dict[str, torch.Tensor] = {}
     for _ in range(rounds):
         for name, patcher in patchers.items():
             with at_work(patcher, case) as model:
                 model.sample(lambda: None, 2)
-                started = time.perf_counter()
+                started, cpu = time.perf_counter(), time.process_time()
                 latents[name] = model.sample(lambda: None)  # on the CPU: the devices are done
                 seconds[name].append(time.perf_counter() - started)
+                if name == "two":
+                    busy.append((time.process_time() - cpu) / seconds[name][-1])
     one, two = (latents[name].float() for name in ("one", "two"))
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     return {
         "seconds": seconds,
         "ratio": medians["two"] / medians["one"],
+        "host_busy": statistics.median(busy),
         "is_equal": torch.equal(one, two),
         "difference": float((two - one).norm() / one.norm()),
     }
 
 
-def said(resident: str, found: dict[str, Any]) -> str:
+def said(found: dict[str, Any]) -> str:
     one, two = (statistics.median(found["seconds"][name]) for name in ("one", "two"))
     picture = "equal to the bit" if found["is_equal"] else f"{found['difference']:.1e} away"
-    return f"{resident}: one GPU {one:.2f} s, two {two:.2f} s, {found['ratio']:.3f} of it; latents {picture}"
+    return (
+        f"{found['resident']}, {found['pixels']}: one GPU {one:.2f} s, two {two:.2f} s, {found['ratio']:.3f} of it, "
+        f"the host busy {found['host_busy']:.2f} of the time; latents {picture}"
+    )
 
 
 def main() -> None:
     parser = parser_for(__doc__)
     parser.add_argument("--steps", type=int, default=8, help="steps of each sampling")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each way")
+    parser.add_argument("--pixels", type=int, nargs="+", default=[1024, 1536], help="sides of the pictures")
     given = parser.parse_args()
     if not given.dry_run:
         require_two_gpus()
@@ -111,16 +123,19 @@ def main() -> None:
 
     files = Files(given.folder, given.checkpoint, given.dry_run)
     files.enter()
-    small = {"pixels": 64, "text_tokens": 8} if given.dry_run else {}
-    case = Case("cfg", steps=given.steps, cfg=4.0, **small)
-    results: dict[str, Any] = {"about": about(), "steps": given.steps}
+    sides, text = ([64], {"text_tokens": 8}) if given.dry_run else (given.pixels, {})
+    results: dict[str, Any] = {"about": about(), "steps": given.steps, "rows": []}
     with torch.inference_mode(), two_devices_of_one_cpu() if given.dry_run else nullcontext():
         patcher = load(files.nf4())
         for resident, counts in RESIDENT.items():
             one = with_residency(patcher, *counts)
-            results[resident] = measure({"one": one, "two": split(one)}, case, given.rounds)
-            print(said(resident, results[resident]), flush=True)
-    (given.output / "two_gpus.json").write_text(json.dumps(results, indent=1))
+            both = {"one": one, "two": split(one)}
+            for pixels in sides:
+                case = Case("cfg", pixels=pixels, steps=given.steps, cfg=4.0, **text)
+                row = {"resident": resident, "pixels": pixels} | measure(both, case, given.rounds)
+                print(said(row), flush=True)
+                results["rows"].append(row)
+                (given.output / "two_gpus.json").write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

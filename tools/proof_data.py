@@ -51,22 +51,20 @@ def machines(proof: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def your_card(proof: dict[str, Any]) -> dict[str, Any] | None:
-    """The table of cards of 4, 6, 8 and 12 GB; None where none of them was measured.
+    """The table of cards of 4, 6, 8 and 12 GB; None where not all of them were measured.
 
     A column of which nothing was measured is left out.
 
     Raises:
         SystemExit: the cards were measured on different machines.
     """
-    rows = {gb: proof["rows"].get(f"card-{gb}") for gb in CARDS_GB}
-    measured = {gb: row for gb, row in rows.items() if row is not None}
-    if not measured:
+    names = [f"card-{gb}" for gb in CARDS_GB]
+    if not proof["rows"].keys() >= set(names):
         return None
-    abouts = [row["about"] for row in measured.values()]
+    rows = {gb: proof["rows"][name] for gb, name in zip(CARDS_GB, names, strict=True)}
+    abouts = [row["about"] for row in rows.values()]
     if len({(_card(about), about.get("comfyui")) for about in abouts}) > 1:
-        raise SystemExit(
-            f"the rows {', '.join(f'card-{gb}' for gb in measured)} are of different machines: run them on one"
-        )
+        raise SystemExit(f"the rows {', '.join(names)} are of different machines: run them on one")
     card, comfyui = _card(abouts[0]), abouts[0].get("comfyui", "unknown")
     stays = [_value(row, "blocks that stay") for row in rows.values()]
     series: list[dict[str, Any]] = [
@@ -99,7 +97,7 @@ def your_card(proof: dict[str, Any]) -> dict[str, Any] | None:
         }
     )
     series = [column for column in series if any(value is not None for value in column["values"])]
-    taken = f"{card} with all memory but {', '.join(map(str, measured))} GiB taken"
+    taken = f"{card} with all memory but {', '.join(map(str, rows))} GiB taken"
     runs = {
         "cards": {
             "card": taken,

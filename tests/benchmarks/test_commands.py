@@ -124,7 +124,9 @@ def test_a_dry_run_shares_the_work_of_two_devices(comfyui, tmp_path):
         return
     assert code == 0, error
     found = json.loads((tmp_path / "results" / "two_gpus.json").read_text())
-    for resident in two_gpus.RESIDENT:
-        assert f"{resident}: one GPU" in said
-        assert 0 <= found[resident]["difference"] < 1e-5
-        assert found[resident]["ratio"] > 0
+    assert [row["resident"] for row in found["rows"]] == list(two_gpus.RESIDENT)
+    for row in found["rows"]:
+        assert f"{row['resident']}, 64: one GPU" in said
+        assert 0 <= row["difference"] < 1e-5
+        assert row["ratio"] > 0
+        assert 0 < row["host_busy"] < 64

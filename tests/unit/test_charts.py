@@ -93,7 +93,7 @@ def figure(name, value, unit="", *, most=None, verdict="beside"):
 
 
 def a_proof(**others):
-    """Of a card of 4 GiB without GGUF and of 8 GiB, and one claim that is missed; what `benchmarks/proof.py` writes."""
+    """Of all cards, two without GGUF and two alike, and one claim that is missed; what `benchmarks/proof.py` writes."""
     small = [figure("blocks that stay", "none"), figure("peak VRAM", 0.784, "GiB"), figure("gguf-q4", None, "ms")]
     large = [
         figure("blocks that stay", "all, 19 + 38"),
@@ -103,7 +103,7 @@ def a_proof(**others):
     small += [figure("streamed-auto", 190.4, "ms"), figure("comfy-int8", 266.6, "ms")]
     large += [figure("streamed-auto", 180.0, "ms"), figure("comfy-int8", 250.0, "ms")]
     large.append(figure("NF4 here of the fastest by ComfyUI", 1.041, most=1.0, verdict="missed"))
-    rows = {"card-4": small, "card-8": large, **others}
+    rows = {"card-4": small, "card-6": small, "card-8": large, "card-12": large, **others}
     how = {
         "about": ABOUT,
         "command": "compare.py --cases x",
@@ -152,30 +152,32 @@ def test_a_proof_becomes_the_table_and_the_chart_of_cards(texts):
     ]  # the others have no figure
     assert rows == [
         ["4 GB", "none", "0.78", "190", "267", "–", "12.3"],
-        ["6 GB", *["–"] * 5, "12.3"],
+        ["6 GB", "none", "0.78", "190", "267", "–", "12.3"],
         ["8 GB", "all, 19 + 38", "5.06", "180", "250", "569", "12.3"],
-        ["12 GB", *["–"] * 5, "12.3"],
+        ["12 GB", "all, 19 + 38", "5.06", "180", "250", "569", "12.3"],
     ]
-    assert "NVIDIA H200 with all memory but 4, 8 GiB taken; ComfyUI 0.33.0." in readme
+    assert "NVIDIA H200 with all memory but 4, 6, 8, 12 GiB taken; ComfyUI 0.33.0." in readme
     assert readme.endswith("<!-- /your_card -->\n\nThe end.\n")
     assert "old" not in readme
     assert "| 8 GB | 全部，19 + 38 | 5.06 | **180** |" in (folder / "README.zh.md").read_text()
     bars = re.findall(r">([\d.]+)</text>", (folder / "docs/charts/your_card.svg").read_text())
-    assert bars == ["190", "267", "180", "250", "569"]
+    assert bars == ["190", "267"] * 2 + ["180", "250", "569"] * 2
 
 
 def test_every_claim_stands_beside_its_target(texts):
     folder = texts(a_proof())
     text = (folder / "docs" / "measurements.md").read_text()
-    assert "- NVIDIA H200, ComfyUI 0.33.0: `card-4`, `card-8`.\n" in text
+    assert "- NVIDIA H200, ComfyUI 0.33.0: `card-4`, `card-6`, `card-8`, `card-12`.\n" in text
     heads, *rows = cells_of(text)
-    assert len(rows) == 5  # no ms: they are in the other table
+    assert len(rows) == 10  # no ms: they are in the other table
     assert ["`card-8`", "NF4 here of the fastest by ComfyUI", "1.041", "at most 1.0", "missed"] in rows
     assert len(heads) == 5
 
 
-def test_a_proof_without_cards_leaves_their_table(texts):
-    folder = texts({"rows": {}})
+def test_a_proof_without_one_of_the_cards_leaves_their_table(texts):
+    proof = a_proof()
+    del proof["rows"]["card-6"]
+    folder = texts(proof)
     assert "old" in (folder / "README.md").read_text()
     assert [path.name for path in (folder / "docs/data").iterdir()] == ["proof.json"]
 
@@ -187,14 +189,14 @@ def test_no_folder_of_the_machine_that_was_measured_is_told(texts):
 def test_cards_of_two_machines_are_in_no_table(texts):
     proof = a_proof()
     proof["rows"]["card-8"]["about"] = ABOUT | {"comfyui": "0.3.75"}
-    with pytest.raises(SystemExit, match="card-4, card-8 are of different machines"):
+    with pytest.raises(SystemExit, match="card-4, card-6, card-8, card-12 are of different machines"):
         texts(proof)
 
 
 def test_the_cards_are_those_of_the_proof():
-    """Once there is one; before, no table says that it is from it."""
-    if "proof" in DATA:
-        assert DATA["your_card"] == proof_data.your_card(DATA["proof"])
+    """Once it has all of them; before, no table says that it is from it."""
+    if "proof" in DATA and (table := proof_data.your_card(DATA["proof"])):
+        assert DATA["your_card"] == table
     else:
         commands = [run["command"] for data in MEASURED.values() for run in data["runs"].values()]
         assert "benchmarks/proof.py" not in commands
