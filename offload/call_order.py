@@ -35,7 +35,7 @@ class CallOrders:
         """Note that block ``index`` has called its tile ``local``. Returns whether this changes an order."""
         calls = self._calls[index]
         calls.append(local)
-        if len(calls) < len(self._registered[index]):
+        if len(calls) != calls.maxlen:
             return False
         seen, structure = tuple(calls), self._structures[index]
         if seen == self._learned.get(structure):

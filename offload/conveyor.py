@@ -15,7 +15,6 @@ launched before it ("free"), because that compute may read the bytes that the co
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -65,7 +64,10 @@ class Conveyor:
         self._whole_blocks = whole_blocks
         self._free = copies.event()
         self._lost_ring = False
-        self._active: Staged | None = None
+        self._active: int | None = None
+        """Position of the tile in use."""
+        self._there: set[int] = set()
+        """Positions of the tiles whose bytes are in the ring, or on their way, and not used up."""
         self._hooks: list[RemovableHandle] = []
         self._presences = {
             (index, local): Presence() for index in plan.streamed for local in range(len(blocks[index].tiles))
@@ -92,31 +94,33 @@ class Conveyor:
 
     def fetch(self, positions: Sequence[int]) -> None:
         """Copy the tiles at ``positions`` to the ring, except those that are there or on their way."""
-        copies = self._copies
+        there = self._there
         for position in positions:
-            staged = self._staged[position]
-            if not staged.present:
-                if pending:
-                    for part in staged.parts:
-                        until_registered(part.source)
-                for evicted in self._ring.evicted[position]:
-                    self._staged[evicted].present = False
-                with _label("fetch", staged):
-                    begun = staged.link.begun if staged.link is not None else None
-                    for part in staged.parts:
-                        copies.copy(part.place, part.source, after=self._free, done=part.ready, begun=begun)
-                        begun = None
+            if position not in there:
+                evicted = self._ring.evicted[position]
+                if not there.isdisjoint(evicted):
+                    there -= evicted
+                staged = self._staged[position]
+                _named("fetch", staged, self._copy)
                 self.telemetry.copied(staged.nbytes, staged.pinned_bytes, staged.link)
-                staged.present = True
+                there.add(position)
 
-    def wait(self, staged: Staged) -> None:
-        """Have compute wait for the copy of ``staged``."""
+    def _copy(self, staged: Staged) -> None:
+        copies, begun = self._copies, staged.link.begun if staged.link is not None else None
+        for part in staged.parts:
+            if pending:
+                until_registered(part.source)
+            copies.copy(part.place, part.source, after=self._free, done=part.ready, begun=begun)
+            begun = None
+
+    def wait(self, position: int) -> None:
+        """Have compute wait for the copy of the tile at ``position``."""
         before = self.telemetry.before_wait()
         try:
-            for part in staged.parts:
+            for part in self._staged[position].parts:
                 self._copies.compute_waits(part.ready)
         except BaseException:
-            staged.present = False  # its copy has failed
+            self._there.discard(position)  # its copy has failed
             raise
         if before is not None:
             self.telemetry.after_wait(before)
@@ -124,8 +128,8 @@ class Conveyor:
     def release(self) -> None:
         """Unbind the tile in use, if there is one. Copies may overwrite its bytes once the compute so far is done."""
         if self._active is not None:
-            self._active.unbind()
-            self._active.present = False
+            self._staged[self._active].unbind()
+            self._there.discard(self._active)
             self._active = None
             self._released()
 
@@ -135,36 +139,41 @@ class Conveyor:
 
     def _before(self, key: Key) -> None:
         """Before the forward of tile ``key``: bind it to its bytes in the ring."""
-        self._take_ring()
+        if self._lost_ring:
+            self._take_ring()
         self.release()
         self.telemetry.tile(key)
         position = self._positions[key]
         staged = self._staged[position]
         if not staged.is_home:
             raise tensors_replaced(staged.parts[0].tile.tile.module, key[0])
-        if not staged.present:
+        if position not in self._there:
             self.telemetry.missed()
             self.fetch((position, *self._ring.beside[position]))
-        self.wait(staged)
-        with _label("bind", staged):
-            staged.bind()
-        self._active = staged
+        self.wait(position)
+        _named("bind", staged, Staged.bind)
+        self._active = position
 
     def _after(self, key: Key) -> None:
         """After the forward of tile ``key``: make room, and fetch the next tiles."""
-        self._take_ring()
+        if self._lost_ring:
+            self._take_ring()
         self.release()
         if self._orders.saw(*key):
             self._lay_out()
         self.fetch(self._ring.ahead[self._positions[key]])
 
     def _lay_out(self) -> None:
-        """Give every streamed tile its place in the ring, in the order of calls. The ring holds no tile after this."""
+        """Give every streamed tile its place in the ring, in the order of calls. The ring holds no tile after this.
+
+        No tile may be in use.
+        """
         memory, copies = self._memory.memory, self._copies
         order = [(index, local) for index in self._plan.streamed for local in self._orders.of(index)]
         parts = [self._blocks[index].parts(local) for index, local in order]
         sizes = tuple(sum(tile.tile.nbytes for tile, _ in of_tile) for of_tile in parts)
         self._ring = lay_out(sizes, memory.nbytes)
+        self._there.clear()
         self._staged = [
             Staged(self._name_of(key), of_tile, memory[start:], copies, self._presences[key])
             for key, of_tile, start in zip(order, parts, self._ring.offsets, strict=True)
@@ -209,14 +218,13 @@ class Conveyor:
         """Another conveyor takes the ring and overwrites it."""
         self._lost_ring = True
         self.release()
-        for staged in self._staged:
-            staged.present = False
+        self._there.clear()
 
     def _take_ring(self) -> None:
-        if self._lost_ring:
-            self._lost_ring = False
-            self._memory.give_to(self._lose_ring)
-            self._released()
+        """Take the ring back."""
+        self._lost_ring = False
+        self._memory.give_to(self._lose_ring)
+        self._released()
 
 
 def hooks_of_residents(blocks: Sequence[Block], resident: Sequence[int]) -> list[RemovableHandle]:
@@ -249,11 +257,10 @@ def tensors_replaced(layer: str, index: int) -> RuntimeError:
     )
 
 
-def _label(verb: str, staged: Staged) -> AbstractContextManager[Any]:
-    """A name in a profiler's trace. It costs nothing while no profiler runs."""
+def _named(verb: str, staged: Staged, do: Callable[[Staged], None]) -> None:
+    """Call ``do`` with ``staged``, under a name in a profiler's trace. It costs next to nothing while none runs."""
     if not torch.autograd.profiler._is_profiler_enabled:
-        return _NO_LABEL
-    return torch.profiler.record_function(f"{verb} {staged.name}")
-
-
-_NO_LABEL: AbstractContextManager[Any] = nullcontext()
+        do(staged)
+        return
+    with torch.profiler.record_function(f"{verb} {staged.name}"):
+        do(staged)

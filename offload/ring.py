@@ -24,7 +24,7 @@ class Ring:
     offsets: tuple[int, ...]
     ahead: tuple[tuple[int, ...], ...]
     beside: tuple[tuple[int, ...], ...]
-    evicted: tuple[tuple[int, ...], ...]
+    evicted: tuple[frozenset[int], ...]
 
 
 @functools.lru_cache(maxsize=16)
@@ -43,7 +43,7 @@ def lay_out(tiles: tuple[int, ...], ring_bytes: int) -> Ring:
         ahead=tuple(tuple(_run(spans, index, [])) for index in indices),
         beside=tuple(tuple(_run(spans, index, [index])) for index in indices),
         evicted=tuple(
-            tuple(other for other in indices if other != index and _overlap(spans[other], spans[index]))
+            frozenset(other for other in indices if other != index and _overlap(spans[other], spans[index]))
             for index in indices
         ),
     )

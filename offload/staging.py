@@ -34,7 +34,7 @@ class Presence:
 
 
 class Staged:
-    """A streamed tile with its place in the ring. ``present``: its bytes are there, from their fetch to their use."""
+    """A streamed tile with its place in the ring."""
 
     def __init__(
         self,
@@ -54,7 +54,6 @@ class Staged:
         self._swaps = tuple(swap for part in self.parts for swap in part.tile.swaps(part.views))
         self._presence = presence
         self.link: Link | None = None
-        self.present = False
 
     def time_copies(self, copies: Copies) -> None:
         """Time the copy of each fetch. `link` has the events; they are recorded by the first fetch."""
