@@ -305,6 +305,28 @@ def test_it_asks_for_what_it_needs_and_takes_what_is_free(clip, clip_copies):
     assert streamer.plan is None
 
 
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_a_forward_has_room_for_its_widest_weight_in_fp32_twice(kept, clip, clip_copies, dtype, monkeypatch):
+    """``kept``: how many times ComfyUI leaves room for that anyway."""
+    patcher = stream_clip(clip, Residency(), None).patcher
+    streamer = patcher.model.streaming.streamer
+    layers = [module for block in streamer.blocks for module in block.module.modules()]
+    widest = 4 * max(layer.weight.numel() for layer in layers if isinstance(layer, torch.nn.Linear))
+    management = comfy.model_management
+    reserved = management.extra_reserved_memory()
+    monkeypatch.setattr(management, "minimum_inference_memory", lambda: reserved + kept * widest)
+    # The weights of most dtypes are expanded in each forward; those in fp32 are what it multiplies with.
+    missing = 0 if dtype == torch.float32 else (2 - kept) * widest
+    all_resident = sum(block.nbytes for block in streamer.sizes()) + patcher.model.streaming.taken_bytes
+    for room, stays in ((all_resident + missing, True), (all_resident + missing - 1, False)):
+        patcher.load(torch.device("cpu"), room)
+        assert bool(streamer.plan.streamed) != stays
+        assert patcher.loaded_size() <= room - missing
+    patcher.residency = Residency(budget_bytes=all_resident)
+    patcher.load(torch.device("cpu"), all_resident + missing)
+    assert not streamer.plan.streamed, "a budget is for the weights alone"
+
+
 @pytest.mark.parametrize("scaled", [False, True])
 def test_an_embedding_in_host_memory_looks_up_the_same_rows(scaled, dtype):
     table = comfy_embedding(scaled, dtype)
