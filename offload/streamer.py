@@ -42,6 +42,7 @@ class Streamer:
         arena: The host memory; None makes a new arena. Streamers over equal models on several devices may share one.
         without: Modules in the blocks that another streamer moves.
         may_be_compiled: Whether anybody may run the blocks through torch.compile.
+        what: What the log calls the blocks that stay.
 
     Raises:
         ValueError: a block has no tensors, a tensor occurs twice, or ``arena`` was made for other blocks.
@@ -56,10 +57,12 @@ class Streamer:
         without: Collection[nn.Module] = (),
         *,
         may_be_compiled: bool = True,
+        what: str = "resident blocks",
     ) -> None:
         modules = [block for group in groups.values() for block in group]
         kinds = [kind for kind, group in groups.items() for _ in group]
         layouts = layouts_of(modules, without)
+        self._what = what
         self._places = Places(modules, without)
         apart = [
             {(path, name): tensor for path, named in tensors.items() for name, tensor in named.items()}
@@ -276,11 +279,8 @@ class Streamer:
             self.stop()
             raise
         if self._asked is not plan:
-            logger.warning(
-                "Streaming: the device has room for %d of %d resident blocks; the others are streamed",
-                len(self._asked.resident),
-                len(plan.resident),
-            )
+            text = "Streaming: the device has room for %d of %d %s; the others are streamed"
+            logger.warning(text, len(self._asked.resident), len(plan.resident), self._what)
 
     def _use(self, copies: Copies, *, whole_blocks: bool) -> None:
         """Copy with ``copies``, in tiles of layers or whole blocks. Residents stay unless device or tiles change."""

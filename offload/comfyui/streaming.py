@@ -194,7 +194,7 @@ class Streaming:
             copies = through_bounce_buffers(copies)
         with lasting_allocations():
             if self.modulation is not None:  # its ring first: where room is short, fewer blocks are resident
-                self.modulation.start(copies, stays=modulation_stays and self.modulation_stays)
+                self.modulation.start(copies, stays=modulation_stays and self.modulation.is_there)
             streamer.start(plan, copies, whole_blocks=whole_blocks)
             stays = modulation_stays and streamer.plan is not None and not streamer.plan.streamed
             if self.modulation is not None and self.modulation_stays != stays:

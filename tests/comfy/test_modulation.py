@@ -193,7 +193,7 @@ def copied_layers(modulation):
     return [size.streamed for size in modulation.streamer.sizes(whole_blocks=True)]
 
 
-def test_a_device_without_room_for_it_after_all_keeps_all_blocks(load, sample, copies, monkeypatch):
+def test_a_device_without_room_for_it_after_all_keeps_all_blocks(load, sample, copies, monkeypatch, caplog):
     patcher = load(DOUBLES, SINGLES)
     modulation, empty = modulation_of(patcher), copies.empty
     sizes = copied_layers(modulation)
@@ -209,6 +209,9 @@ def test_a_device_without_room_for_it_after_all_keeps_all_blocks(load, sample, c
     assert torch.equal(sample(patcher), expected)
     assert (modulation.stays, modulation.ahead.weights_stay) == (False, False)
     assert patcher.model.streaming.streamer.plan.streamed == ()
+    layers = len(sizes)
+    assert f"the device has room for 0 of {layers} layers of the modulation; the others are streamed" in caplog.text
+    assert "resident blocks" not in caplog.text
 
 
 def test_two_clones_in_turn_have_it_where_each_wants_it(load, sample, copies):
