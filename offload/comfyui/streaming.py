@@ -103,7 +103,8 @@ class Streaming:
     @property
     def ram_bytes(self) -> int:
         """Bytes of RAM that the model takes."""
-        return self.outside_bytes + self.only_in_ram + sum(streamer.ram_bytes for streamer in self.streamers)
+        beside = self.outside_bytes + self.only_in_ram + self.patching.ram_bytes
+        return beside + sum(streamer.ram_bytes for streamer in self.streamers)
 
     @property
     def host_bytes(self) -> int:
