@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..memory import is_out_of_memory
 from .arena import HostArena
-from .block import Block, Extras, HostRecord, blocks_in, extras_in, layouts_of, split
+from .block import Block, Extras, HostRecord, blocks_in, extras_in, layouts_of, names_in, split
 from .call_order import CallOrders
 from .conveyor import Conveyor, hooks_of_residents, tensors_replaced
 from .copies import Copies, InlineCopies
@@ -64,10 +64,7 @@ class Streamer:
         layouts = layouts_of(modules, without)
         self._what = what
         self._places = Places(modules, without)
-        apart = [
-            {(path, name): tensor for path, named in tensors.items() for name, tensor in named.items()}
-            for tensors in self._places.by_block(mapped or {})
-        ]
+        apart = [names_in(tensors) for tensors in self._places.by_block(mapped or {})]
         splits = split(layouts, apart)
         self.arena = HostArena([own.nbytes for own, _ in splits]) if arena is None else arena
         self.blocks = blocks_in(self.arena, modules, kinds, splits, apart, each)
@@ -207,11 +204,9 @@ class Streamer:
         self._start(plan, copies, whole_blocks=whole_blocks)
 
     def change(self, plan: ResidencyPlan) -> None:
-        """Call `start` with another plan and the same copies. To give residents up, it copies no whole block.
-
-        It copies the small parts of the blocks given up, and the first tiles of the ring. The caller may need the
-        memory at once, so tensors that were replaced from outside are logged as an error and raise nothing.
-        """
+        """Call `start` with another plan and the same copies. To give residents up, it copies no whole block, but their
+        small parts and the first tiles of the ring. The caller may need the memory at once, so tensors that were
+        replaced from outside are logged as an error and raise nothing."""
         if (error := self._find_replaced()) is not None:
             logger.error("Streaming: %s", error)
         self._start(plan, self._copies, whole_blocks=self.whole_blocks)
@@ -229,8 +224,8 @@ class Streamer:
 
     @property
     def _arenas(self) -> tuple[PinnableMemory, ...]:
-        every = (self.arena, self.file if self.file.nbytes else None, self.extras_arena)
-        return tuple(arena for arena in every if arena is not None)
+        extras = () if self.extras_arena is None else (self.extras_arena,)
+        return (self.arena, *((self.file,) if self.file.nbytes else ()), *extras)
 
     def _replace_extras(self, by_block: Sequence[Extras]) -> None:
         layouts = [extras_layouts(block.own.layout, given) for block, given in zip(self.blocks, by_block, strict=True)]
