@@ -5,8 +5,9 @@
 Run it with ComfyUI's Python. It makes files of full size with random weights (Mistral 3: 10.7 GB, FLUX.2-dev: 18 GB,
 kept in ``--folder``). First a prompt of 512 tokens is encoded within each budget and with all of it resident, in turns:
 the bits must be equal. Then two prompts, each encoded and sampled, run on a card made as small as ``--cap`` with both
-models on automatic: the second must move no resident block of the transformer. Prints how long each part took and what
-moved, and writes ``text_encoder.json``. Fails where bits differ, a ratio is above ``--most``, or a block has moved.
+models on automatic: the second must move no resident block of the transformer, and no forward of either may run out of
+memory. Prints how long each part took, what stayed and what moved, and writes ``text_encoder.json``. Fails where bits
+differ, a ratio is above ``--most``, a block has moved, or memory ran out.
 """
 
 import functools
@@ -113,7 +114,7 @@ Copies = dict[int, list[Any]]
 
 
 def copies_on_device(model: Any) -> Copies:
-    """Of the transformer's resident blocks now."""
+    """Of the resident blocks of ``model`` now."""
     blocks = model.model.streaming.streamer.blocks
     records = {i: (block.own, block.mapped) for i, block in enumerate(blocks) if block.is_resident}
     return {
@@ -132,6 +133,7 @@ def two_prompts(clip: Any, model: Any, vocabulary: int, pixels: int, steps: int,
         prompt = tokens(count, vocabulary, number)
         found[f"encode_{number}_s"] = seconds(functools.partial(clip.encode_from_tokens, prompt), device)
         found[f"held_by_encoder_{number}_gib"] = clip.patcher.loaded_size() / GIB
+        found[f"layers_of_encoder_{number}"] = copies_on_device(clip.patcher)
         found[f"after_prompt_{number}"] = copies_on_device(model)
         positive = clip.encode_from_tokens_scheduled(prompt)
         latent = torch.zeros(1, 128, pixels // 16, pixels // 16)
@@ -141,6 +143,12 @@ def two_prompts(clip: Any, model: Any, vocabulary: int, pixels: int, steps: int,
         found[f"sample_{number}_s"] = seconds(call, device)
         found[f"after_picture_{number}"] = copies_on_device(model)
     return found
+
+
+def ran_out_of_memory(clip: Any, model: Any) -> list[str]:
+    """What the log has said of forwards that ran out of memory."""
+    said = [text for patcher in (clip.patcher, model) for text in patcher.model.streaming.said]
+    return [text for text in said if "out of memory" in text]
 
 
 def moved(found: dict[str, Any]) -> int:
@@ -203,11 +211,13 @@ def main() -> None:
         if transformer is not None:
             model = load(transformer)
             said.end_of("loading the transformer")
+            clip = loaded.clone()
             with capped(device, 0.0 if given.dry_run else given.cap):
-                found = two_prompts(loaded.clone(), model, sizes["vocabulary"], given.pixels, given.steps, given.tokens)
+                found = two_prompts(clip, model, sizes["vocabulary"], given.pixels, given.steps, given.tokens)
             said.end_of("two prompts")
             counted = {name: len(value) if isinstance(value, dict) else value for name, value in found.items()}
             results["workflow"] = counted | {"moved": moved(found), "cap_gib": given.cap}
+            results["workflow"]["ran_out_of_memory"] = ran_out_of_memory(clip, model)
             print(told(results["workflow"]), flush=True)
     (given.output / "text_encoder.json").write_text(json.dumps(results, indent=1))
     problems = [f"{row['budget_gib']:g} GiB take {row['ratio']:.2f}" for row in rows if row["ratio"] > given.most]
@@ -215,6 +225,8 @@ def main() -> None:
         raise SystemExit(f"of what encoding takes with all resident: {', '.join(problems)} (wanted: {given.most:g})")
     if transformer is not None and results["workflow"]["moved"]:
         raise SystemExit("the second prompt moved resident blocks of the transformer")
+    if transformer is not None and results["workflow"]["ran_out_of_memory"]:
+        raise SystemExit("\n".join(results["workflow"]["ran_out_of_memory"]))
 
 
 class Phases:
@@ -237,8 +249,9 @@ def told(workflow: dict[str, Any]) -> str:
         blocks = [workflow[f"after_{part}_{number}"] for part in ("prompt", "picture")]
         lines.append(
             f"prompt {number}: encoded in {seconds_of[0]:.2f} s, sampled in {seconds_of[1]:.2f} s; "
-            f"held by the text encoder: {workflow[f'held_by_encoder_{number}_gib']:.2f} GiB; resident blocks of the "
-            f"transformer: {blocks[0]} after the prompt, {blocks[1]} after the picture"
+            f"held by the text encoder: {workflow[f'held_by_encoder_{number}_gib']:.2f} GiB with "
+            f"{workflow[f'layers_of_encoder_{number}']} resident layers; resident blocks of the transformer: "
+            f"{blocks[0]} after the prompt, {blocks[1]} after the picture"
         )
     moved_blocks = f"{workflow['moved']} of {workflow['after_picture_1']} resident blocks"
     return "\n".join([*lines, f"the second prompt moved {moved_blocks} of the transformer (wanted: none)"])

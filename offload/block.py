@@ -267,6 +267,11 @@ def blocks_in(
     return tuple(blocks)
 
 
+def names_in(tensors: Extras) -> Names:
+    """The tensors of one block by module and name."""
+    return {(path, name): tensor for path, named in tensors.items() for name, tensor in named.items()}
+
+
 def extras_in(extras: Extras, layout: RecordLayout) -> Extras:
     """The ``extras`` that ``layout`` has a field for."""
     fields = {(field.module, field.name) for tile in (*layout.tiles, layout.small) for field in tile.fields}

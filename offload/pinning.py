@@ -145,7 +145,12 @@ pins_changed: Callable[[], None] = _nobody
 
 def pinned_by_all(*, read_only: bool = False) -> int:
     """Bytes that are pinned of all memory together; with ``read_only``, of files only."""
-    return sum(pins.nbytes for pins in _all_pins if pins.read_only or not read_only)
+    while True:
+        try:
+            every = list(_all_pins)
+        except RuntimeError:  # another thread has just made some
+            continue
+        return sum(pins.nbytes for pins in every if pins.read_only or not read_only)
 
 
 def refused(error: int) -> str:

@@ -62,8 +62,13 @@ class BlockSize:
         return sum(self.tiles)
 
     @functools.cached_property
-    def largest_tile(self) -> int:
-        return max(self.tiles, default=0)
+    def two_tiles(self) -> int:
+        """The most that two tiles take which follow one another: two of the block, or its only one and the next one's.
+
+        A block's layers are called in one order, so no layer is followed by the same one of the next block.
+        """
+        largest = sorted(self.tiles)[-2:]
+        return sum(largest) if len(largest) == 2 else 2 * sum(largest)
 
     @property
     def nbytes(self) -> int:
@@ -90,19 +95,19 @@ class ResidencyPlan:
 def plan_for(blocks: Sequence[BlockSize], resident: Iterable[int], staging_bytes: int = STAGING_BYTES) -> ResidencyPlan:
     """The plan that keeps exactly these blocks.
 
-    The staging ring has ``staging_bytes``, or fewer if the streamed blocks together are smaller. It holds at least two
-    of the largest tiles, so that one can arrive while the other computes.
+    The staging ring has ``staging_bytes``, or fewer if the streamed blocks together are smaller. It holds at least any
+    two tiles that follow one another (`BlockSize.two_tiles`), so that one can arrive while the other computes.
     """
     stay = set(resident)
     streamed = [index for index in range(len(blocks)) if index not in stay]
-    largest = max((blocks[index].largest_tile for index in streamed), default=0)
+    two_tiles = max((blocks[index].two_tiles for index in streamed), default=0)
     bytes_per_forward = sum(blocks[index].streamed for index in streamed)
     return ResidencyPlan(
         resident=tuple(sorted(stay)),
         streamed=tuple(streamed),
         resident_bytes=sum(blocks[index].nbytes for index in stay),
         small_bytes=sum(blocks[index].small for index in streamed),
-        staging_bytes=max(2 * largest, min(staging_bytes, bytes_per_forward)),
+        staging_bytes=max(two_tiles, min(staging_bytes, bytes_per_forward)),
         bytes_per_forward=bytes_per_forward,
     )
 

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..memory import is_out_of_memory
 from .arena import HostArena
-from .block import Block, Extras, HostRecord, blocks_in, extras_in, layouts_of, split
+from .block import Block, Extras, HostRecord, blocks_in, extras_in, layouts_of, names_in, split
 from .call_order import CallOrders
 from .conveyor import Conveyor, hooks_of_residents, tensors_replaced
 from .copies import Copies, InlineCopies
@@ -42,6 +42,7 @@ class Streamer:
         arena: The host memory; None makes a new arena. Streamers over equal models on several devices may share one.
         without: Modules in the blocks that another streamer moves.
         may_be_compiled: Whether anybody may run the blocks through torch.compile.
+        what: What the log calls the blocks that stay.
 
     Raises:
         ValueError: a block has no tensors, a tensor occurs twice, or ``arena`` was made for other blocks.
@@ -56,15 +57,14 @@ class Streamer:
         without: Collection[nn.Module] = (),
         *,
         may_be_compiled: bool = True,
+        what: str = "resident blocks",
     ) -> None:
         modules = [block for group in groups.values() for block in group]
         kinds = [kind for kind, group in groups.items() for _ in group]
         layouts = layouts_of(modules, without)
+        self._what = what
         self._places = Places(modules, without)
-        apart = [
-            {(path, name): tensor for path, named in tensors.items() for name, tensor in named.items()}
-            for tensors in self._places.by_block(mapped or {})
-        ]
+        apart = [names_in(tensors) for tensors in self._places.by_block(mapped or {})]
         splits = split(layouts, apart)
         self.arena = HostArena([own.nbytes for own, _ in splits]) if arena is None else arena
         self.blocks = blocks_in(self.arena, modules, kinds, splits, apart, each)
@@ -204,11 +204,9 @@ class Streamer:
         self._start(plan, copies, whole_blocks=whole_blocks)
 
     def change(self, plan: ResidencyPlan) -> None:
-        """Call `start` with another plan and the same copies. To give residents up, it copies no whole block.
-
-        It copies the small parts of the blocks given up, and the first tiles of the ring. The caller may need the
-        memory at once, so tensors that were replaced from outside are logged as an error and raise nothing.
-        """
+        """Call `start` with another plan and the same copies. To give residents up, it copies no whole block, but their
+        small parts and the first tiles of the ring. The caller may need the memory at once, so tensors that were
+        replaced from outside are logged as an error and raise nothing."""
         if (error := self._find_replaced()) is not None:
             logger.error("Streaming: %s", error)
         self._start(plan, self._copies, whole_blocks=self.whole_blocks)
@@ -226,8 +224,8 @@ class Streamer:
 
     @property
     def _arenas(self) -> tuple[PinnableMemory, ...]:
-        every = (self.arena, self.file if self.file.nbytes else None, self.extras_arena)
-        return tuple(arena for arena in every if arena is not None)
+        extras = () if self.extras_arena is None else (self.extras_arena,)
+        return (self.arena, *((self.file,) if self.file.nbytes else ()), *extras)
 
     def _replace_extras(self, by_block: Sequence[Extras]) -> None:
         layouts = [extras_layouts(block.own.layout, given) for block, given in zip(self.blocks, by_block, strict=True)]
@@ -276,11 +274,8 @@ class Streamer:
             self.stop()
             raise
         if self._asked is not plan:
-            logger.warning(
-                "Streaming: the device has room for %d of %d resident blocks; the others are streamed",
-                len(self._asked.resident),
-                len(plan.resident),
-            )
+            text = "Streaming: the device has room for %d of %d %s; the others are streamed"
+            logger.warning(text, len(self._asked.resident), len(plan.resident), self._what)
 
     def _use(self, copies: Copies, *, whole_blocks: bool) -> None:
         """Copy with ``copies``, in tiles of layers or whole blocks. Residents stay unless device or tiles change."""

@@ -21,13 +21,13 @@ _MANY_ROWS = 256
 """At this many rows or more, compute the low-rank product first and let the base matmul accumulate into it (addmm);
 adding it afterwards would read and write the output once more. For fewer rows there is a fused kernel (`gemm_4bit`)."""
 
-_LARGE_BYTES, _SLICE_BYTES = 512 << 20, 192 << 20
+_LARGE_BYTES, _SLICE_BYTES = 400 << 20, 192 << 20
 """A weight that takes more than the first when it is dense is expanded in slices of rows, of at most the second.
 
-Of Flux's layers that is linear1 of FLUX.2-dev only (648 MiB): the peak of a forward at 1024x1024 falls from 2.06 to
-1.74 GiB, which no other layer reaches, and this layer takes 5 % longer (on an H200). On smaller weights it costs
-more time and saves nothing. An H200 gives the bits that it gives for the whole weight. It does not where cuBLAS adds a
-bias, so layers with one are never cut.
+Of Flux's layers these are two of FLUX.2-dev, linear1 (648 MiB) and the first of an MLP in its double blocks (432 MiB).
+Whole they are the highest peaks of a forward at 1024x1024, and linear1 takes 5 % longer in slices (on an H200). On
+smaller weights slices cost more time and save nothing. An H200 gives the bits that it gives for the whole weight. It
+does not where cuBLAS adds a bias, so layers with one are never cut.
 """
 
 _ROWS_OF_KERNEL = 512

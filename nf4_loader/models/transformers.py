@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import comfy.ldm.flux.layers
 import comfy.model_base
 import comfy.model_detection
 import comfy.model_management
@@ -15,6 +16,7 @@ import comfy.sd
 import comfyui_version
 import torch
 from torch import nn
+from torch.nn import functional
 
 from ... import families
 from ..checkpoint.catalogue import TEXT_ENCODERS_PREFIX, Catalogue
@@ -35,6 +37,23 @@ class _Operations(comfy.ops.manual_cast):
         def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
             # With dynamic VRAM, ComfyUI makes a Linear without parameters unless this method is overridden.
             nn.Linear._load_from_state_dict(self, *args, **kwargs)
+
+
+class _InPlaceSiLU(nn.SiLU):
+    """Overwrites its input, where no gradient needs that."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return functional.silu(input, inplace=not torch.is_grad_enabled())
+
+
+def _gate_in_place(transformer: nn.Module) -> None:
+    """Have FLUX.2's MLPs put ``silu(gate)`` where ``gate`` was, a part of a Linear's output that nothing else reads.
+
+    At 1024x1024 this takes 162 MiB less in a single block of dev, where it was the peak of a forward."""
+    gated: Any = getattr(comfy.ldm.flux.layers, "SiLUActivation", ())  # from before FLUX.2 ComfyUI has none
+    for module in transformer.modules():
+        if isinstance(module, gated):
+            module.gate_fn = _InPlaceSiLU()
 
 
 def build_flux(catalogue: Catalogue) -> comfy.model_base.BaseModel:
@@ -59,6 +78,7 @@ def build_flux(catalogue: Catalogue) -> comfy.model_base.BaseModel:
         with _refusing_what_comfyui_cannot_take(catalogue):
             model = config.get_model({}, "", device=torch.device("meta"))
         modules = _adopt_4bit_weights(model, catalogue, dtype)
+        _gate_in_place(model.diffusion_model)
     model.device = management.unet_offload_device()
     _check_complete(model, modules, catalogue)
     return model

@@ -3,11 +3,11 @@
 An embedding of Mistral 3 takes 1.3 GB, of which a prompt needs a few hundred rows; an output layer is used only to
 write text. So they stay in host memory, unless all of the model has room on the device. An embedding looks its rows up
 in host memory and brings only those to the device. A Linear of ComfyUI's brings its weight there when it is called.
-With patches, a patched copy in host memory takes the weight's place.
+With patches, a patched copy in host memory takes the weight's place, which has no use on the device then.
 """
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -32,32 +32,40 @@ class LargeLayers:
             keep_in_place(layer)
             if isinstance(layer, nn.Embedding):
                 layer.__class__ = type("HostEmbedding", (HostEmbedding, type(layer)), {})
-        self.is_on_device = False
+        self._on_device: frozenset[nn.Module] = frozenset()
 
     @property
     def layers(self) -> Collection[nn.Module]:
         return self._host.keys()
 
     @property
-    def nbytes(self) -> int:
-        """Bytes that they would take on the device."""
-        return sum(weight.nbytes for weight in self._host.values())
+    def device_bytes(self) -> int:
+        """Bytes that they have on the device now."""
+        return self.nbytes_of(self._on_device)
 
-    def bring_to(self, device: torch.device) -> None:
-        """Have a copy on ``device``."""
+    def nbytes_of(self, layers: Iterable[nn.Module]) -> int:
+        """Bytes that these of them have, or would have, on the device."""
+        return sum(self._host[layer].nbytes for layer in layers)
+
+    def bring_to(self, device: torch.device, layers: frozenset[nn.Module]) -> None:
+        """Have a copy of these on ``device``, and of no others."""
+        self._take_back(self._on_device - layers)
         try:
-            for layer, weight in self._host.items():
-                layer._parameters["weight"] = nn.Parameter(weight.to(device), requires_grad=False)
+            for layer in layers - self._on_device:
+                layer._parameters["weight"] = nn.Parameter(self._host[layer].to(device), requires_grad=False)
         except BaseException:
             self.take_back()
             raise
-        self.is_on_device = bool(self._host)
+        self._on_device = layers
 
     def take_back(self) -> None:
         """Free the memory on the device. Idempotent."""
-        for layer, weight in self._host.items():
-            layer._parameters["weight"] = weight
-        self.is_on_device = False
+        self._take_back(self.layers)
+        self._on_device = frozenset()
+
+    def _take_back(self, layers: Iterable[nn.Module]) -> None:
+        for layer in layers:
+            layer._parameters["weight"] = self._host[layer]
 
 
 class HostEmbedding(nn.Embedding):

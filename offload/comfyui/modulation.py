@@ -59,6 +59,11 @@ class Modulated:
         plan = self.streamer.plan
         return plan is not None and not plan.streamed
 
+    @property
+    def is_there(self) -> bool:
+        """Whether its weights are all on the device: after a change of patches they are before a plan is in effect."""
+        return all(block.is_resident for block in self.streamer.blocks)
+
     def start(self, copies: Copies, *, stays: bool) -> None:
         """Have the weights stay on the device of ``copies``, or pass. See `Streamer.start` for errors.
 
@@ -125,6 +130,7 @@ def modulated(
         lambda index: each(indices[index]),
         None if twin is None else twin.streamer.arena,
         may_be_compiled=False,
+        what="layers of the modulation",
     )
     return Modulated(ahead, streamer, steps, AHEAD * _output_bytes(model, ahead))
 

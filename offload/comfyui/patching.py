@@ -147,6 +147,11 @@ class Patching:
         return self._compute_bytes + sum(tensor.nbytes for tensor in (*shadows, *outside))
 
     @property
+    def ram_bytes(self) -> int:
+        """Bytes of RAM for patched copies in host memory. What `apply` returned does not count."""
+        return sum(module.__dict__[name].nbytes for module, name in self._shadows if module in self.in_host_memory)
+
+    @property
     def _model(self) -> nn.Module:
         model = self._model_of()
         assert model is not None

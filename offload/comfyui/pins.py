@@ -1,5 +1,7 @@
 """How much host memory this package may pin, and its share in ComfyUI's counter of pinned bytes."""
 
+import threading
+
 import comfy.model_management
 from comfy.cli_args import args as comfy_args
 
@@ -10,10 +12,30 @@ from ..pinning import pinned_by_all
 from ..ram import ram_bytes
 
 _counted_bytes = 0
+_is_news = False
+"""Whether pins have changed since they were counted."""
+
+_counting = threading.Lock()
+"""Held while ComfyUI's counter and ours change. Memory is let go on any thread, and by the garbage collector in the
+middle of a count: who only tells of a change does not wait for it."""
 
 
 def _count_pins() -> None:
-    """Add what this package has pinned to ComfyUI's counter, so that ComfyUI's limit is for both."""
+    """Add what this package has pinned to ComfyUI's counter, so that ComfyUI's limit is for both.
+
+    If somebody else is counting, on this thread or another, they count once more.
+    """
+    global _is_news
+    _is_news = True
+    while _is_news and _counting.acquire(blocking=False):
+        try:
+            _is_news = False
+            _count()
+        finally:
+            _counting.release()
+
+
+def _count() -> None:
     global _counted_bytes
     now = pinned_by_all()
     _pinned_by_comfyui()
@@ -54,5 +76,9 @@ def pin_limit(wanted_bytes: int) -> tuple[int, Shortfall]:
     comfy_limit = getattr(management, "MAX_PINNED_MEMORY", limit)
     if comfy_limit > 0:  # else ComfyUI itself pins nothing (0.3.68), or nothing for this device
         limit = min(limit, comfy_limit)
+    with _counting:
+        by_comfyui = _pinned_by_comfyui()
+    if _is_news:  # of a change meanwhile
+        _count_pins()
     reason = f"ComfyUI and this package may pin {limit / GIB:.1f} GiB of the RAM together"
-    return max(0, int(limit - _pinned_by_comfyui())), Shortfall(reason, "Unload other models, or add RAM.")
+    return max(0, int(limit - by_comfyui)), Shortfall(reason, "Unload other models, or add RAM.")

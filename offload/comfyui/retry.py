@@ -61,8 +61,9 @@ def with_less(model: Any, forward: Callable[[], Any]) -> Any:
         if model.current_patcher is not None:
             model.current_patcher.residency_changed()
     streaming.say_once(
-        f"Streaming: out of memory, so {given_up} given up and the forward runs again. Forwards are now slower if the "
-        "bus is slower than the GPU. A lower budget or fewer resident blocks avoid the failed attempt."
+        f"Streaming: out of memory in {type(model).__name__}, so {given_up} given up and the forward runs again. "
+        "Forwards are now slower if the bus is slower than the GPU. A lower budget or fewer resident blocks avoid the "
+        "failed attempt."
     )
     return with_less(model, forward)
 

@@ -103,7 +103,8 @@ class Streaming:
     @property
     def ram_bytes(self) -> int:
         """Bytes of RAM that the model takes."""
-        return self.outside_bytes + self.only_in_ram + sum(streamer.ram_bytes for streamer in self.streamers)
+        beside = self.outside_bytes + self.only_in_ram + self.patching.ram_bytes
+        return beside + sum(streamer.ram_bytes for streamer in self.streamers)
 
     @property
     def host_bytes(self) -> int:
@@ -194,7 +195,7 @@ class Streaming:
             copies = through_bounce_buffers(copies)
         with lasting_allocations():
             if self.modulation is not None:  # its ring first: where room is short, fewer blocks are resident
-                self.modulation.start(copies, stays=modulation_stays and self.modulation_stays)
+                self.modulation.start(copies, stays=modulation_stays and self.modulation.is_there)
             streamer.start(plan, copies, whole_blocks=whole_blocks)
             stays = modulation_stays and streamer.plan is not None and not streamer.plan.streamed
             if self.modulation is not None and self.modulation_stays != stays:

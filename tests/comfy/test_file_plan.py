@@ -204,7 +204,7 @@ def test_taking_the_advice_saves_what_it_says(blocks):
         ((3072, 7680, 5, 20, False), "klein 4B", (5, 20), (132, 66)),
     ],
 )
-def test_flux2_has_a_ring_of_two_of_its_largest_layers(sizes, variant, counts, mib, tmp_path):
+def test_flux2_has_a_ring_of_its_two_largest_layers(sizes, variant, counts, mib, tmp_path):
     make_sparse_shards(tmp_path / "diffusion_pytorch_model-00001-of-00002.safetensors", flux2_of_diffusers(*sizes))
     catalogue = read_catalogue(tmp_path)
     require_transformer(catalogue)
@@ -213,9 +213,9 @@ def test_flux2_has_a_ring_of_two_of_its_largest_layers(sizes, variant, counts, m
     assert [block.kind for block in blocks] == ["double"] * counts[0] + ["single"] * counts[1]
     assert {round(block.nbytes / (1 << 20)) for block in blocks} == set(mib)
     hidden = sizes[0]
-    largest = 9 * hidden * hidden * 9 // 16  # linear1, codes and absmax
+    both = (9 + 4) * hidden * hidden * 9 // 16  # linear1 and linear2, codes and absmax
     plan = make_plan(blocks, others, Residency((("double", 0), ("single", 0))))
-    assert max(tile for block in blocks for tile in block.tiles) == largest
-    assert plan.staging_bytes == max(2 * largest, STAGING_BYTES)
-    assert others + plan.device_bytes < (0.9 if variant == "dev" else 0.5) * GIB
+    assert max(sum(block.tiles) for block in blocks if block.kind == "single") == both
+    assert plan.staging_bytes == max(both, STAGING_BYTES)
+    assert others + plan.device_bytes < (0.7 if variant == "dev" else 0.5) * GIB
     assert variant != "klein 4B" or others + sum(block.nbytes for block in blocks) < 2.1 * GIB

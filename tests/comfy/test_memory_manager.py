@@ -276,7 +276,7 @@ def test_out_of_memory_in_a_forward_gives_residents_up_and_runs_it_once_more(wor
     output = world.sample(patcher, 1000, [out_of_memory(5)])
     assert torch.equal(output, world.expected[0])
     assert patcher.model.streaming.streamer.plan.resident == ()
-    assert "out of memory, so the 10 resident blocks were given up" in caplog.text
+    assert "out of memory in Model, so the 10 resident blocks were given up" in caplog.text
     with pytest.raises(torch.OutOfMemoryError):
         world.sample(patcher, 1000, [out_of_memory(5), out_of_memory(6)])
     assert torch.equal(world.sample(patcher, 1000), world.expected[0])

@@ -193,7 +193,7 @@ def copied_layers(modulation):
     return [size.streamed for size in modulation.streamer.sizes(whole_blocks=True)]
 
 
-def test_a_device_without_room_for_it_after_all_keeps_all_blocks(load, sample, copies, monkeypatch):
+def test_a_device_without_room_for_it_after_all_keeps_all_blocks(load, sample, copies, monkeypatch, caplog):
     patcher = load(DOUBLES, SINGLES)
     modulation, empty = modulation_of(patcher), copies.empty
     sizes = copied_layers(modulation)
@@ -209,6 +209,33 @@ def test_a_device_without_room_for_it_after_all_keeps_all_blocks(load, sample, c
     assert torch.equal(sample(patcher), expected)
     assert (modulation.stays, modulation.ahead.weights_stay) == (False, False)
     assert patcher.model.streaming.streamer.plan.streamed == ()
+    layers = len(sizes)
+    assert f"the device has room for 0 of {layers} layers of the modulation; the others are streamed" in caplog.text
+    assert "resident blocks" not in caplog.text
+
+
+@pytest.mark.parametrize("short", [0, 1])
+def test_where_the_device_is_short_the_ring_comes_before_the_blocks_and_they_before_the_weights(
+    short, load, sample, copies, monkeypatch
+):
+    """It has room for all blocks and the ring of the modulation, or for a byte less."""
+    patcher, expected = load(DOUBLES, SINGLES), sample(load())
+    streaming, modulation = patcher.model.streaming, modulation_of(patcher)
+    streaming.stop()
+    room, empty, held = patcher.plan.device_bytes + modulation._passing.device_bytes - short, copies.empty, []
+
+    def within_room(nbytes):
+        if nbytes + sum(memory().nbytes for memory in held if memory() is not None) > room:
+            raise torch.OutOfMemoryError("fake")
+        memory = empty(nbytes)
+        held.append(weakref.ref(memory))
+        return memory
+
+    monkeypatch.setattr(copies, "empty", within_room)
+    assert torch.equal(sample(patcher), expected)
+    assert bool(streaming.streamer.plan.streamed) == bool(short)
+    assert streaming.streamer.plan.resident
+    assert modulation.streamer.plan.resident == ()
 
 
 def test_two_clones_in_turn_have_it_where_each_wants_it(load, sample, copies):

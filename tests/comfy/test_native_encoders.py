@@ -93,7 +93,8 @@ def off(found, expected):
 @pytest.mark.parametrize("budget", [0, None])
 def test_it_encodes_as_stock_and_with_a_lora_no_less_exactly(budget, load, exact, clip_copies, caplog):
     """Stock rounds the input of a patched layer, too. Here the patched weight meets the input as it is."""
-    plain, patched = encoded(load()), encoded(with_lora(load()))
+    stock = with_lora(load())
+    plain, patched = encoded(load()), encoded(stock)
     ours = stream_clip(load(), Residency(), None)
     if budget is not None:
         ours = stream_clip(ours, Residency(budget_bytes=ours.patcher.model_size()), None)
@@ -102,5 +103,11 @@ def test_it_encodes_as_stock_and_with_a_lora_no_less_exactly(budget, load, exact
     assert bool(ours.patcher.model.streaming.streamer.plan.streamed) == (budget is not None)
     found = encoded(with_lora(ours))
     assert off(found, exact[1]) < 1.02 * off(patched, exact[1]) < 0.2 * off(plain, exact[1])
+    for path, layer in stock.patcher.model.named_modules():
+        if ".0." in path and isinstance(getattr(layer, "weight", None), QuantizedTensor):
+            (patch,) = ours.patcher.model.get_submodule(path).weight_function
+            weight = ours.patcher.model.get_submodule(path).weight.dequantize().float()
+            share = (patch(weight) == layer.weight.dequantize()).float().mean()
+            assert share > 0.7, "it is rounded to the format again, as stock does it; some values at random"
     assert torch.equal(encoded(ours), plain)
     assert "skipped" not in caplog.text

@@ -119,3 +119,25 @@ def test_a_relative_computes_what_its_dense_model_does(kind, config, channels, m
         got = ours(*arguments, guidance=torch.tensor([3.5]))
     assert wanted.std() > 0.01
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+    gates = [module for module in ours.modules() if type(module).__name__ == "SiLUActivation"]
+    assert len(gates) == (3 if kind == "Flux2" else 0)
+    for gate in gates:
+        check_gate(gate)
+
+
+def check_gate(gate):
+    """It gives the bits of ComfyUI's own, in the memory of its input where no gradient goes through."""
+    stock = type(gate)()
+    for dtype in (torch.float32, torch.bfloat16):
+        layers_output = torch.randn(2, 7, 3 * 320, generator=torch.Generator().manual_seed(1)).to(dtype)
+        before = layers_output.clone()
+        with torch.inference_mode():
+            got = gate(layers_output.split([320, 640], -1)[1])
+            assert torch.equal(got, stock(before[..., 320:]))
+        assert torch.equal(layers_output[..., 320:640], torch.nn.functional.silu(before[..., 320:640]))
+        for others in (slice(320), slice(640, None)):
+            assert torch.equal(layers_output[..., others], before[..., others])
+    input = torch.randn(2, 8, requires_grad=True)
+    gate(input * 2).sum().backward()
+    wanted = torch.autograd.grad(stock(input * 2).sum(), input)[0]
+    assert torch.equal(input.grad, wanted)

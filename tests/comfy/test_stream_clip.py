@@ -170,6 +170,29 @@ def test_lora_on_a_large_embedding_takes_the_device_some_rows_at_a_time(clip, cl
     assert (ours - encoded(clip)["cond"]).norm() > 2 * (ours - whole).norm()
 
 
+@pytest.mark.parametrize("as_hook", [False, True])
+def test_a_patched_embedding_takes_ram_and_its_weight_leaves_the_device(as_hook, clip, clip_copies):
+    ours = streamed(clip, None)
+    patcher, large = ours.patcher, ours.patcher.model.large_layers
+    encoded(ours)
+    nbytes, ram, held = large.device_bytes, patcher.get_ram_usage(), patcher.loaded_size()
+    assert nbytes > 0
+    if as_hook:
+        hooks = comfy.hooks.create_hook_lora(lora_on_embedding(clip)[0], 0, 0.6)
+        patched = SetClipHooks().apply_hooks(ours, schedule_clip=False, apply_to_conds=False, hooks=hooks)[0]
+    else:
+        patched = with_lora_on_embedding(ours)
+    encoded(patched)
+    (embedding,) = large.layers
+    assert large.device_bytes == 0
+    assert patched.patcher.loaded_size() == held - nbytes
+    if not as_hook:  # whose copy goes when the prompt is encoded
+        assert embedding.weight is not embedding._parameters["weight"]
+        assert patched.patcher.get_ram_usage() == ram + embedding.weight.nbytes == ram + nbytes
+    encoded(ours)
+    assert (large.device_bytes, patcher.get_ram_usage(), patcher.loaded_size()) == (nbytes, ram, held)
+
+
 @pytest.mark.parametrize("act", ACTS)
 def test_of_several_encoders_all_are_streamed(act, dual, clip_copies):
     do = ACTS[act]
@@ -244,7 +267,7 @@ def test_a_small_budget_is_not_too_small_after_all_of_it_was_resident(clip, clip
     whole = stream_clip(clip, Residency(), None)
     least = whole.patcher.model_size()
     whole.patcher.load(torch.device("cpu"), 0)
-    assert whole.patcher.model.large_layers.is_on_device
+    assert whole.patcher.model.large_layers.device_bytes
     small = stream_clip(clip, Residency(budget_bytes=least), None)
     small.patcher.load(torch.device("cpu"), least + 1)
     assert small.patcher.loaded_size() <= least
@@ -274,11 +297,11 @@ def test_large_layers_take_ram_wherever_they_are(clip, clip_copies):
     patcher = stream_clip(clip, Residency(), None).patcher
     patcher.load(torch.device("cpu"), patcher.model_size() + 1)
     left_out = patcher.get_ram_usage()
-    assert not patcher.model.large_layers.is_on_device
+    assert not patcher.model.large_layers.device_bytes
     patcher.load(torch.device("cpu"), 0)
-    assert patcher.model.large_layers.is_on_device
+    assert patcher.model.large_layers.device_bytes
     assert patcher.get_ram_usage() == left_out
-    assert left_out > patcher.model.large_layers.nbytes + patcher.model.streaming.streamer.ram_bytes
+    assert left_out > patcher.model.large_layers.device_bytes + patcher.model.streaming.streamer.ram_bytes
 
 
 def test_it_asks_for_what_it_needs_and_takes_what_is_free(clip, clip_copies):
@@ -293,16 +316,39 @@ def test_it_asks_for_what_it_needs_and_takes_what_is_free(clip, clip_copies):
     assert not streamer.plan.streamed
     whole = patcher.loaded_size()
     large = patcher.model.large_layers
-    assert large.is_on_device
-    assert patcher.partially_unload(torch.device("cpu"), 1) == large.nbytes
-    assert patcher.loaded_size() == whole - large.nbytes
+    nbytes = large.device_bytes
+    assert nbytes == large.nbytes_of(large.layers) > 0
+    assert patcher.partially_unload(torch.device("cpu"), 1) == nbytes
+    assert patcher.loaded_size() == whole - nbytes
     assert not streamer.plan.streamed
     freed = patcher.partially_unload(torch.device("cpu"), 50_000)
     assert freed >= 50_000
-    assert patcher.loaded_size() == whole - large.nbytes - freed
+    assert patcher.loaded_size() == whole - nbytes - freed
     assert streamer.plan.streamed
     patcher.detach()
     assert streamer.plan is None
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_a_forward_has_room_for_its_widest_weight_in_fp32_twice(kept, clip, clip_copies, dtype, monkeypatch):
+    """``kept``: how many times ComfyUI leaves room for that anyway."""
+    patcher = stream_clip(clip, Residency(), None).patcher
+    streamer = patcher.model.streaming.streamer
+    layers = [module for block in streamer.blocks for module in block.module.modules()]
+    widest = 4 * max(layer.weight.numel() for layer in layers if isinstance(layer, torch.nn.Linear))
+    management = comfy.model_management
+    reserved = management.extra_reserved_memory()
+    monkeypatch.setattr(management, "minimum_inference_memory", lambda: reserved + kept * widest)
+    # The weights of most dtypes are expanded in each forward; those in fp32 are what it multiplies with.
+    missing = 0 if dtype == torch.float32 else (2 - kept) * widest
+    all_resident = sum(block.nbytes for block in streamer.sizes()) + patcher.model.streaming.taken_bytes
+    for room, stays in ((all_resident + missing, True), (all_resident + missing - 1, False)):
+        patcher.load(torch.device("cpu"), room)
+        assert bool(streamer.plan.streamed) != stays
+        assert patcher.loaded_size() <= room - missing
+    patcher.residency = Residency(budget_bytes=all_resident)
+    patcher.load(torch.device("cpu"), all_resident + missing)
+    assert not streamer.plan.streamed, "a budget is for the weights alone"
 
 
 @pytest.mark.parametrize("scaled", [False, True])

@@ -51,7 +51,35 @@ def test_it_encodes_as_comfyui_on_the_dense_twin(tiny, tmp_path, monkeypatch, cl
         assert (streamed == len(streamer.blocks)) if budget == least else (budget is None) == (streamed == 0)
 
 
+def with_lora(clip):
+    """On every Linear of its first layer."""
+    generator, lora = torch.Generator().manual_seed(3), {}
+    for name, tensor in clip.patcher.model_state_dict().items():
+        if tensor.dim() == 2 and name.endswith(".weight") and ".0." in name:
+            path = f"text_encoders.{name.removesuffix('.weight')}"
+            lora[f"{path}.lora_up.weight"] = torch.randn(tensor.shape[0], 4, generator=generator) / 10
+            lora[f"{path}.lora_down.weight"] = torch.randn(4, tensor.shape[1], generator=generator) / 10
+    assert len(lora) >= 14
+    return comfy.sd.load_lora_for_models(None, clip, lora, 0, 0.7)[1]
+
+
 QWEN3 = next(tiny for tiny in TINY if tiny.clip_type == "lumina2")
+
+
+@pytest.mark.skipif(not QWEN3.is_known, reason="this ComfyUI has no Qwen3 4B")
+@pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
+def test_a_lora_is_comfyuis_on_the_dense_twin(double_quant, tmp_path, monkeypatch, clip_copies):
+    make_small(monkeypatch, QWEN3)
+    twin = stock(QWEN3, dense_twin(save(QWEN3, tmp_path, double_quant=double_quant)))
+    plain = encoded(twin, QWEN3)
+    wanted = encoded(with_lora(twin), QWEN3)
+    assert not torch.equal(plain["cond"], wanted["cond"])
+    loaded = load_encoders([read_encoder_file(tmp_path)], QWEN3.clip_type)
+    for budget in (loaded.patcher.model_size(), None):
+        clip = streamed_clip(loaded, Residency(budget_bytes=budget and 2 * budget), None)
+        assert same(encoded(with_lora(clip), QWEN3), wanted)
+        assert bool(clip.patcher.model.streaming.streamer.plan.streamed) == (budget is not None)
+        assert same(encoded(clip, QWEN3), plain)
 
 
 @pytest.mark.skipif(not QWEN3.is_known, reason="this ComfyUI has no Qwen3 4B")

@@ -8,6 +8,7 @@ from torch import nn
 
 from flux_nf4.nf4_loader.linear import kernels, matmul
 
+LARGE_BYTES = matmul._LARGE_BYTES
 SHAPE = (1280, 128)
 SLICES = [512, 512, 256]
 """Rows of each: of three equal slices, rounded up to whole tiles."""
@@ -80,6 +81,15 @@ def patches_of(file):
 
     (patch,) = load_lora(file, {"k": "k.weight"}).values()
     return [(1.0, patch, 1.0, None, None)]
+
+
+def test_of_all_layers_these_are_large_in_bf16():
+    """Those of FLUX.2-dev that would be the peak of its forward."""
+    width = 6144
+    layers = {"linear1": (9, 1), "mlp.0": (6, 1), "linear2": (1, 4), "mlp.2": (1, 3), "qkv": (3, 1), "proj": (1, 1)}
+    large = {name for name, (rows, columns) in layers.items() if 2 * width**2 * rows * columns > LARGE_BYTES}
+    assert large == {"linear1", "mlp.0"}
+    assert LARGE_BYTES / 3 > 2 * 3072 * 7 * 3072, "linear1 of Flux.1"
 
 
 def test_all_else_is_expanded_at_once(make, expanded):

@@ -13,6 +13,7 @@ from flux_nf4.offload.plan import (
     plan_for,
     predict_stall_ms,
 )
+from flux_nf4.offload.ring import lay_out
 
 DOUBLE = BlockSize("double", (15_900_000,) * 2 + (5_300_000,) * 2 + (21_200_000,) * 4 + (31_850_000,) * 2, 192_512)
 SINGLE = BlockSize("single", (15_900_000, 37_160_000, 26_540_000), 62_000)
@@ -76,7 +77,7 @@ def test_a_budget_is_used_up_to_one_block():
 
 def test_a_budget_that_is_too_small_names_the_smallest():
     least = least_device_bytes(FLUX)
-    with pytest.raises(ValueError, match=r"this model takes 0\.08 GiB"):
+    with pytest.raises(ValueError, match=r"this model takes 0\.07 GiB"):
         plan_by_budget(FLUX, least - 1)
     assert plan_by_budget(FLUX, least).device_bytes == least
     assert least < plan_by_counts(FLUX, {}).device_bytes
@@ -141,10 +142,26 @@ def test_the_default_ring_holds_several_of_the_largest_tiles():
     assert 4 * max(SINGLE.tiles) < STAGING_BYTES
 
 
-def test_the_ring_holds_two_of_the_largest_tiles():
-    """A Linear of FLUX.2 has 190 MB: more than half of the ring that is enough for Flux.1."""
-    tile = 190_000_000
-    blocks = [BlockSize("single", (tile, 1 << 20), 4096)] * 8
-    assert plan_for(blocks, ()).staging_bytes == 2 * tile
-    assert plan_for(blocks, (), staging_bytes=1).staging_bytes == 2 * tile
+def test_the_ring_holds_any_two_tiles_that_follow_one_another():
+    """A Linear of FLUX.2 has 190 MB: with the one after it that is more than the ring that is enough for Flux.1."""
+    first, second, third = 190_000_000, 85_000_000, 1 << 20
+    blocks = [BlockSize("single", (third, first, second), 4096)] * 8
+    for staging in (STAGING_BYTES, 1):
+        assert plan_for(blocks, (), staging_bytes=staging).staging_bytes == first + second
     assert plan_for(blocks, range(8)).staging_bytes == 0
+    alone = BlockSize("whole", (first,), 4096)
+    assert plan_for([alone] * 8, (), staging_bytes=1).staging_bytes == 2 * first, "the same tile of the next block"
+    assert plan_for([*blocks, alone], range(8), staging_bytes=1).staging_bytes == 2 * first
+    assert plan_for([*blocks, alone], (8,), staging_bytes=1).staging_bytes == first + second
+
+
+@pytest.mark.parametrize("hidden", [6144, 4096], ids=["dev", "klein 9B"])
+def test_while_a_layer_of_flux2_computes_the_next_one_has_room(hidden):
+    """In a ring of `two_tiles`: of the double blocks' layers, and at the ends of each kind, too."""
+    unit = hidden * hidden * 9 // 16
+    double = tuple(unit * part for part in (3, 3, 1, 6, 3, 1, 6, 3))
+    single = (9 * unit, 4 * unit)
+    blocks = [BlockSize("double", double, 0)] * 3 + [BlockSize("single", single, 0)] * 5
+    ring_bytes = plan_for(blocks, (), staging_bytes=1).staging_bytes
+    assert ring_bytes == 13 * unit
+    assert all(lay_out(tuple(tile for block in blocks for tile in block.tiles), ring_bytes).beside)

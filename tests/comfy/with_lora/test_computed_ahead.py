@@ -31,6 +31,27 @@ def test_a_lora_on_the_modulation_is_as_before(kind, files, load, sample, with_l
     assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.parametrize("as_hook", [False, True])
+def test_other_loras_on_weights_that_stay_copy_only_their_own_tensors(
+    as_hook, shapes, load, sample, with_lora, conditioning, copies
+):
+    of_modulation = {name: shape for name, shape in shapes.items() if "mod" in name}
+    first, other = (loras.kohya(of_modulation, rank=8, seed=seed) for seed in "ab")
+    patcher = load(2, 3)
+    sample(with_lora(patcher, first))
+    streaming = patcher.model.streaming
+    assert streaming.modulation_stays
+    weights = sum(size.streamed for size in streaming.modulation.streamer.sizes())
+    copies.nbytes = 0
+    if as_hook:
+        hooks = comfy.hooks.create_hook_lora(other, 1.0, 0.0)
+        sample(patcher, positive=comfy.hooks.set_hooks_for_conditioning(conditioning(1), hooks))
+    else:
+        sample(with_lora(patcher, other))
+    assert streaming.modulation_stays
+    assert 0 < copies.nbytes < weights / 2
+
+
 @pytest.mark.parametrize("kind", ["low rank", "dense"])
 def test_a_hook_whose_strength_changes_in_the_midst_is_as_before(kind, files, load, sample, conditioning):
     hook = comfy.hooks.create_hook_lora(files[kind], 1.0, 0.0)
