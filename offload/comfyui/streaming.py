@@ -322,6 +322,7 @@ def _nbytes(module: nn.Module) -> int:
 def refuse_to_save(*_: Any, **__: Any) -> None:
     """Raises ValueError."""
     raise ValueError(
-        "a streamed model cannot be saved by this node: it would write wrong packed weights and patches. To save a "
-        f"4-bit model use the node {QUANTISE}; to save a dense one, connect the MODEL from before it is streamed."
+        "a streamed model cannot be saved by this node: it would write packed weights, or leave patches (LoRAs) out. "
+        f"To save a 4-bit model use the node {QUANTISE}; to save a dense one, connect the MODEL from before it is "
+        "streamed."
     )
