@@ -20,7 +20,7 @@ from torch import nn
 from ..plan import STAGING_BYTES, BlockSize, Residency, ResidencyPlan, least_device_bytes, plan_by_budget, plan_for
 from .compiled import is_compiled
 from .lasting import lasting_allocations
-from .node_names import QUANTISE, STREAM
+from .node_names import OF_MODELS
 from .patch_check import Patch, accepted
 from .patch_log import PatchRun
 from .patching import add, patches_under
@@ -51,6 +51,7 @@ class StreamedModelPatcher(ReadPatcher):
     compute: str | None = None
     node_id: str | None = None
     patch_run = PatchRun()
+    advice = OF_MODELS
     cached_patcher_init: Any = None
     """ComfyUI's (0.18 and later): how it loads the model once more, for a further GPU."""
     current_hooks: Any
@@ -128,7 +129,7 @@ class StreamedModelPatcher(ReadPatcher):
             ValueError: a node asks for patched weights, to read them (``force_patch_weights``), and there are patches.
         """
         if force_patch_weights and self.patches:
-            refuse_to_save()
+            refuse_to_save(self.advice)
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             used = self.loaded_size()
             self.unpatch_model(self.offload_device, unpatch_weights=False)
@@ -224,7 +225,7 @@ class StreamedModelPatcher(ReadPatcher):
 
     def state_dict_for_saving(self, *_: Any, **__: Any) -> None:
         """Refuse: raises ValueError."""
-        refuse_to_save()
+        refuse_to_save(self.advice)
 
     def add_patches(
         self, patches: Mapping[Any, Any], strength_patch: float = 1.0, strength_model: float = 1.0
@@ -238,7 +239,7 @@ class StreamedModelPatcher(ReadPatcher):
             raise ValueError(
                 "a streamed model cannot be merged with another: its weights stay as they are in the file. It may be "
                 "the second input of the merge, with a dense model as the first one. Save the result in 4 bits (node: "
-                f"{QUANTISE}) or stream it (node: {STREAM})."
+                f"{self.advice.quantise}) or stream it (node: {self.advice.stream})."
             )
         return self._add(self.patches, patches, strength_patch, strength_model)
 
