@@ -89,6 +89,10 @@ class Linear4bit(nn.Linear):
             raise RuntimeError(READ_ONLY)
         super().register_parameter(name, param)
 
+    def dense_with(self, function: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...]) -> DenseView:
+        """What reads as ``function`` of the dense weight, which has this ``shape``."""
+        return DenseView(self, shape, functions=[function])
+
     @property
     def tensors(self) -> list[dict[str, torch.Tensor]]:
         """The tensors of each part, by their names in `QuantState.tensors` or `DensePart.tensors`."""

@@ -63,7 +63,8 @@ class LayersWithoutMemory(comfy.ops.manual_cast):
                 elif value is not None and not value.is_meta:
                     # For a packed weight, `adopt_4bit` puts another layer in the place of this one. A bias is taken if
                     # a file has one, though ComfyUI's T5 has none.
-                    setattr(self, name, nn.Parameter(value, requires_grad=False))
+                    dtype = value.dtype if expected is None else _finer(value.dtype, expected.dtype)
+                    setattr(self, name, nn.Parameter(value.to(dtype), requires_grad=False))
 
 
 def taken(
@@ -87,6 +88,12 @@ def taken(
         errors.append(f"{key}: it has shape {tuple(value.shape)}; needed is {shape}")
         return None
     return value
+
+
+def _finer(stored: torch.dtype, models: torch.dtype) -> torch.dtype:
+    """The dtype to hold a dense tensor in, of the file's and the model's: ComfyUI rounds a patched one to it."""
+    both_are_float = stored.is_floating_point and models.is_floating_point
+    return models if both_are_float and torch.finfo(models).eps < torch.finfo(stored).eps else stored
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,9 @@
 """ComfyUI's side of streaming, and all of it that knows ComfyUI.
 
 ``streaming`` (what makes a model a streamed one), ``patcher`` (ComfyUI's ModelPatcher for it), ``own_model`` (a model
-object for each MODEL of a loader), ``patching`` (LoRA and the like, with ``weights``, ``dense_patches``,
-``low_rank_beside``, ``patch_check``, ``patch_log`` and ``lora_reader``), ``modulation`` and ``coming_steps`` (layers
-that are computed ahead), ``retry`` (a forward that runs out of memory),
-``compiled`` (nodes for torch.compile), ``adopt`` (streams another node's MODEL), ``pins`` (ComfyUI's limit on pinned
-memory), ``encoders`` (text encoders and VAE), ``requires`` (what ComfyUI must have), ``node_names`` (nodes that errors
-name).
+object for each MODEL of a loader), ``reads`` (what nodes read of it), ``patching`` (LoRA and the like, with
+``weights``, ``dense_patches``, ``low_rank_beside``, ``patch_check``, ``patch_log`` and ``lora_reader``), ``modulation``
+and ``coming_steps`` (layers that are computed ahead), ``retry`` (a forward that runs out of memory), ``compiled``
+(nodes for torch.compile), ``adopt`` (streams another node's MODEL), ``pins`` (ComfyUI's limit on pinned memory),
+``encoders`` (text encoders and VAE), ``requires`` (what ComfyUI must have), ``node_names`` (nodes that errors name).
 """

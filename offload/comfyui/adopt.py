@@ -25,7 +25,7 @@ from ... import families
 from ...memory import GIB
 from ..plan import Residency
 from .block_lists import lists_of_blocks
-from .node_names import QUANTISE, STREAM
+from .node_names import OF_MODELS, Advice
 from .patcher import StreamedModelPatcher
 from .requires import UnknownComfyUIError, require_comfyui
 from .streaming import attach_streaming
@@ -45,13 +45,13 @@ class Kind:
         lists_in: The blocks of a model by list; raises ValueError where it has none.
         attach: Makes a model with these blocks a streamed one; the last argument is called with the index of each block
             that has moved.
-        node: The node that does it, for errors.
+        advice: What errors name.
     """
 
     patcher: type[StreamedModelPatcher]
     lists_in: Callable[[Any], dict[str, list[nn.Module]]]
     attach: Callable[[Any, Mapping[str, list[nn.Module]], Callable[[int], None]], None]
-    node: str
+    advice: Advice
 
 
 def _attach(model: Any, lists: Mapping[str, list[nn.Module]], each: Callable[[int], None]) -> None:
@@ -59,7 +59,7 @@ def _attach(model: Any, lists: Mapping[str, list[nn.Module]], each: Callable[[in
     attach_streaming(model, {families.kind_of(name, image_model): of for name, of in lists.items()}, each=each)
 
 
-DIFFUSION_MODEL = Kind(StreamedModelPatcher, lists_of_blocks, _attach, STREAM)
+DIFFUSION_MODEL = Kind(StreamedModelPatcher, lists_of_blocks, _attach, OF_MODELS)
 
 
 def stream_model(
@@ -142,7 +142,7 @@ def _without_dynamic(patcher: Any, root: StreamedModelPatcher | None) -> Any:
 def _make_root(patcher: Any, kind: Kind) -> StreamedModelPatcher:
     """A streamed model with the values of the model of ``patcher``."""
     lists = kind.lists_in(patcher.model)
-    _refuse_what_is_no_plain_tensor(lists)
+    _refuse_what_is_no_plain_tensor(lists, kind.advice)
     _say_what_is_short(lists)
     model = _with_own_modules(patcher.model)
     blocks = kind.lists_in(model)
@@ -164,8 +164,8 @@ def _refuse_what_is_bound_to_modules(patcher: Any, kind: Kind) -> None:
     ]
     if bound:
         raise ValueError(
-            f"the model has {bound[0]}, made for layers that are not streamed. Put the node {kind.node} before the one "
-            "that does that, right after the loader."
+            f"the model has {bound[0]}, made for layers that are not streamed. Put the node {kind.advice.stream} "
+            "before the one that does that, right after the loader."
         )
 
 
@@ -173,7 +173,7 @@ def _nbytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
-def _refuse_what_is_no_plain_tensor(lists: Mapping[str, Sequence[nn.Module]]) -> None:
+def _refuse_what_is_no_plain_tensor(lists: Mapping[str, Sequence[nn.Module]], advice: Advice) -> None:
     for kind, blocks in lists.items():
         every = nn.ModuleList(blocks)
         for name, tensor in (*every.named_parameters(), *every.named_buffers()):
@@ -181,7 +181,7 @@ def _refuse_what_is_no_plain_tensor(lists: Mapping[str, Sequence[nn.Module]]) ->
                 raise ValueError(
                     f"{kind}.{name} is a {type(tensor).__name__}, which only the package that made it can move. "
                     "Stream a model in bf16, fp16, fp8 or one of ComfyUI's own formats, or make a 4-bit file of this "
-                    f"one (node: {QUANTISE}) and load it."
+                    f"one (node: {advice.quantise}) and load it."
                 )
 
 

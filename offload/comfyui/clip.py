@@ -15,7 +15,7 @@ from ..plan import Residency, ResidencyPlan, plan_for
 from .adopt import Kind, stream_model
 from .block_lists import lists_of_encoders
 from .large_layers import LargeLayers
-from .node_names import STREAM_ENCODER
+from .node_names import OF_ENCODERS
 from .patcher import StreamedModelPatcher
 from .patching import patches_under
 from .retry import with_less
@@ -99,6 +99,8 @@ class StreamedEncoderPatcher(StreamedModelPatcher):
     It asks ComfyUI only for what it needs with every layer streamed, so that a prompt pushes off the device only what
     it cannot do without. Of what is free beyond that it takes as much as its settings allow.
     """
+
+    advice = OF_ENCODERS
 
     def retry_with_less_resident(self) -> None:
         """Nothing: ComfyUI runs no wrapper around text encoders, so `StreamedEncoders` does it."""
@@ -223,7 +225,7 @@ class StreamedClip(comfy.sd.CLIP):
 
     def get_sd(self) -> None:
         """Refuse: raises ValueError."""
-        refuse_to_save()
+        refuse_to_save(OF_ENCODERS)
 
     state_dict_for_saving = get_sd
 
@@ -241,7 +243,7 @@ def _attach(model: nn.Module, lists: Mapping[str, list[nn.Module]], each: Callab
     stream_encoders(model)
 
 
-_ENCODERS = Kind(StreamedEncoderPatcher, lists_of_encoders, _attach, STREAM_ENCODER)
+_ENCODERS = Kind(StreamedEncoderPatcher, lists_of_encoders, _attach, OF_ENCODERS)
 
 
 def stream_clip(clip: comfy.sd.CLIP, residency: Residency, node_id: str | None) -> comfy.sd.CLIP:

@@ -20,14 +20,14 @@ from torch import nn
 from ..plan import STAGING_BYTES, BlockSize, Residency, ResidencyPlan, least_device_bytes, plan_by_budget, plan_for
 from .compiled import is_compiled
 from .lasting import lasting_allocations
-from .node_names import QUANTISE, STREAM
-from .own_model import SharedModulesPatcher
+from .node_names import OF_MODELS
 from .patch_check import Patch, accepted
 from .patch_log import PatchRun
 from .patching import add, patches_under
+from .reads import ReadPatcher
 from .retry import retry_with_less
 from .streaming import Streaming, StreamingReport, refuse_to_save, tell_observers
-from .weights import key_patches, weight_of
+from .weights import weight_of
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 _SETTINGS = ("residency", "staging_bytes", "whole_blocks", "compute", "node_id", "cached_patcher_init")
 
 
-class StreamedModelPatcher(SharedModulesPatcher):
+class StreamedModelPatcher(ReadPatcher):
     """Keeps some of a model's blocks on the load device and streams the others at every forward.
 
     The model must have gone through `attach_streaming`. Settings belong to the patcher: set them on a fresh one or a
@@ -51,6 +51,7 @@ class StreamedModelPatcher(SharedModulesPatcher):
     compute: str | None = None
     node_id: str | None = None
     patch_run = PatchRun()
+    advice = OF_MODELS
     cached_patcher_init: Any = None
     """ComfyUI's (0.18 and later): how it loads the model once more, for a further GPU."""
     current_hooks: Any
@@ -123,7 +124,12 @@ class StreamedModelPatcher(SharedModulesPatcher):
 
         ``extra_memory`` is the room in bytes beside what the model has there; negative, it is to take less. Returns
         the bytes that this added.
+
+        Raises:
+            ValueError: a node asks for patched weights, to read them (``force_patch_weights``), and there are patches.
         """
+        if force_patch_weights and self.patches:
+            refuse_to_save(self.advice)
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             used = self.loaded_size()
             self.unpatch_model(self.offload_device, unpatch_weights=False)
@@ -219,7 +225,7 @@ class StreamedModelPatcher(SharedModulesPatcher):
 
     def state_dict_for_saving(self, *_: Any, **__: Any) -> None:
         """Refuse: raises ValueError."""
-        refuse_to_save()
+        refuse_to_save(self.advice)
 
     def add_patches(
         self, patches: Mapping[Any, Any], strength_patch: float = 1.0, strength_model: float = 1.0
@@ -233,7 +239,7 @@ class StreamedModelPatcher(SharedModulesPatcher):
             raise ValueError(
                 "a streamed model cannot be merged with another: its weights stay as they are in the file. It may be "
                 "the second input of the merge, with a dense model as the first one. Save the result in 4 bits (node: "
-                f"{QUANTISE}) or stream it (node: {STREAM})."
+                f"{self.advice.quantise}) or stream it (node: {self.advice.stream})."
             )
         return self._add(self.patches, patches, strength_patch, strength_model)
 
@@ -250,11 +256,6 @@ class StreamedModelPatcher(SharedModulesPatcher):
         self.patch_run = self.patch_run.plus(patches, found, strength)
         self.patches_uuid = uuid.uuid4()
         return add(to, found.taken, strength, strength_model)
-
-    def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, list[Any]]:
-        """Each weight without its patches, in host memory, and its patches."""
-        state = self.model_state_dict(filter_prefix)
-        return key_patches(self.model, state, self.patches, self._streaming.in_host_memory)
 
     def patch_hooks(self, hooks: Any) -> None:
         """Put the patches of ``hooks`` (a HookGroup or None) into effect, at the strengths that they have now."""
@@ -278,9 +279,6 @@ class StreamedModelPatcher(SharedModulesPatcher):
         """ComfyUI's: no hook's patches count any more."""
         if self.current_hooks is not None:
             self.patch_hooks(None)
-
-    def patch_weight_to_device(self, key: str, *args: Any, **kwargs: Any) -> None:
-        """Does nothing: all clones share the weights, so patches never change them; see `Patching`."""
 
     def pin_weight_to_device(self, key: str, *args: Any, **kwargs: Any) -> None:
         """Does nothing: weights are in the arena, which this package pins itself."""

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from ..telemetry import ForwardCost, summarise
 from .lasting import lasting_allocations
 from .lora_reader import leave_out_half_pairs
 from .modulation import Modulated, modulated
-from .node_names import QUANTISE
+from .node_names import OF_MODELS, Advice
 from .own_model import SharedState
 from .patching import Patching
 from .pins import pin_limit
@@ -308,7 +308,7 @@ def attach_streaming(
     outside_bytes = _nbytes(model) - sum(_nbytes(block) for block in blocks)
     patching = Patching(model, blocks, in_weights=patch_in_weights)
     model.streaming = Streaming(streamer, patching, outside_bytes, modulation)  # type: ignore[assignment]
-    model.state_dict_for_saving = refuse_to_save  # type: ignore[assignment]
+    model.state_dict_for_saving = lambda *_, **__: refuse_to_save(OF_MODELS)  # type: ignore[assignment]
 
 
 def _by_name(extras: ByModule) -> dict[tuple[nn.Module, str], int]:
@@ -320,9 +320,10 @@ def _nbytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensors in own for tensor in tensors if tensor is not None)
 
 
-def refuse_to_save(*_: Any, **__: Any) -> None:
+def refuse_to_save(advice: Advice) -> NoReturn:
     """Raises ValueError."""
     raise ValueError(
-        "a streamed model cannot be saved by this node: it would write wrong packed weights and patches. To save a "
-        f"4-bit model use the node {QUANTISE}; to save a dense one, connect the MODEL from before it is streamed."
+        "a streamed model cannot be saved by this node: it would write packed weights, or leave patches (LoRAs) out. "
+        f"To save a 4-bit model use the node {advice.quantise}; to save a dense one, connect the {advice.output} from "
+        "before it is streamed."
     )

@@ -13,6 +13,9 @@ from ... import families
 _FRAMES = 12
 """How far up from here ComfyUI's functions are, at most."""
 
+_MAX_NAME = 200
+"""Characters of a name that the log shows. Files hold any names; those of trainers are shorter."""
+
 _FOR_ANOTHER_MODEL = (
     "LoRA: none of its keys belongs to this model, so the model stays as it is. Is the LoRA for a model of another "
     "family, or only for text encoders?"
@@ -48,7 +51,7 @@ def _loras_being_applied(frame: FrameType | None) -> Iterator[tuple[list[str], b
         weights = getattr(local.get("self"), "weights", None)
         for lora, is_hook in ((found, False), (weights, True)):
             if isinstance(lora, dict) and lora:
-                yield _strings(lora), is_hook
+                yield _names_to_show(lora), is_hook
         frame = frame.f_back
 
 
@@ -62,5 +65,7 @@ def _is_of_a_block(name: str) -> bool:
     return first > 0 and parts[first - 1] in families.FLUX1.block_lists
 
 
-def _strings(names: Iterable[object]) -> list[str]:
-    return [name for name in names if isinstance(name, str)]
+def _names_to_show(names: Iterable[object]) -> list[str]:
+    """Without those that a terminal would obey, which no trainer writes."""
+    strings = [name for name in names if isinstance(name, str)]
+    return [name for name in strings if name.isprintable() and len(name) <= _MAX_NAME]

@@ -258,9 +258,15 @@ def test_comfyui_may_say_which_patcher_runs_it(clip, clip_copies):
     assert same(encoded(ours), wanted)
 
 
-def test_it_is_not_saved_by_nodes_that_would_write_it_wrong(clip, clip_copies):
-    with pytest.raises(ValueError, match="a streamed model cannot be saved by this node"):
-        streamed(clip, 0).get_sd()
+def test_what_cannot_be_done_to_it_is_refused_with_the_nodes_for_text_encoders(clip, clip_copies):
+    ours, other = streamed(clip, 0), clip.patcher.get_key_patches()
+    saving = "cannot be saved by this node.* Quantise Text Encoder to NF4 and Save; .* connect the CLIP from before"
+    with pytest.raises(ValueError, match=saving):
+        ours.get_sd()
+    with pytest.raises(ValueError, match=saving):
+        with_lora(ours).patcher.partially_load(torch.device("cpu"), 0, force_patch_weights=True)
+    with pytest.raises(ValueError, match=r"Quantise Text Encoder to NF4 and Save\) .* Stream Text Encoder\)"):
+        ours.patcher.add_patches({key: other[key] for key in list(other)[:1]}, 0.5, 0.5)
 
 
 def test_a_small_budget_is_not_too_small_after_all_of_it_was_resident(clip, clip_copies):

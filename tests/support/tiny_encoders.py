@@ -226,10 +226,10 @@ def save(tiny: Tiny, folder: Any, *, double_quant: bool = False, quant_type: str
     return model
 
 
-def save_t5(folder: Any) -> Any:
+def save_t5(folder: Any, layers: int = 2) -> Any:
     """As `save`, of a T5."""
     torch.manual_seed(0)
-    config = transformers.T5Config(**T5, num_layers=2, feed_forward_proj="gated-gelu", is_encoder_decoder=False)
+    config = transformers.T5Config(**T5, num_layers=layers, feed_forward_proj="gated-gelu", is_encoder_decoder=False)
     kind, dense = transformers.T5EncoderModel, folder / "t5 dense"
     kind(config).save_pretrained(dense)
     quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["wo"])

@@ -50,3 +50,13 @@ def test_blocks_inside_of_blocks_are_of_another_model(load, with_lora, caplog):
     name = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
     with_lora(load(), {f"{name}.lora_up.weight": torch.ones(64, 4), f"{name}.lora_down.weight": torch.ones(4, 64)})
     assert any("Is the LoRA for a model of another family" in line for line in caplog.messages)
+
+
+@pytest.mark.parametrize("hidden", ["\x1b[2J\x1b[31m", "a\nERROR ", "\u202e", "x" * 10_000])
+def test_a_name_that_a_terminal_would_obey_or_that_fills_it_is_not_shown(hidden, load, with_lora, caplog):
+    name = f"{hidden}.double_blocks.0.img_mod.lin"
+    lora = {f"{name}.lora_up.weight": torch.ones(64, 4), f"{name}.lora_down.weight": torch.ones(4, 64)}
+    with_lora(load(), lora)
+    lines = [line for line in caplog.messages if line.startswith("LoRA:")]
+    assert lines
+    assert not any(hidden in line for line in lines)
