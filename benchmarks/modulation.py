@@ -26,6 +26,7 @@ from arguments import begin, parser_for
 from bus import slow_bus
 from cases import Case, matching
 from inside_comfyui import import_package
+from memory import Use
 from timing import seconds
 from weights import Files
 
@@ -120,11 +121,12 @@ def measure(patchers: dict[str, Any], row: Row, rounds: int) -> dict[str, Any]:
     with slow_bus(device, case.bus_gbps) as bus_gbps:
         for _ in range(rounds):
             for name in names:
+                before = Use.at_rest(device).allocated  # of the other model, as much as ComfyUI leaves there
                 with at_work(_with_setting(patchers[name], row.setting), case) as model:
                     model.sample(_nothing, 1)
                     _reset_peak(device)
                     times[name].append(seconds(functools.partial(_sample, model, row.prompts, latents), device))
-                    peaks[name] = max(peaks[name], _peak_gib(device))
+                    peaks[name] = max(peaks[name], _peak_gib(device, before))
     if not all(torch.equal(latent, latents[0]) for latent in latents):
         sys.exit(f"{row.name}: what is computed ahead gives another picture")
     medians = {f"{name}_s": statistics.median(values) for name, values in times.items()}
@@ -158,8 +160,8 @@ def _reset_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def _peak_gib(device: torch.device) -> float:
-    return torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else 0.0
+def _peak_gib(device: torch.device, before: int) -> float:
+    return (torch.cuda.max_memory_allocated(device) - before) / GIB if device.type == "cuda" else 0.0
 
 
 def run(files: Files, rows: Sequence[Row], rounds: int, output: Path) -> dict[str, Any]:

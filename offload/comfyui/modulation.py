@@ -1,14 +1,14 @@
 """The modulation in a model's blocks, where its family names it: computed ahead, by a streamer of its own.
 
 The blocks' records, plan and ring are without it. Where all blocks are resident and there is room for its weights as
-well, they stay on the device. Elsewhere they pass through a ring of two layers beside the blocks' ring in a forward
-whose outputs are missing, each while the block before it computes; in all other forwards they stay in RAM. The ring is
-kept in between: the forward that needs it is one that computes all blocks, so without it the peak would be no lower.
+well, they stay on the device. Elsewhere they pass through a ring in a forward whose outputs are missing, each while the
+block before it computes; in all other forwards they stay in RAM. The ring has room for two layers, or one where no
+block is streamed. It is kept in between: the forward that needs it computes all blocks, so the peak would be no lower.
 """
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -64,13 +64,15 @@ class Modulated:
         """Whether its weights are all on the device: after a change of patches they are before a plan is in effect."""
         return all(block.is_resident for block in self.streamer.blocks)
 
-    def start(self, copies: Copies, *, stays: bool) -> None:
+    def start(self, copies: Copies, *, stays: bool, is_alone: bool) -> None:
         """Have the weights stay on the device of ``copies``, or pass. See `Streamer.start` for errors.
 
-        Where the device has no room for them after all, they pass.
+        Where the device has no room for them after all, they pass. ``is_alone``: no block shall be streamed, so they
+        have the bus for themselves, and a ring of one layer is enough.
         """
         self.ahead.weights_stay = False
-        self.streamer.start(self._staying if stays else self._passing, copies, whole_blocks=True)
+        passing = self._passing_alone if is_alone else self._passing
+        self.streamer.start(self._staying if stays else passing, copies, whole_blocks=True)
         self.ahead.weights_stay = self.stays
 
     def stop(self) -> None:
@@ -91,6 +93,15 @@ class Modulated:
     @property
     def _passing(self) -> ResidencyPlan:
         return self._plan_of(0)
+
+    @property
+    def _passing_alone(self) -> ResidencyPlan:
+        """`_passing` in half the ring: 30 MiB less for Flux.1, and its double blocks wait for the second of two layers.
+
+        That is 19 waits of 0.6 ms (at 55 GB/s) in the forward that computes ahead.
+        """
+        largest = max(size.streamed for size in self.streamer.sizes(whole_blocks=True))
+        return replace(self._passing, staging_bytes=largest)
 
     @property
     def _staying(self) -> ResidencyPlan:

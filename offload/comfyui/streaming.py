@@ -194,12 +194,14 @@ class Streaming:
         if not self.all_pinned:
             copies = through_bounce_buffers(copies)
         with lasting_allocations():
+            is_alone = not plan.streamed
             if self.modulation is not None:  # its ring first: where room is short, fewer blocks are resident
-                self.modulation.start(copies, stays=modulation_stays and self.modulation.is_there)
+                stays = modulation_stays and self.modulation.is_there
+                self.modulation.start(copies, stays=stays, is_alone=is_alone)
             streamer.start(plan, copies, whole_blocks=whole_blocks)
             stays = modulation_stays and streamer.plan is not None and not streamer.plan.streamed
             if self.modulation is not None and self.modulation_stays != stays:
-                self.modulation.start(copies, stays=stays)
+                self.modulation.start(copies, stays=stays, is_alone=is_alone)
         if streamer.plan is not None and (streamer.plan, self.modulation_stays) != before:
             self._say_plan(streamer.plan, wanted)
 

@@ -104,6 +104,10 @@ def test_the_weights_pass_once_for_all_steps_that_are_computed_at_once(
         no_room()
     sample(patcher, steps=1)
     plan, weights = patcher.model.streaming.streamer.plan, modulation_bytes(patcher)
+    modulation = modulation_of(patcher).streamer
+    if modulation.plan.streamed:
+        layers = sorted(size.streamed for size in modulation.sizes(whole_blocks=True))
+        assert modulation.plan.staging_bytes == (layers[-1] if not plan.streamed else 2 * layers[-1])
     all_stays = has_room and not plan.streamed
     for steps, passes in ((1, 1), (few_ahead, 1), (few_ahead + 1, 2)):
         copies.nbytes = 0
@@ -218,11 +222,13 @@ def test_a_device_without_room_for_it_after_all_keeps_all_blocks(load, sample, c
 def test_where_the_device_is_short_the_ring_comes_before_the_blocks_and_they_before_the_weights(
     short, load, sample, copies, monkeypatch
 ):
-    """It has room for all blocks and the ring of the modulation, or for a byte less."""
+    """It has room for all blocks and the modulation's ring, which then is of one layer, or for a byte less."""
     patcher, expected = load(DOUBLES, SINGLES), sample(load())
     streaming, modulation = patcher.model.streaming, modulation_of(patcher)
     streaming.stop()
-    room, empty, held = patcher.plan.device_bytes + modulation._passing.device_bytes - short, copies.empty, []
+    sizes = modulation.streamer.sizes(whole_blocks=True)
+    passing = max(size.streamed for size in sizes) + sum(size.small for size in sizes)
+    room, empty, held = patcher.plan.device_bytes + passing - short, copies.empty, []
 
     def within_room(nbytes):
         if nbytes + sum(memory().nbytes for memory in held if memory() is not None) > room:
