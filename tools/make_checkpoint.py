@@ -23,6 +23,7 @@ import orderly
 import package  # noqa: F401  says so where there is no PyTorch
 import torch
 from bitsandbytes import functional as bnb
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 Tensors = dict[str, torch.Tensor]
@@ -184,9 +185,18 @@ def _values(seed: int, name: str, shape: tuple[int, ...], device: str) -> torch.
 
 
 def _save(tensors: Tensors, path: Path) -> None:
+    """
+    Raises:
+        SystemExit: the file could not be written.
+    """
     partial = path.with_name(path.name + ".partial")
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
-    partial.replace(path)
+    try:
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
+        partial.replace(path)
+    except SafetensorError as error:  # of the machine, too, such as a full disk
+        raise SystemExit(f"{path}: writing it failed ({error}). Is there room on the disk?") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def main() -> None:

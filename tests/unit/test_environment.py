@@ -1,14 +1,23 @@
 """The cache of the tools: what is damaged is found and made again, and what a person can mend is said in a line."""
 
+import os
+import re
 import shutil
+import signal
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import environment
+import make_checkpoint
 import pytest
+import torch
 from make_checkpoint import Recipe, cached_checkpoint
+from safetensors import SafetensorError
+
+LIBRARY = b"compiled"
 
 
 @pytest.fixture(autouse=True)
@@ -23,8 +32,8 @@ def installs(monkeypatch):
 
     def make_venv(venv):
         (venv / "bin").mkdir(parents=True)
-        for name in ("python", "pip"):
-            (venv / "bin" / name).touch()
+        for name in ("pyvenv.cfg", "bin/python", "bin/pip"):
+            (venv / name).touch()
         return venv / "bin" / "python"
 
     def run(command, problem):
@@ -39,6 +48,7 @@ def installs(monkeypatch):
             package = Path(command[0]).parents[1] / "lib" / "python3" / "site-packages" / "torch"
             (package / "lib").mkdir(parents=True)
             (package / "__init__.py").touch()
+            (package / "lib" / "libtorch.so").write_bytes(LIBRARY)
 
     monkeypatch.setattr(environment, "_make_venv", make_venv)
     monkeypatch.setattr(environment, "_run", run)
@@ -65,15 +75,44 @@ def test_an_environment_is_made_once(installs, tree):
 
 
 @pytest.mark.parametrize(
-    "gone", ["bin/python", ".ready", "lib/python3/site-packages/torch", "lib/python3/site-packages/torch/lib"]
+    "gone",
+    ["bin/python", ".ready", "lib/python3/site-packages/torch", "lib/python3/site-packages/torch/lib/libtorch.so"],
 )
 def test_a_damaged_environment_is_made_again(gone, installs, tree, capsys):
     venv = environment._cached_python(tree).parents[1]
     remove(venv / gone)
     environment._cached_python(tree)
-    assert f"{venv} is not whole ({gone} is missing): making it again" in capsys.readouterr().out
+    assert re.search(
+        rf"{venv} is not whole \({gone}[\w/.]* is missing or damaged\): making it again", capsys.readouterr().out
+    )
     assert len(installs) == 2
     assert (venv / gone).exists()
+
+
+def test_an_environment_with_a_file_that_is_cut_is_made_again(installs, tree, capsys):
+    library = environment._cached_python(tree).parents[1] / "lib/python3/site-packages/torch/lib/libtorch.so"
+    library.write_bytes(b"")
+    environment._cached_python(tree)
+    assert "libtorch.so is missing or damaged" in capsys.readouterr().out
+    assert library.read_bytes() == LIBRARY
+
+
+def test_an_environment_from_before_sizes_were_listed_is_kept(installs, tree, capsys):
+    venv = environment._cached_python(tree).parents[1]
+    (venv / ".ready").write_text("bin/python\nlib/python3/site-packages/torch")
+    environment._cached_python(tree)
+    assert "not whole" not in capsys.readouterr().out
+    remove(venv / "lib/python3/site-packages/torch")
+    environment._cached_python(tree)
+    assert "torch is missing or damaged" in capsys.readouterr().out
+
+
+def test_a_damaged_pip_is_made_again(installs, capsys):
+    venv = environment._any_pip().parents[1]
+    remove(venv / "pyvenv.cfg")
+    assert environment._any_pip().parents[1] == venv
+    assert "(pyvenv.cfg is missing or damaged)" in capsys.readouterr().out
+    assert (venv / "pyvenv.cfg").exists()
 
 
 @pytest.mark.parametrize("gone", ["main.py", "comfy/ldm/flux", "app/model.py"])
@@ -83,7 +122,7 @@ def test_a_damaged_comfyui_is_made_again(gone, installs, capsys):
     assert len(installs) == 1
     remove(tree / gone)
     environment._cached_comfyui()
-    assert f"({gone} is missing)" in capsys.readouterr().out
+    assert re.search(rf"\({gone}[\w/.]* is missing or damaged\)", capsys.readouterr().out)
     assert (tree / gone).exists()
     assert list(tree.parent.glob("*.partial")) == []
 
@@ -98,6 +137,36 @@ def test_a_full_disk_is_said_before_anything_is_installed(installs, tree, monkey
 def test_a_pip_that_fails_is_one_line():
     with pytest.raises(SystemExit, match="ComfyUI could not be downloaded: pip says why above"):
         environment._run([sys.executable, "-c", "raise SystemExit(1)"], "ComfyUI could not be downloaded")
+
+
+def test_a_pip_that_is_interrupted_prints_no_traceback_and_leaves_nothing(tmp_path):
+    pip = """
+import os, tempfile, time
+file = tempfile.NamedTemporaryFile()
+print(os.getpid(), file.name, flush=True)
+time.sleep(60)
+"""
+    command = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(environment.ROOT / "tools")!r})
+import environment, orderly
+environment.CACHE = Path({str(tmp_path)!r})
+orderly.run(lambda: environment._run([sys.executable, "-c", {pip!r}], "no"))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    pid, temporary = process.stdout.readline().split()
+    assert Path(temporary).is_relative_to(tmp_path)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert process.communicate(timeout=20) == ("", "\ninterrupted\n")
+    assert not Path(f"/proc/{pid}").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_without_comfyui_is_named_with_what_it_lacks(tree):
@@ -127,3 +196,14 @@ def test_a_damaged_checkpoint_is_made_again(left, tmp_path):
     assert cached_checkpoint(tmp_path, recipe, said.append) == path
     assert "is damaged: making it" in said[0]
     assert path.read_bytes() == whole
+
+
+def test_a_checkpoint_that_finds_no_room_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    def save_file(tensors, path):
+        path.write_bytes(b"half")
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(make_checkpoint, "save_file", save_file)
+    with pytest.raises(SystemExit, match=r"flux\.safetensors: writing it failed \(No space left on device"):
+        make_checkpoint._save({"x": torch.zeros(1)}, tmp_path / "flux.safetensors")
+    assert list(tmp_path.iterdir()) == []

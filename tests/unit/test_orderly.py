@@ -45,6 +45,14 @@ def test_a_signal_ends_it_in_one_line_after_cleaning_up(number):
     assert (process.returncode, said, error) == (128 + number, "cleaned up\n", "\ninterrupted\n")
 
 
+def test_a_signal_while_it_imports_ends_it_in_one_line():
+    process = start("print('importing', flush=True)\ntime.sleep(60)")
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20) == ("", "\ninterrupted\n")
+    assert process.returncode == -signal.SIGINT  # a shell says 130
+
+
 def test_a_second_signal_waits_for_the_cleaning_up():
     process = start(CLEANS_UP)
     assert process.stdout.readline() == "begun\n"
@@ -72,6 +80,7 @@ def test_what_the_machine_lacks_is_one_line(number, said):
 def test_a_fault_of_ours_is_no_line_but_a_traceback():
     process = start(f"def main():\n    raise OSError({errno.EINVAL}, 'x')\norderly.run(main)")
     assert "Traceback" in process.communicate(timeout=20)[1]
+    assert "Traceback" in start("import nothing_of_this_name").communicate(timeout=20)[1]
 
 
 def test_a_reader_that_has_read_enough_is_no_error():
