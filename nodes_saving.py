@@ -1,6 +1,7 @@
 """The node that quantises a model and saves it."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -199,7 +200,7 @@ def _new_path(prefix: str, folder: str) -> Path:
     """A file that is not there yet: ``prefix`` and a number, in the output folder or in the ``folder`` of models.
 
     Raises:
-        CheckpointError: nothing can be written there.
+        CheckpointError: ``prefix`` leads out of the folder, or nothing can be written there.
     """
     if folder == "output":
         root = folder_paths.get_output_directory()
@@ -207,6 +208,8 @@ def _new_path(prefix: str, folder: str) -> Path:
         roots = folder_paths.get_folder_paths(folder)  # the first one may have an older name, such as "unet"
         root = next((path for path in roots if Path(path).name == folder), roots[0])
         prefix = prefix.removeprefix(f"{folder}/")  # the default has it, for the output folder
+    if not Path(os.path.normpath(Path(root, prefix))).is_relative_to(os.path.normpath(root)):
+        raise CheckpointError(Path(root), f"filename_prefix {prefix} leads out of this folder. Take a name within it.")
     try:
         place, name, counter, _, _ = folder_paths.get_save_image_path(prefix, root)
     except PermissionError as error:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 
 from ...memory import GIB
-from ..checkpoint.errors import CheckpointError
+from ..checkpoint.errors import CheckpointError, reason
 from ..checkpoint.header import TensorEntry, read_header
 from ..checkpoint.quant_state import QUANT_STATE, QuantState
 from ..checkpoint.read_parts import CPU, TORCH_DTYPES, read_fused
@@ -108,7 +108,7 @@ def save_quantised(
         with whole_file(path) as file:
             _write(path, file, tensors, _room(sources, prefix, metadata), metadata)
     except OSError as error:
-        raise CheckpointError(path, f"writing it failed ({error}). Nothing was changed there.") from error
+        raise CheckpointError(path, f"writing it failed ({reason(error)}). Nothing was changed there.") from error
 
 
 def layer_patterns(text: str) -> list[str]:

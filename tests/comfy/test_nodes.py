@@ -28,6 +28,15 @@ def test_a_missing_file_is_an_error_that_names_the_folder():
     assert folder_paths.get_folder_paths("checkpoints")
 
 
+@pytest.mark.parametrize("prefix", ["../escaped", "a/../../escaped", "/escaped"])
+def test_a_name_to_save_that_leaves_the_folder_is_refused_before_anything_is_made(prefix, tmp_path, monkeypatch):
+    output = tmp_path / "output"
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(output))
+    with pytest.raises(CheckpointError, match=r"^output: filename_prefix .*escaped leads out of this folder"):
+        nodes.FluxNF4QuantiseSave().save(None, prefix, "output", "nf4", "fp32", "")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_blocks_of_every_model_can_be_counted_and_old_nodes_count_as_ever():
     """FLUX.2 dev has 48 single blocks, HunyuanVideo 1.5 has 54 double blocks."""
     for name, node in nodes.NODE_CLASS_MAPPINGS.items():

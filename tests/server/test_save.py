@@ -65,7 +65,8 @@ def test_a_file_for_a_models_folder_is_where_its_name_says(server, saving):
 
 def test_a_name_that_leaves_the_folder_is_refused(server, saving):
     history = server.run(saving(all_in_one=False, filename_prefix="../../escaped"))
-    assert history["status"]["status_str"] == "error"
+    (error,) = [data for kind, data in history["status"]["messages"] if kind == "execution_error"]
+    assert "filename_prefix ../../escaped leads out of this folder" in error["exception_message"]
     assert not list(server.base.parent.glob("escaped*"))
 
 
