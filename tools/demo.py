@@ -70,7 +70,10 @@ def _small_checkpoint() -> Path:
     def say(text: str) -> None:
         print(f"\r{text:<79}", end="", flush=True)
 
-    return cached_checkpoint(environment.CACHE / "checkpoints", Recipe(), say)
+    try:
+        return cached_checkpoint(environment.CACHE / "checkpoints", Recipe(), say)
+    except SystemExit as error:
+        raise SystemExit(f"\n{error}") from None  # below what `say` has shown
 
 
 def _workflow(name: str, given: argparse.Namespace, size: int, steps: int) -> dict[str, Any]:
