@@ -228,7 +228,11 @@ def _is_there(folder: Path, line: str) -> bool:
 
 
 def _make_venv(venv: Path) -> Path:
-    made = subprocess.run([sys.executable, "-m", "venv", str(venv)], capture_output=True, text=True, check=False)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "venv", str(venv)]
+    with tempfile.TemporaryDirectory(prefix="pip-", dir=CACHE, ignore_cleanup_errors=True) as scratch:
+        variables = os.environ | {"TMPDIR": scratch}
+        made = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
     if made.returncode:
         shutil.rmtree(venv, ignore_errors=True)
         raise SystemExit(

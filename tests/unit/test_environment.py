@@ -169,6 +169,21 @@ orderly.run(lambda: environment._run([sys.executable, "-c", {pip!r}], "no"))
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_an_environment_unpacks_while_it_is_made_is_in_the_cache_and_goes(monkeypatch):
+    def make(command, *, env, **_):
+        folder = Path(env["TMPDIR"])
+        (folder / "pip.whl").touch()
+        folders.append(folder)
+        return SimpleNamespace(returncode=0)
+
+    folders = []
+    monkeypatch.setattr(subprocess, "run", make)
+    environment._make_venv(environment.CACHE / "venv")
+    (folder,) = folders
+    assert folder.parent == environment.CACHE
+    assert not folder.exists()
+
+
 def test_a_folder_without_comfyui_is_named_with_what_it_lacks(tree):
     with pytest.raises(SystemExit, match=r"ComfyUI: there is no ComfyUI \(it has no main.py and no comfy\)"):
         environment._users_comfyui(tree)
