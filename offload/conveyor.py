@@ -172,16 +172,18 @@ class Conveyor:
         order = [(index, local) for index in self._plan.streamed for local in self._orders.of(index)]
         parts = [self._blocks[index].parts(local) for index, local in order]
         sizes = tuple(sum(tile.tile.nbytes for tile, _ in of_tile) for of_tile in parts)
-        self._ring = lay_out(sizes, memory.nbytes)
-        self._there.clear()
-        self._staged = [
+        ring = lay_out(sizes, memory.nbytes)
+        staged = [
             Staged(self._name_of(key), of_tile, memory[start:], copies, self._presences[key])
-            for key, of_tile, start in zip(order, parts, self._ring.offsets, strict=True)
+            for key, of_tile, start in zip(order, parts, ring.offsets, strict=True)
         ]
-        if self._staged:
-            self._staged[0].time_copies(copies)
-        self._positions = {key: position for position, key in enumerate(order)}
+        if staged:
+            staged[0].time_copies(copies)
         self._released()  # compute may still read what the ring held before
+        # All at once: with an error before this, the tiles stay where they were.
+        self._ring, self._staged = ring, staged
+        self._positions = {key: position for position, key in enumerate(order)}
+        self._there.clear()
 
     def _name_of(self, key: Key) -> str:
         index, local = key

@@ -456,3 +456,41 @@ def test_what_is_mapped_and_pinned_is_copied_as_pinned_and_given_back_with_the_s
     assert cost.pinned_bytes == cost.copied_bytes > 0
     del streamer
     assert registrar.registered == {}, "the blocks, which are still there, need no pins"
+
+
+class FailingCopies(InlineCopies):
+    """Makes so many more events, then fails once."""
+
+    events: int | None = None
+
+    def event(self, **given):
+        if self.events is not None:
+            self.events -= 1
+            if self.events < 0:
+                self.events = None
+                raise RuntimeError("no event")
+        return super().event(**given)
+
+
+@pytest.mark.parametrize("events", range(12))
+def test_an_error_while_tiles_take_new_places_leaves_the_next_forward_equal(events):
+    """They take them when layers are called in another order than they were registered in."""
+    torch.manual_seed(0)
+    blocks, copies = [Block(16 + 8 * (index % 3)) for index in range(5)], FailingCopies(CPU)
+    for block in blocks:
+        block._modules = dict(reversed(block._modules.items()))
+    model, x = nn.Sequential(*blocks), torch.randn(3, 8)
+    with torch.inference_mode():
+        expected = model(x)
+        streamer = Streamer({"block": blocks})
+        for block in blocks:
+            refuse_host_memory(block, streamer.arena)
+        streamer.start(plan_for(streamer.sizes(), (), 0), copies)
+        copies.events = events
+        failed = 0
+        for _ in range(3):
+            try:
+                assert torch.equal(model(x), expected)
+            except RuntimeError:
+                failed += 1
+    assert failed == 1
