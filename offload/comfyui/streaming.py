@@ -202,6 +202,7 @@ class Streaming:
             stays = modulation_stays and streamer.plan is not None and not streamer.plan.streamed
             if self.modulation is not None and self.modulation_stays != stays:
                 self.modulation.start(copies, stays=stays, is_alone=is_alone)
+                streamer.start(plan, copies, whole_blocks=whole_blocks)  # weights that now pass may have made room
         if streamer.plan is not None and (streamer.plan, self.modulation_stays) != before:
             self._say_plan(streamer.plan, wanted)
 

@@ -52,6 +52,31 @@ def test_other_loras_on_weights_that_stay_copy_only_their_own_tensors(
     assert 0 < copies.nbytes < weights / 2
 
 
+def test_where_new_loras_have_no_room_beside_weights_that_stay_these_go_and_no_block(
+    shapes, load, sample, with_lora, copies, monkeypatch
+):
+    of_modulation = {name: shape for name, shape in shapes.items() if "mod" in name}
+    small, large = loras.kohya(of_modulation, rank=8, seed="a"), loras.kohya(shapes, rank=16, seed="b")
+    patcher = load(2, 3)
+    other = with_lora(patcher, large)
+    expected = sample(other)
+    streaming, empty = patcher.model.streaming, copies.empty
+    streamers = streaming.streamers
+    room = sum(streamer.device_bytes for streamer in streamers) - 1
+    sample(with_lora(patcher, small))
+    assert streaming.modulation_stays
+
+    def within_room(nbytes):
+        if nbytes + sum(streamer.device_bytes for streamer in streamers) > room:
+            raise torch.OutOfMemoryError("fake")
+        return empty(nbytes)
+
+    monkeypatch.setattr(copies, "empty", within_room)
+    assert torch.equal(sample(other), expected)
+    assert not streaming.streamer.plan.streamed
+    assert not streaming.modulation_stays
+
+
 @pytest.mark.parametrize("kind", ["low rank", "dense"])
 def test_a_hook_whose_strength_changes_in_the_midst_is_as_before(kind, files, load, sample, conditioning):
     hook = comfy.hooks.create_hook_lora(files[kind], 1.0, 0.0)
