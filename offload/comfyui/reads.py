@@ -20,13 +20,17 @@ class ReadPatcher(SharedModulesPatcher):
     patches: dict[str, list[Any]]
 
     def model_state_dict(self, filter_prefix: str | None = None) -> dict[str, torch.Tensor]:
-        """ComfyUI's, with patches in the tensors of packed layers: these are made dense only when they are read."""
+        """ComfyUI's, with patches in the tensors of layers that ComfyUI does not cast: nodes read these here.
+
+        A packed weight is made dense only when it is read."""
         state: dict[str, torch.Tensor] = super().model_state_dict(filter_prefix)
         for key in state.keys() & self.patches.keys():
             module, name = self._place_of(key)
             if hasattr(module, "dense_with"):
                 dense = DensePatches(key, self.patches[key], module, as_if_it_fits=True)
                 state[key] = _patched(dense, module, state[key], is_packed=name == "weight")
+            elif not hasattr(module, "comfy_cast_weights"):
+                state[key] = patched_copy(state[key], key, self.patches[key], module, state[key].device)
         return state
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, list[Any]]:

@@ -51,6 +51,14 @@ def test_a_lora_is_made_of_patched_values_or_refused(streamed_one, twin, patches
         torch.testing.assert_close(found[name], value, msg=name)
 
 
+def test_a_layer_that_comfyui_does_not_cast_reads_as_patched(twin, copies, monkeypatch):
+    ours, key = stream_model(twin, Residency(), None), f"{PREFIX}img_in.weight"
+    layer = ours.model.diffusion_model.img_in
+    monkeypatch.setattr(layer, "__class__", torch.nn.Linear)
+    ours.add_patches({key: ("diff", (torch.full_like(layer.weight, 0.5),))})
+    torch.testing.assert_close(ours.model_state_dict()[key], layer.weight + 0.5)
+
+
 def test_a_model_without_patches_is_read_as_it_is(streamed_one, twin, copies):
     wanted, found = extracted(twin), extracted(streamed_one)
     assert found.keys() == wanted.keys()
