@@ -416,14 +416,24 @@ def test_gradients_go_through_the_layers(load):
     assert vec.grad.abs().sum() > 0
 
 
-def test_compiled_blocks_are_compiled_once(load, sample, copies):
+def test_compiled_blocks_are_compiled_once(load, sample, copies, monkeypatch):
+    """And what is computed ahead is no part of the compiled code."""
     torch.compiler.reset()
     patcher = load(1, 1)
     expected = sample(patcher, steps=3)
+    output, traced = Ahead.output, []
+
+    def note(*given):
+        traced.append(torch.compiler.is_compiling())
+        return output(*given)
+
+    monkeypatch.setattr(Ahead, "output", note)
     keys = [f"diffusion_model.double_blocks.{index}" for index in range(DOUBLES)]
     compiled = patcher.clone()
     set_torch_compile_wrapper(model=compiled, backend="eager", keys=keys)
     assert torch.equal(sample(compiled, steps=3), expected)
     with torch.compiler.set_stance("fail_on_recompile"):
         assert torch.equal(sample(compiled, steps=3), expected)
+    assert traced
+    assert not any(traced)
     torch.compiler.reset()
