@@ -63,7 +63,7 @@ class BlockSize:
 
     @functools.cached_property
     def two_tiles(self) -> int:
-        """The most that two tiles take which follow one another: two of the block, or its only one and the next one's.
+        """The two largest tiles of the block, or its only one twice.
 
         A block's layers are called in one order, so no layer is followed by the same one of the next block.
         """
@@ -95,8 +95,9 @@ class ResidencyPlan:
 def plan_for(blocks: Sequence[BlockSize], resident: Iterable[int], staging_bytes: int = STAGING_BYTES) -> ResidencyPlan:
     """The plan that keeps exactly these blocks.
 
-    The staging ring has ``staging_bytes``, or fewer if the streamed blocks together are smaller. It holds at least any
-    two tiles that follow one another (`BlockSize.two_tiles`), so that one can arrive while the other computes.
+    The staging ring has ``staging_bytes``, or fewer if the streamed blocks together are smaller. It holds at least the
+    two largest tiles of a block (`BlockSize.two_tiles`), so that one can arrive while the other computes. Where blocks
+    of two kinds meet, or a tile does not fit before the ring's end, one may have to wait for the one before it.
     """
     stay = set(resident)
     streamed = [index for index in range(len(blocks)) if index not in stay]

@@ -183,7 +183,7 @@ class StreamedEncoderPatcher(StreamedModelPatcher):
         return super()._plan_within(self._beside_a_forward(room))
 
     def _beside_a_forward(self, room: float) -> float:
-        """How many bytes of ``room`` are for weights. ComfyUI keeps the same beside it for a forward of any encoder."""
+        """How many bytes of ``room`` are for weights. The forward has what ComfyUI left beside it, too."""
         kept = comfy.model_management.minimum_inference_memory() - comfy.model_management.extra_reserved_memory()
         return room - max(0, _WIDEST_AT_ONCE * self.model.widest_bytes - kept)
 

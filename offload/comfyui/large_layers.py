@@ -3,7 +3,7 @@
 An embedding of Mistral 3 takes 1.3 GB, of which a prompt needs a few hundred rows; an output layer is used only to
 write text. So they stay in host memory, unless all of the model has room on the device. An embedding looks its rows up
 in host memory and brings only those to the device. A Linear of ComfyUI's brings its weight there when it is called.
-With patches, a patched copy in host memory takes the weight's place, which has no use on the device then.
+With patches, a patched copy in host memory takes the weight's place, and the weight itself is not on the device.
 """
 
 import copy

@@ -3,7 +3,8 @@
 The blocks' records, plan and ring are without it. Where all blocks are resident and there is room for its weights as
 well, they stay on the device. Elsewhere they pass through a ring in a forward whose outputs are missing, each while the
 block before it computes; in all other forwards they stay in RAM. The ring has room for two layers, or one where no
-block is streamed. It is kept in between: the forward that needs it computes all blocks, so the peak would be no lower.
+block is streamed. It is kept in between: the forward that needs it computes all blocks, so without it the peak would
+be no lower.
 """
 
 import weakref
