@@ -51,20 +51,20 @@ def machines(proof: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def your_card(proof: dict[str, Any]) -> dict[str, Any] | None:
-    """The table of cards of 4, 6, 8 and 12 GB; None where not all of them were measured.
+    """The table of the cards of 4, 6, 8 and 12 GB that were measured; None where none was.
 
     A column of which nothing was measured is left out.
 
     Raises:
         SystemExit: the cards were measured on different machines.
     """
-    names = [f"card-{gb}" for gb in CARDS_GB]
-    if not proof["rows"].keys() >= set(names):
+    rows = {gb: proof["rows"][f"card-{gb}"] for gb in CARDS_GB if f"card-{gb}" in proof["rows"]}
+    if not rows:
         return None
-    rows = {gb: proof["rows"][name] for gb, name in zip(CARDS_GB, names, strict=True)}
     abouts = [row["about"] for row in rows.values()]
     if len({(_card(about), about.get("comfyui")) for about in abouts}) > 1:
-        raise SystemExit(f"the rows {', '.join(names)} are of different machines: run them on one")
+        names = ", ".join(f"card-{gb}" for gb in rows)
+        raise SystemExit(f"the rows {names} are of different machines: run them on one")
     card, comfyui = _card(abouts[0]), abouts[0].get("comfyui", "unknown")
     stays = [_value(row, "blocks that stay") for row in rows.values()]
     series: list[dict[str, Any]] = [
@@ -118,7 +118,7 @@ def your_card(proof: dict[str, Any]) -> dict[str, Any] | None:
         "what": {"en": "Time of one sampling step, 1024x1024", "zh": "一个采样步的耗时，1024x1024"},
         "unit": "ms",
         "groups_head": {"en": "your card", "zh": "您的显卡"},
-        "groups": [f"{gb} GB" for gb in CARDS_GB],
+        "groups": [f"{gb} GB" for gb in rows],
         "note": {"en": f"{taken}; ComfyUI {comfyui}.", "zh": f"{card}（仅留出相应显存）；ComfyUI {comfyui}。"},
         "runs": {name: run for name, run in runs.items() if name in used},
         "series": series,

@@ -174,10 +174,16 @@ def test_every_claim_stands_beside_its_target(texts):
     assert len(heads) == 5
 
 
-def test_a_proof_without_one_of_the_cards_leaves_their_table(texts):
+def test_a_card_that_was_not_measured_is_no_row(texts):
     proof = a_proof()
-    del proof["rows"]["card-6"]
-    folder = texts(proof)
+    del proof["rows"]["card-6"], proof["rows"]["card-12"]
+    readme = (texts(proof) / "README.md").read_text()
+    assert [row[0] for row in cells_of(readme)[1:]] == ["4 GB", "8 GB"]
+    assert "with all memory but 4, 8 GiB taken" in readme
+
+
+def test_a_proof_without_cards_leaves_their_table(texts):
+    folder = texts({"rows": {}})
     assert "old" in (folder / "README.md").read_text()
     assert [path.name for path in (folder / "docs/data").iterdir()] == ["proof.json"]
 
@@ -194,7 +200,7 @@ def test_cards_of_two_machines_are_in_no_table(texts):
 
 
 def test_the_cards_are_those_of_the_proof():
-    """Once it has all of them; before, no table says that it is from it."""
+    """Once it has any; before, no table says that it is from it."""
     if "proof" in DATA and (table := proof_data.your_card(DATA["proof"])):
         assert DATA["your_card"] == table
     else:
