@@ -97,7 +97,7 @@ def your_card(proof: dict[str, Any]) -> dict[str, Any] | None:
         }
     )
     series = [column for column in series if any(value is not None for value in column["values"])]
-    taken = f"{card} with all memory but {', '.join(map(str, rows))} GiB taken"
+    taken = f"{card} of which only {' or '.join(map(str, rows))} GiB were left free"
     runs = {
         "cards": {
             "card": taken,

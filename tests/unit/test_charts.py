@@ -156,7 +156,7 @@ def test_a_proof_becomes_the_table_and_the_chart_of_cards(texts):
         ["8 GB", "all, 19 + 38", "5.06", "180", "250", "569", "12.3"],
         ["12 GB", "all, 19 + 38", "5.06", "180", "250", "569", "12.3"],
     ]
-    assert "NVIDIA H200 with all memory but 4, 6, 8, 12 GiB taken; ComfyUI 0.33.0." in readme
+    assert "NVIDIA H200 of which only 4 or 6 or 8 or 12 GiB were left free; ComfyUI 0.33.0." in readme
     assert readme.endswith("<!-- /your_card -->\n\nThe end.\n")
     assert "old" not in readme
     assert "| 8 GB | 全部，19 + 38 | 5.06 | **180** |" in (folder / "README.zh.md").read_text()
@@ -179,7 +179,7 @@ def test_a_card_that_was_not_measured_is_no_row(texts):
     del proof["rows"]["card-6"], proof["rows"]["card-12"]
     readme = (texts(proof) / "README.md").read_text()
     assert [row[0] for row in cells_of(readme)[1:]] == ["4 GB", "8 GB"]
-    assert "with all memory but 4, 8 GiB taken" in readme
+    assert "of which only 4 or 8 GiB were left free" in readme
 
 
 def test_a_proof_without_cards_leaves_their_table(texts):

@@ -87,10 +87,10 @@ def test_the_ram_in_total_is_that_of_the_file_that_the_readme_names(tmp_path):
     beside = [sum(entry.nbytes for entry in part.values()) for part in (catalogue.text_encoders, catalogue.vae)]
     sizes = [f"{size / 1e9:.1f}" for size in (catalogue.ram_bytes, catalogue.transformer_ram, *beside)]
     assert sizes == ["11.9", "6.7", "5.0", "0.2"]
-    gib = f"{catalogue.ram_bytes / 2**30:.1f}"
+    gib = f"{catalogue.ram_bytes / 2**30:.2f}"
     for text in READMES:
         said = next(line for line in read(text).replace("\n  ", " ").splitlines() if "11.9 GB" in line)
-        assert re.findall(r"\d+\.\d", said) == [sizes[0], gib, *sizes[1:]]
+        assert re.findall(r"\d+\.\d+", said) == [sizes[0], gib, *sizes[1:]]
 
 
 @pytest.mark.parametrize("text", READMES)
