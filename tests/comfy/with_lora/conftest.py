@@ -1,5 +1,7 @@
 """A Flux of few blocks in an NF4 file, its dense twin in stock ComfyUI, and a way to compare the two with a LoRA."""
 
+import copy
+
 import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
@@ -53,6 +55,13 @@ def stock_model_fixture():
 def twin_model(tiny_file, config):
     """The same model in stock ComfyUI."""
     return stock_model(config, tiny_file.with_name("twin.safetensors"))
+
+
+@pytest.fixture
+def copied_twin(twin_model):
+    """A function: a copy of it, for tests that stream it or change its weights."""
+    config = twin_model.model_config  # which some versions cannot copy
+    return lambda: copy.deepcopy(twin_model, {id(config): config})
 
 
 @pytest.fixture

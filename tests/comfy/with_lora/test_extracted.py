@@ -31,10 +31,16 @@ def patches(shapes):
     return loras.generic(shapes) | biases
 
 
+@pytest.fixture
+def streamed_twin(copied_twin):
+    cpu = torch.device("cpu")
+    return stream_model(comfy.model_patcher.ModelPatcher(copied_twin(), cpu, cpu), Residency(), None)
+
+
 @pytest.fixture(params=["4-bit", "dense"])
-def streamed_one(request, load, twin):
+def streamed_one(request, load, streamed_twin):
     """Of the same values as ``twin``."""
-    return load(1, 1) if request.param == "4-bit" else stream_model(twin, Residency(), None)
+    return load(1, 1) if request.param == "4-bit" else streamed_twin
 
 
 def test_a_lora_is_made_of_patched_values_or_refused(streamed_one, twin, patches, with_lora, copies):
@@ -51,8 +57,8 @@ def test_a_lora_is_made_of_patched_values_or_refused(streamed_one, twin, patches
         torch.testing.assert_close(found[name], value, msg=name)
 
 
-def test_a_layer_that_comfyui_does_not_cast_reads_as_patched(twin, copies, monkeypatch):
-    ours, key = stream_model(twin, Residency(), None), f"{PREFIX}img_in.weight"
+def test_a_layer_that_comfyui_does_not_cast_reads_as_patched(streamed_twin, copies, monkeypatch):
+    ours, key = streamed_twin, f"{PREFIX}img_in.weight"
     layer = ours.model.diffusion_model.img_in
     monkeypatch.setattr(layer, "__class__", torch.nn.Linear)
     ours.add_patches({key: ("diff", (torch.full_like(layer.weight, 0.5),))})

@@ -4,8 +4,6 @@ The parameter has the logical shape, and the state dict the packed parts, which 
 what a LoRA adds is computed beside them.
 """
 
-import copy
-
 import comfy.hooks
 import comfy.model_management
 import comfy.model_patcher
@@ -26,22 +24,17 @@ BOUND = 1e-5
 """Relative, to the sum in one weight; found: below 1e-6."""
 
 
-def copied(model):
-    config = model.model_config  # which some versions cannot copy
-    return copy.deepcopy(model, {id(config): config})
-
-
 @pytest.fixture
-def rounded(twin_model):
+def rounded(copied_twin):
     """A stock patcher of the dense twin, of the values that the packed weights have."""
-    yield comfy.model_patcher.ModelPatcher(packed_linear.round_like_packed(copied(twin_model)), CPU, CPU)
+    yield comfy.model_patcher.ModelPatcher(packed_linear.round_like_packed(copied_twin()), CPU, CPU)
     comfy.model_management.unload_all_models()
 
 
 @pytest.fixture
-def load_packed(twin_model, copies):
+def load_packed(copied_twin, copies):
     """A function: a streamed patcher of the dense twin with packed weights, of whose blocks so many are resident."""
-    model = packed_linear.pack(copied(twin_model))
+    model = packed_linear.pack(copied_twin())
     blocks = {"double": list(model.diffusion_model.double_blocks), "single": list(model.diffusion_model.single_blocks)}
     attach_streaming(model, blocks)
 
