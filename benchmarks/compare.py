@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import needs_torch  # noqa: F401
+import orderly
 from about import about
 from arguments import begin, parser_for
 from cases import CASES, TINY_CASES, matching
@@ -144,4 +145,4 @@ class Run:
 
 
 if __name__ == "__main__":
-    main()
+    orderly.run(main)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import needs_torch  # noqa: F401
+import orderly
 import torch
 from arguments import begin, plain_parser
 from cases import Case
@@ -192,4 +193,4 @@ def take_tiny_models() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    orderly.run(main)

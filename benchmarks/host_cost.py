@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 import needs_torch  # noqa: F401
+import orderly
 import torch
 from torch import nn
 
@@ -65,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    orderly.run(main)

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import needs_torch  # noqa: F401
+import orderly
 import torch
 from about import about
 from arguments import begin, parser_for
@@ -259,4 +260,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    orderly.run(main)

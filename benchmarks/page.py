@@ -26,18 +26,19 @@ from itertools import count, repeat
 from pathlib import Path
 from typing import Any
 
+import arguments
 import environment
-from arguments import ROOT, plain_parser
+import orderly
 
 STEPS, QUESTIONS = 20, 1000
 PLAN, STATS = "the plan", "/system_stats"
 MOST_PERCENT = 2.0
 FULL_SIZE = "flux1-full-size.safetensors"
-WORKFLOW = ROOT / "example_workflows" / "api" / "flux_nf4_text_to_image.json"
+WORKFLOW = arguments.ROOT / "example_workflows" / "api" / "flux_nf4_text_to_image.json"
 
 
 def main() -> None:
-    parser = plain_parser(__doc__)
+    parser = arguments.plain_parser(__doc__)
     parser.add_argument("--prompts", type=int, default=3, help="of each kind of question")
     parser.add_argument("--pixels", type=int, default=192, help="width and height of the picture")
     given = parser.parse_args()
@@ -79,7 +80,7 @@ def measure(comfyui: Path, base: Path, prompts: int, pixels: int) -> dict[str, t
     from sparse_checkpoint import make_sparse_checkpoint
 
     checkpoint = cached_checkpoint(environment.CACHE / "checkpoints", Recipe())
-    drop_package(ROOT, base)
+    drop_package(arguments.ROOT, base)
     link_model(checkpoint, base, "checkpoints")
     make_sparse_checkpoint(base / "models" / "checkpoints" / FULL_SIZE)
     with ComfyServer(comfyui, base, ("--cpu",)) as server:
@@ -155,4 +156,4 @@ def processor_seconds(pid: int) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    orderly.run(main)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import needs_torch  # noqa: F401
+import orderly
 import text_encoder
 import torch
 from arguments import begin, parser_for
@@ -236,4 +237,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    orderly.run(main)

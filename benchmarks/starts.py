@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import needs_torch  # noqa: F401
+import orderly
 from about import about
 from arguments import begin, parser_for
 from cases import Case, matching
@@ -110,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    orderly.run(main)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import needs_torch  # noqa: F401
+import orderly
 import torch
 from arguments import begin, parser_for
 from encoder_files import flux2, mistral3, tekken, write_random
@@ -258,4 +259,4 @@ def told(workflow: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    orderly.run(main)

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import needs_torch  # noqa: F401
+import orderly
 import torch
 from arguments import begin, parser_for
 from inside_comfyui import import_package, use_allocator_of_comfyui
@@ -247,4 +248,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    orderly.run(main)

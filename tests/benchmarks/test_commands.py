@@ -4,8 +4,10 @@ import ast
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import two_gpus
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 TEXTS = {path.stem: path.read_text("utf-8") for path in FOLDER.glob("*.py")}
-SCRIPTS = sorted(name for name, text in TEXTS.items() if "__main__" in text)
+SCRIPTS = sorted(name for name, text in TEXTS.items() if "\nif __name__ ==" in text)
 NEED_GPU = (
     "compare",
     "fidelity",
@@ -62,10 +64,29 @@ def test_a_python_without_pytorch_is_told_what_it_lacks(name, without_torch):
     assert error.startswith("This Python has no PyTorch.")
 
 
-def test_help_has_each_default():
-    code, said, _ = run("soak", "--help")
-    assert code == 0
-    assert "(default: 200)" in said
+@pytest.mark.parametrize(("name", "default"), [("soak", "(default: 200)"), ("page", "(default: 192)")])
+def test_help_has_each_default(name, default):
+    code, said, error = run(name, "--help")
+    assert (code, error) == (0, "")
+    assert default in said
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_each_ends_in_order(name):
+    last = ast.parse(TEXTS[name]).body[-1]
+    assert [ast.unparse(line) for line in last.body] == ["orderly.run(main)"]
+
+
+def test_ctrl_c_is_one_line():
+    command = [sys.executable, str(FOLDER / "host_cost.py"), "--repeats", "1000000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text("utf-8"):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60) == ("", "\ninterrupted\n")
+    finally:
+        process.kill()
 
 
 def test_without_a_gpu_or_a_comfyui_nothing_begins(comfyui, tmp_path):
