@@ -69,18 +69,26 @@ def make_checkpoint(path: Path, recipe: Recipe, say: Callable[[str], None] = lam
 def cached_checkpoint(folder: Path, recipe: Recipe, say: Callable[[str], None] = lambda _: None) -> Path:
     """The checkpoint for ``recipe`` in ``folder``, made if it is not there, or not whole, or of an older maker.
 
+    One of an older maker is removed.
+
     ``say`` is told what happens, if anything does.
     """
-    made_by = "".join(Path(source).read_text("utf-8") for source in (__file__, layout.__file__))
-    key = hashlib.sha256(f"{recipe}{made_by}".encode()).hexdigest()[:8]
+    maker = "".join(Path(source).read_text("utf-8") for source in (__file__, layout.__file__))
     style = "v1" if recipe.nested else "v2"
-    path = folder / f"flux1-{recipe.variant}-bnb-{recipe.quant_type}-{style}-tiny-{key}.safetensors"
+    name = f"flux1-{recipe.variant}-bnb-{recipe.quant_type}-{style}-tiny-{_key(recipe)}"
+    path = folder / f"{name}-{_key(maker)}.safetensors"
     if not is_whole(path):
         say(f"{path.name} is {'damaged' if path.exists() else 'not there yet'}: making it (1 GB, about a minute)\n")
         folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob(f"{name}-*.safetensors"):
+            old.unlink()
         make_checkpoint(path, recipe, say)
         say(f"made {path}\n")
     return path
+
+
+def _key(made_of: object) -> str:
+    return hashlib.sha256(f"{made_of}".encode()).hexdigest()[:8]
 
 
 def is_whole(path: Path) -> bool:

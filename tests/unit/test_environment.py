@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -193,6 +194,8 @@ def test_a_folder_without_comfyui_is_named_with_what_it_lacks(tree):
         environment._users_comfyui(tree)
 
 
+TINY = Recipe(hidden=256, unet_only=True)
+
 CUTS = {
     "half": lambda whole: whole[: len(whole) // 2],
     "nothing": lambda _: b"",
@@ -203,15 +206,24 @@ CUTS = {
 
 @pytest.mark.parametrize("left", CUTS)
 def test_a_damaged_checkpoint_is_made_again(left, tmp_path):
-    recipe, said = Recipe(hidden=256, unet_only=True), []
-    path = cached_checkpoint(tmp_path, recipe)
+    said = []
+    path = cached_checkpoint(tmp_path, TINY)
     whole = path.read_bytes()
-    assert cached_checkpoint(tmp_path, recipe, said.append) == path
+    assert cached_checkpoint(tmp_path, TINY, said.append) == path
     assert said == []
     path.write_bytes(CUTS[left](whole))
-    assert cached_checkpoint(tmp_path, recipe, said.append) == path
+    assert cached_checkpoint(tmp_path, TINY, said.append) == path
     assert "is damaged: making it" in said[0]
     assert path.read_bytes() == whole
+
+
+def test_a_checkpoint_of_an_older_maker_makes_room_for_the_new_one(tmp_path, monkeypatch):
+    others = cached_checkpoint(tmp_path, replace(TINY, seed=1))
+    old = cached_checkpoint(tmp_path, TINY)
+    monkeypatch.setattr(make_checkpoint.layout, "__file__", __file__)
+    new = cached_checkpoint(tmp_path, TINY)
+    assert new != old
+    assert set(tmp_path.iterdir()) == {others, new}
 
 
 def test_a_checkpoint_that_finds_no_room_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
