@@ -50,7 +50,7 @@ def main() -> None:
     from flux_nf4.offload import copies, plan, streamer
 
     class NoCopies(copies.InlineCopies):
-        def copy(self, destination: torch.Tensor, source: torch.Tensor, **events: Any) -> None:
+        def copy(self, pairs: Any, **events: Any) -> None:
             pass
 
     groups = {kind: [Block(layers) for _ in range(count)] for kind, (count, layers) in LAYERS.items()}

@@ -10,10 +10,12 @@ needs a copy before that, the calling thread waits until the worker has submitte
 """
 
 import functools
+import itertools
 import logging
 import os
 import weakref
 from collections import deque
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,7 +23,7 @@ from typing import Any, Protocol
 import torch
 
 from ..memory import MIB
-from .copies import Copies, StreamCopies
+from .copies import Copies, Pairs, StreamCopies
 
 logger = logging.getLogger(__name__)
 
@@ -69,17 +71,16 @@ class _Event:
 
 @dataclass
 class _Job:
-    """A copy in the worker's queue. It keeps its memory alive until it is submitted, and no longer."""
+    """Copies in the worker's queue. They keep their memory alive until they are submitted, and no longer."""
 
-    memory: tuple[torch.Tensor, torch.Tensor] | None
+    pairs: list[tuple[torch.Tensor, torch.Tensor]]
     after: _Recording
     done: Any
     begun: Any
 
-    def take(self) -> tuple[torch.Tensor, torch.Tensor]:
-        memory, self.memory = self.memory, None
-        assert memory is not None
-        return memory
+    def take(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        pairs, self.pairs = self.pairs, []
+        return pairs
 
 
 @dataclass
@@ -101,25 +102,30 @@ class _Bounce:
         # Each thread has its own inference mode. In it, ordinary tensors and inference tensors may be written.
         with torch.inference_mode():
             after = job.after.submitted()
-            destination, source = job.take()
-            if self._lane.is_pinned(source):
-                self._lane.copy(destination, source, after=after, done=job.done, begun=job.begun)
-            else:
-                self._submit_in_parts(destination, source, job, after)
+            steps = [step for pair in job.take() for step in self._steps(*pair)]
+            begun = job.begun
+            for i, (destination, source, is_pinned) in enumerate(steps):
+                done = job.done if i == len(steps) - 1 else self._lane.event()
+                filled = source if is_pinned else self._fill(source, emptied=done)
+                self._lane.copy([(destination, filled)], after=after, done=done, begun=begun)
+                begun = None
 
-    def _submit_in_parts(self, destination: torch.Tensor, source: torch.Tensor, job: _Job, after: Any) -> None:
-        part_bytes = self._buffers[0].memory.nbytes
-        starts = range(0, source.nbytes, part_bytes)
-        for start in starts:
-            buffer = self._buffers[0]
-            self._buffers.rotate()
-            self._lane.host_waits(buffer.emptied)
-            part = source[start : start + part_bytes]
-            filled = buffer.memory[: part.nbytes].copy_(part)
-            buffer.emptied = job.done if start == starts[-1] else self._lane.event()
-            begun = job.begun if start == 0 else None
-            target = destination[start : start + part_bytes]
-            self._lane.copy(target, filled, after=after, done=buffer.emptied, begun=begun)
+    def _steps(
+        self, destination: torch.Tensor, source: torch.Tensor
+    ) -> Iterable[tuple[torch.Tensor, torch.Tensor, bool]]:
+        """A copy that needs no buffer, or copies that need one each."""
+        if self._lane.is_pinned(source):
+            return [(destination, source, True)]
+        nbytes = self._buffers[0].memory.nbytes
+        return zip(destination.split(nbytes), source.split(nbytes), itertools.repeat(False))
+
+    def _fill(self, source: torch.Tensor, emptied: Any) -> torch.Tensor:
+        """``source`` in a buffer, whose bytes will have left it when ``emptied`` passes."""
+        buffer = self._buffers[0]
+        self._buffers.rotate()
+        self._lane.host_waits(buffer.emptied)
+        buffer.emptied = emptied
+        return buffer.memory[: source.nbytes].copy_(source)
 
 
 class BouncedCopies:
@@ -152,25 +158,17 @@ class BouncedCopies:
                 return None
         return self._lane.elapsed_ms(begun.recording.event, ended.recording.event)
 
-    def copy(
-        self,
-        destination: torch.Tensor,
-        source: torch.Tensor,
-        *,
-        after: _Event,
-        done: _Event,
-        begun: _Event | None = None,
-    ) -> None:
+    def copy(self, pairs: Pairs, *, after: _Event, done: _Event, begun: _Event | None = None) -> None:
         self._refuse_fork()
         job = _Job(
-            (destination, source),
+            list(pairs),
             after.recording,
             self._lane.event(timed=done.is_timed),
             None if begun is None else self._lane.event(timed=True),
         )
         submission = None
-        if (self._last is None or self._last.done()) and self._lane.is_pinned(source):
-            self._lane.copy(destination, source, after=job.after.submitted(), done=job.done, begun=job.begun)
+        if (self._last is None or self._last.done()) and all(self._lane.is_pinned(source) for _, source in job.pairs):
+            self._lane.copy(job.take(), after=job.after.submitted(), done=job.done, begun=job.begun)
         else:
             submission = self._last = self._worker.submit(self._bounce.submit, job)
         done.recording = _Recording(job.done, submission)

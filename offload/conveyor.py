@@ -106,19 +106,17 @@ class Conveyor:
                 there.add(position)
 
     def _copy(self, staged: Staged) -> None:
-        copies, begun = self._copies, staged.link.begun if staged.link is not None else None
-        for part in staged.parts:
-            if pending:
-                until_registered(part.source)
-            copies.copy(part.place, part.source, after=self._free, done=part.ready, begun=begun)
-            begun = None
+        if pending:
+            for _, source in staged.copies:
+                until_registered(source)
+        copies, begun = self._copies, None if staged.link is None else staged.link.begun
+        copies.copy(staged.copies, after=self._free, done=staged.ready, begun=begun)
 
     def wait(self, position: int) -> None:
         """Have compute wait for the copy of the tile at ``position``."""
         before = self.telemetry.before_wait()
         try:
-            for part in self._staged[position].parts:
-                self._copies.compute_waits(part.ready)
+            self._copies.compute_waits(self._staged[position].ready)
         except BaseException:
             self._there.discard(position)  # its copy has failed
             raise
@@ -146,7 +144,7 @@ class Conveyor:
         position = self._positions[key]
         staged = self._staged[position]
         if not staged.is_home:
-            raise tensors_replaced(staged.parts[0].tile.tile.module, key[0])
+            raise tensors_replaced(self._blocks[key[0]].tiles[key[1]].tile.module, key[0])
         if position not in self._there:
             self.telemetry.missed()
             self.fetch((position, *self._ring.beside[position]))

@@ -4,12 +4,16 @@ import functools
 import logging
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 logger = logging.getLogger(__name__)
+
+Pairs = Iterable[tuple[torch.Tensor, torch.Tensor]]
+"""Destinations on the device and as large sources in host memory, uint8."""
 
 
 class Copies(Protocol):
@@ -35,12 +39,10 @@ class Copies(Protocol):
         """Time between two timed events that were recorded, or None while one of them has not passed."""
         ...
 
-    def copy(
-        self, destination: torch.Tensor, source: torch.Tensor, *, after: Any, done: Any, begun: Any = None
-    ) -> None:
-        """Once ``after`` has passed, copy ``source`` (host) to ``destination`` (device), then record ``done``.
+    def copy(self, pairs: Pairs, *, after: Any, done: Any, begun: Any = None) -> None:
+        """Once ``after`` has passed, copy each source of ``pairs`` to its destination, then record ``done``.
 
-        ``begun``, if given, is recorded just before the copy.
+        ``begun``, if given, is recorded just before the first copy.
         """
         ...
 
@@ -76,9 +78,7 @@ class StreamCopies:
     def elapsed_ms(self, begun: torch.Event, ended: torch.Event) -> float | None:
         return begun.elapsed_time(ended) if begun.query() and ended.query() else None
 
-    def copy(
-        self, destination: torch.Tensor, source: torch.Tensor, *, after: Any, done: Any, begun: Any = None
-    ) -> None:
+    def copy(self, pairs: Pairs, *, after: Any, done: Any, begun: Any = None) -> None:
         stream, compute = self._copy_stream, torch.accelerator.current_stream(self._index)
         callers = torch.accelerator.current_stream()
         stream.wait_event(after)
@@ -86,7 +86,8 @@ class StreamCopies:
             begun.record(stream)
         torch.accelerator.set_stream(stream)
         try:
-            destination.copy_(source, non_blocking=True)
+            for destination, source in pairs:
+                destination.copy_(source, non_blocking=True)
         finally:
             torch.accelerator.set_stream(compute)
             if callers.device != compute.device:  # which has become the current one
@@ -138,12 +139,11 @@ class InlineCopies:
     def elapsed_ms(self, begun: "_Moment", ended: "_Moment") -> float | None:
         return 1000 * (ended.seconds - begun.seconds)
 
-    def copy(
-        self, destination: torch.Tensor, source: torch.Tensor, *, after: Any, done: Any, begun: Any = None
-    ) -> None:
+    def copy(self, pairs: Pairs, *, after: Any, done: Any, begun: Any = None) -> None:
         if begun is not None:
             self.record(begun)
-        destination.copy_(source)
+        for destination, source in pairs:
+            destination.copy_(source)
         self.record(done)
 
     def compute_waits(self, event: "_Moment") -> None:

@@ -32,5 +32,5 @@ def write(buffer: torch.Tensor, source: torch.Tensor, copies: Copies) -> None:
     until_registered(source)
     free, ready = copies.event(), copies.event()
     copies.record(free)
-    copies.copy(buffer, source, after=free, done=ready)
+    copies.copy([(buffer, source)], after=free, done=ready)
     copies.compute_waits(ready)

@@ -2,28 +2,14 @@
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from .block import HostRecord, MappedRecord
 from .copies import Copies
-from .record import BoundTile, Views, views_of
+from .record import BoundTile, views_of
 from .telemetry import Link
-
-
-@dataclass(frozen=True)
-class Part:
-    """One record's share of a staged tile: its bytes in host memory, and their place in the ring."""
-
-    tile: BoundTile
-    source: torch.Tensor
-    place: torch.Tensor
-    views: Views
-    is_pinned: bool
-    ready: Any
-    """Passes when the copy is done."""
 
 
 class Presence:
@@ -34,7 +20,10 @@ class Presence:
 
 
 class Staged:
-    """A streamed tile with its place in the ring."""
+    """A streamed tile with its place in the ring.
+
+    ``copies`` are its places in the ring and their bytes in host memory; ``ready`` passes when they are copied.
+    """
 
     def __init__(
         self,
@@ -45,20 +34,23 @@ class Staged:
         presence: Presence,
     ) -> None:
         self.name = name
-        self.parts: tuple[Part, ...] = ()
-        for tile, record in parts:
+        self.ready = copies.event()
+        self.copies: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
+        swaps: list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]] = []
+        for tile, _ in parts:
             mine, place = place[: tile.source.nbytes], place[tile.tile.nbytes :]
-            self.parts += (Part(tile, tile.source, mine, views_of(tile.tile, mine), record.is_pinned, copies.event()),)
-        self.nbytes = sum(part.place.nbytes for part in self.parts)
-        self.pinned_bytes = sum(part.place.nbytes for part in self.parts if part.is_pinned)
-        self._swaps = tuple(swap for part in self.parts for swap in part.tile.swaps(part.views))
+            self.copies += ((mine, tile.source),)
+            swaps += tile.swaps(views_of(tile.tile, mine))
+        self._swaps = tuple(swaps)
+        self.nbytes = sum(tile.source.nbytes for tile, _ in parts)
+        self.pinned_bytes = sum(tile.source.nbytes for tile, record in parts if record.is_pinned)
         self._presence = presence
         self.link: Link | None = None
 
     def time_copies(self, copies: Copies) -> None:
         """Time the copy of each fetch. `link` has the events; they are recorded by the first fetch."""
         self.link = Link(self.nbytes, copies.event(timed=True), copies.event(timed=True))
-        self.parts = (*self.parts[:-1], replace(self.parts[-1], ready=self.link.ended))
+        self.ready = self.link.ended
 
     def bind(self) -> None:
         """Have the modules use the bytes in the ring."""

@@ -32,9 +32,9 @@ class CountingCopies(InlineCopies):
         super().__init__(CPU)
         self.nbytes = 0
 
-    def copy(self, destination, source, **events):
-        self.nbytes += source.nbytes
-        super().copy(destination, source, **events)
+    def copy(self, pairs, **events):
+        self.nbytes += sum(source.nbytes for _, source in pairs)
+        super().copy(pairs, **events)
 
 
 @pytest.fixture(autouse=True)

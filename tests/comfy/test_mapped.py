@@ -128,12 +128,11 @@ def test_a_slow_driver_is_waited_for_block_by_block_and_the_log_tells_the_end_of
     monkeypatch.setitem(pinning.REGISTRARS, "cpu", driver)
     copy, seen = copies.copy, set()
 
-    def copy_what_is_registered(destination, source, **events):
-        address = source.untyped_storage().data_ptr()
-        if address in file_map._ranges:
-            assert address in driver.registered
-            seen.add(address)
-        copy(destination, source, **events)
+    def copy_what_is_registered(pairs, **events):
+        addresses = {source.untyped_storage().data_ptr() for _, source in pairs} & file_map._ranges.keys()
+        assert addresses <= driver.registered.keys()
+        seen.update(addresses)
+        copy(pairs, **events)
 
     monkeypatch.setattr(copies, "copy", copy_what_is_registered)
     with caplog.at_level(logging.INFO):

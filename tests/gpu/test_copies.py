@@ -41,7 +41,7 @@ def test_compute_waits_for_a_copy(waits, copies, source):
     place, read = copies.empty(NBYTES).zero_(), torch.empty(NBYTES, dtype=torch.uint8, device=DEVICE)
     torch.cuda.synchronize()
     ready = copies.event()
-    copies.copy(place, source, after=passed(copies), done=ready)
+    copies.copy([(place, source)], after=passed(copies), done=ready)
     if waits:
         copies.compute_waits(ready)
     read.copy_(place)
@@ -58,7 +58,7 @@ def test_a_copy_waits_for_compute_that_reads_its_place(waits, copies, source):
     read.copy_(place)
     if waits:
         copies.record(free)
-    copies.copy(place, source, after=free, done=copies.event())
+    copies.copy([(place, source)], after=free, done=copies.event())
     torch.cuda.synchronize()
     assert bool(read.any()) is not waits
     assert place.all()
@@ -71,7 +71,7 @@ def test_memory_that_goes_is_not_given_out_while_a_copy_to_it_is_under_way(is_re
     address, free = place.data_ptr(), copies.event()
     torch.cuda._sleep(CYCLES)
     copies.record(free)
-    copies.copy(place, source, after=free, done=copies.event())
+    copies.copy([(place, source)], after=free, done=copies.event())
     del place
     other = torch.empty(NBYTES, dtype=torch.uint8, device=DEVICE)
     assert (other.data_ptr() != address) is is_recorded
@@ -82,14 +82,14 @@ def test_the_host_waits_for_no_copy(copies, source):
     torch.cuda._sleep(CYCLES)
     begun.record()
     copies.record(free := copies.event())
-    copies.copy(place, source, after=free, done=done)
+    copies.copy([(place, source)], after=free, done=done)
     copies.compute_waits(done)
     assert not begun.query(), "the call returned only when the device was done"
 
 
 def test_a_timed_copy_tells_how_long_it_took(copies, source):
     begun, done = copies.event(timed=True), copies.event(timed=True)
-    copies.copy(copies.empty(NBYTES), source, after=passed(copies), done=done, begun=begun)
+    copies.copy([(copies.empty(NBYTES), source)], after=passed(copies), done=done, begun=begun)
     torch.cuda.synchronize()
     gbps = NBYTES / copies.elapsed_ms(begun, done) / 1e6
     assert 1 < gbps < 2000
@@ -114,9 +114,9 @@ def slow_copies(copies, source, monkeypatch):
     padding, nbytes = copies.empty(16 << 20), 16 << 20
     copy = copies_module.StreamCopies.copy
 
-    def slowly(self, destination, from_host, **events):
-        copy(self, padding, source[:nbytes], after=events["after"], done=self.event())
-        copy(self, destination, from_host, **events)
+    def slowly(self, pairs, **events):
+        copy(self, [(padding, source[:nbytes])], after=events["after"], done=self.event())
+        copy(self, pairs, **events)
 
     monkeypatch.setattr(copies_module.StreamCopies, "copy", slowly)
 
@@ -143,8 +143,8 @@ def test_with_slow_compute_copies_that_wait_for_nothing_are_noticed(tiny, monkey
     expected = two_forwards(tiny, tiny.resident())
     copy = copies_module.StreamCopies.copy
 
-    def at_once(self, destination, source, *, after, **events):
-        copy(self, destination, source, after=self.event(), **events)
+    def at_once(self, pairs, *, after, **events):
+        copy(self, pairs, after=self.event(), **events)
 
     monkeypatch.setattr(copies_module.StreamCopies, "copy", at_once)
     assert not all(map(torch.equal, two_forwards(tiny, tiny.with_counts(0, 0)), expected))

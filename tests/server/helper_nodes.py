@@ -81,9 +81,9 @@ class StreamOnCpu:
         if own.computes_from_host is None:
             own.computes_from_host, copy = patcher._computes_from_host, of_copies.copy
 
-            def counted(copies, destination, source, **events):
-                own.nbytes += source.nbytes
-                copy(copies, destination, source, **events)
+            def counted(copies, pairs, **events):
+                own.nbytes += sum(source.nbytes for _, source in pairs)
+                copy(copies, pairs, **events)
 
             of_copies.copy = counted
         patcher._computes_from_host = False if is_on else own.computes_from_host

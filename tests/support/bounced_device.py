@@ -54,15 +54,19 @@ class SimulatedLane(SimulatedDevice):
                 self.adversary.shuffle(queues)
                 assert any(map(self._step, queues)), "deadlock: what the host waits for can never pass"
 
-    def copy(self, destination, source, **events):
-        (pointer, left), nbytes = self.asked.popleft(), destination.nbytes
-        assert pointer == destination.data_ptr(), "a copy overtook another"
-        if left > nbytes:
-            self.asked.appendleft((pointer + nbytes, left - nbytes))
-        if not self._is_in_a_buffer(source):
-            assert self.is_pinned(source), "a copy of memory that is not pinned"
+    def copy(self, pairs, **events):
+        asked = self.asked[0]
+        for destination, source in pairs:
+            (pointer, left), nbytes = asked.popleft(), destination.nbytes
+            assert pointer == destination.data_ptr(), "a copy overtook another"
+            if left > nbytes:
+                asked.appendleft((pointer + nbytes, left - nbytes))
+            if nbytes and not self._is_in_a_buffer(source):
+                assert self.is_pinned(source), "a copy of memory that is not pinned"
+        if not asked:
+            self.asked.popleft()
         with self.lock:
-            super().copy(destination, source, **events)
+            super().copy(pairs, **events)
 
     def _is_in_a_buffer(self, source):
         return any(
@@ -103,10 +107,9 @@ class BouncedDevice(BouncedCopies):
         self.lane = SimulatedLane(seed, pins_every)
         super().__init__(self.lane, buffer_bytes)
 
-    def copy(self, destination, source, **events):
-        if source.nbytes:
-            self.lane.asked.append((destination.data_ptr(), source.nbytes))
-        super().copy(destination, source, **events)
+    def copy(self, pairs, **events):
+        self.lane.asked.append(deque((destination.data_ptr(), source.nbytes) for destination, source in pairs))
+        super().copy(pairs, **events)
 
     def holds(self, tensor):
         return self.lane.holds(tensor)

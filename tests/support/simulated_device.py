@@ -9,8 +9,9 @@ import ctypes
 import random
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -87,19 +88,26 @@ class SimulatedDevice:
         return float(ended.marker.time - begun.marker.time) if both else None
 
     def copy(
-        self, destination: torch.Tensor, source: torch.Tensor, *, after: Event, done: Event, begun: Event | None = None
+        self,
+        pairs: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        *,
+        after: Event,
+        done: Event,
+        begun: Event | None = None,
     ) -> None:
-        self.copied_bytes += source.nbytes
         done.marker = Marker()
-        # An address, not a tensor: a copy under way must not keep memory that its owner gave back. The source is kept
-        # here as the arena keeps it: that does not give memory back before copies from it are done.
-        target, nbytes = destination.data_ptr(), source.nbytes
         start = None
         if begun is not None:
             start = begun.marker = Marker()
         self.copies.append(Operation(after=after.marker, done=start))
-        self.copies.append(Operation(lambda: _fill(target, nbytes)))
-        self.copies.append(Operation(lambda: _move(target, source.data_ptr(), nbytes), done=done.marker))
+        for destination, source in pairs:
+            self.copied_bytes += source.nbytes
+            # An address, not a tensor: a copy under way must not keep memory that its owner gave back. The source is
+            # kept here as the arena keeps it: that does not give memory back before copies from it are done.
+            target, nbytes = destination.data_ptr(), source.nbytes
+            self.copies.append(Operation(partial(_fill, target, nbytes)))
+            self.copies.append(Operation(partial(_move, target, source)))
+        self.copies.append(Operation(done=done.marker))
         self._let_time_pass()
 
     def compute_waits(self, event: Event) -> None:
@@ -169,5 +177,5 @@ def _fill(target: int, nbytes: int) -> None:
     ctypes.memset(target, POISON, nbytes)
 
 
-def _move(target: int, origin: int, nbytes: int) -> None:
-    ctypes.memmove(target, origin, nbytes)
+def _move(target: int, source: torch.Tensor) -> None:
+    ctypes.memmove(target, source.data_ptr(), source.nbytes)

@@ -32,7 +32,7 @@ def some_bytes(nbytes, seed=0):
 def send(copies, source, after=None):
     """Queue a copy of ``source`` to new memory on the device; returns that, to be kept until then, and the event."""
     destination, done = copies.empty(source.nbytes), copies.event()
-    copies.copy(destination, source, after=copies.event() if after is None else after, done=done)
+    copies.copy([(destination, source)], after=copies.event() if after is None else after, done=done)
     return destination, done
 
 
@@ -163,7 +163,7 @@ def test_nothing_grows_with_the_number_of_copies():
     for _ in range(3):
         for _ in range(100):
             device.record(free)
-            device.copy(destination, source, after=free, done=ready)
+            device.copy([(destination, source)], after=free, done=ready)
         device.compute_waits(ready)
         device.synchronise()
         counts.append(live())
@@ -179,13 +179,13 @@ def test_copies_arrive_in_the_order_of_asking(pins_every):
     expected = torch.zeros(2000, dtype=torch.uint8)
     start = device.event()
     sources = [expected.clone()]  # pinned memory must outlive copies from it, as an arena does
-    device.copy(memory, sources[0], after=start, done=done)
+    device.copy([(memory, sources[0])], after=start, done=done)
     for seed in range(300):
         begin = rng.randrange(1900)
         source = some_bytes(rng.randrange(1, 2000 - begin), seed)
         sources.append(source)
         expected[begin : begin + source.nbytes] = source
-        device.copy(memory[begin : begin + source.nbytes], source, after=start, done=done)
+        device.copy([(memory[begin : begin + source.nbytes], source)], after=start, done=done)
     device.compute_waits(done)
     device.synchronise()
     assert torch.equal(memory, expected)
@@ -196,7 +196,7 @@ def test_timed_events_tell_how_long_a_copy_took():
     begun, done, free = device.event(timed=True), device.event(timed=True), device.event()
     destination = device.empty(600)
     with Held(device):
-        device.copy(destination, some_bytes(600), after=free, begun=begun, done=done)
+        device.copy([(destination, some_bytes(600))], after=free, begun=begun, done=done)
         assert device.elapsed_ms(begun, done) is None
     device.compute_waits(done)
     device.synchronise()
@@ -208,11 +208,11 @@ def test_a_failure_of_the_worker_is_raised_where_its_bytes_are_needed(monkeypatc
     broken, good = some_bytes(300, 1), some_bytes(300, 2)
     copy = device.lane.copy
 
-    def fail(destination, source, **events):
-        if source[0] == broken[0]:
+    def fail(pairs, **events):
+        if pairs[0][1][0] == broken[0]:
             device.lane.asked.popleft()
             raise RuntimeError("the bus is gone")
-        copy(destination, source, **events)
+        copy(pairs, **events)
 
     monkeypatch.setattr(device.lane, "copy", fail)
     lost, failed = send(device, broken)
@@ -288,11 +288,12 @@ def test_destinations_of_either_inference_mode_can_be_written(inference):
     with torch.inference_mode(inference):
         destination, done = torch.zeros(300, dtype=torch.uint8), device.event()
 
-    def plain_copy(destination, source, *, after, done, begun):
-        destination.copy_(source)
+    def plain_copy(pairs, *, after, done, begun):
+        for destination, source in pairs:
+            destination.copy_(source)
 
     device.lane.copy = plain_copy
-    device.copy(destination, source, after=device.event(), done=done)
+    device.copy([(destination, source)], after=device.event(), done=done)
     device.compute_waits(done)
     assert torch.equal(destination, source)
 
@@ -338,7 +339,7 @@ QUEUED_COPY = """
     device = BouncedDevice(pins_every=0)
     source, destination = torch.ones(9000, dtype=torch.uint8), torch.zeros(9000, dtype=torch.uint8)
     done, free = device.event(), device.event()
-    device.copy(destination, source, after=free, done=done)
+    device.copy([(destination, source)], after=free, done=done)
 """
 
 
@@ -354,7 +355,7 @@ def test_a_fork_is_told_that_it_has_no_worker():
             signal.alarm(20)
             told = 0
             for call in (
-                lambda: device.copy(destination, source, after=free, done=done),
+                lambda: device.copy([(destination, source)], after=free, done=done),
                 lambda: device.compute_waits(done),
             ):
                 try:
@@ -363,7 +364,7 @@ def test_a_fork_is_told_that_it_has_no_worker():
                     told += "forked" in str(error)
             os._exit(told)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-        device.copy(destination, source, after=free, done=done)
+        device.copy([(destination, source)], after=free, done=done)
         device.compute_waits(done)
     """,
     )
@@ -382,7 +383,7 @@ def test_python_exits_with_copies_in_the_queue_and_users_that_clean_up_late():
 
         device.lane.latency.random = lambda: time.sleep(0.02) or 1.0
         for _ in range(20):
-            device.copy(destination, source, after=free, done=done)
+            device.copy([(destination, source)], after=free, done=done)
         sys.user = User()
     """,
     )
@@ -446,11 +447,11 @@ def test_a_tile_of_two_parts_of_which_one_did_not_arrive_is_not_computed_with(fa
     lane, numbers = model.device.lane, itertools.count()
     copy = lane.copy
 
-    def fail(destination, source, **events):
+    def fail(pairs, **events):
         if next(numbers) == failing:
             lane.asked.popleft()
             raise RuntimeError("the bus is gone")
-        copy(destination, source, **events)
+        copy(pairs, **events)
 
     monkeypatch.setattr(lane, "copy", fail)
     with pytest.raises(RuntimeError, match="the bus is gone"):  # noqa: PT012  one of them, as the ring is full at first

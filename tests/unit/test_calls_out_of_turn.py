@@ -239,9 +239,12 @@ class Once(InlineCopies):
         for memory in arena.records:
             memory.zero_()
 
-    def copy(self, destination, source, **events):
+    def copy(self, pairs, **events):
+        super().copy([(destination, self._as_saved(source)) for destination, source in pairs], **events)
+
+    def _as_saved(self, source):
         start, saved = max((pair for pair in self._saved if pair[0] <= source.data_ptr()), key=lambda pair: pair[0])
-        super().copy(destination, saved[source.data_ptr() - start :][: source.nbytes], **events)
+        return saved[source.data_ptr() - start :][: source.nbytes]
 
 
 @pytest.mark.parametrize("by", [lambda block: block, OwnTwoLayers], ids=["block", "own block"])

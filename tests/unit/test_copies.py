@@ -48,7 +48,7 @@ def test_a_copy_leaves_the_current_device_and_its_stream_as_they_were(monkeypatc
 
     done = SimpleNamespace(record=lambda stream: seen.append(f"recorded on {stream.name}"))
     try:
-        copies.copy(SimpleNamespace(copy_=copy_), None, after=None, done=done)
+        copies.copy([(SimpleNamespace(copy_=copy_), None)], after=None, done=done)
     except RuntimeError:
         assert fails
     assert seen == ["copies of 1"] + ["recorded on copies of 1"] * (not fails)

@@ -37,10 +37,10 @@ class CountingCopies(InlineCopies):
         self.sources = []
         self.nbytes = 0
 
-    def copy(self, destination, source, **events):
-        self.sources.append(source.data_ptr())
-        self.nbytes += source.nbytes
-        super().copy(destination, source, **events)
+    def copy(self, pairs, **events):
+        self.sources += [source.data_ptr() for _, source in pairs]
+        self.nbytes += sum(source.nbytes for _, source in pairs)
+        super().copy(pairs, **events)
 
 
 class Block(nn.Module):
@@ -397,13 +397,13 @@ class WaitingCopies(CountingCopies):
         self.pieces = {piece.pointer for of_block in file.pieces for piece in of_block}
         self.registered = []
 
-    def copy(self, destination, source, **events):
-        address = source.untyped_storage().data_ptr()
-        if address in self.pieces:
+    def copy(self, pairs, **events):
+        addresses = {source.untyped_storage().data_ptr() for _, source in pairs} & self.pieces
+        if addresses:
             self.registered.append(len(self.registrar.registered))
-            assert address in self.registrar.registered
-            self.registrar.let(1)
-        super().copy(destination, source, **events)
+            assert addresses <= set(self.registrar.registered)
+            self.registrar.let(len(addresses))
+        super().copy(pairs, **events)
 
 
 @pytest.mark.parametrize("whole_blocks", [False, True])
