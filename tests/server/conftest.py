@@ -34,15 +34,22 @@ def server(tmp_path_factory, comfyui, checkpoint):
 
 @pytest.fixture(scope="session")
 def workflow(checkpoint):
-    """A function: text to image with the old node, small, as a fresh dict, with the loader's inputs replaced."""
+    """A function: text to image with the old node, small, as a fresh dict, with the loader's inputs replaced.
 
-    def make(seed=1, steps=2, text="a lighthouse", **loader):
+    The text is not padded to 256 tokens, for quick steps, unless asked for.
+    """
+
+    def make(seed=1, steps=2, text="a lighthouse", *, padded=False, **loader):
         made = copy.deepcopy(WORKFLOW)
         inputs = {node["class_type"]: node["inputs"] for node in made.values()}
         inputs[OLD_NODE] |= {"ckpt_name": checkpoint.name} | loader
         inputs["CLIPTextEncode"]["text"] = text
         inputs["EmptySD3LatentImage"] |= {"width": 128, "height": 64}
         inputs["KSampler"] |= {"seed": seed, "steps": steps}
+        if not padded:
+            options = {"clip": inputs["CLIPTextEncode"]["clip"], "min_padding": 0, "min_length": 0}
+            made["short"] = {"class_type": "T5TokenizerOptions", "inputs": options}
+            inputs["CLIPTextEncode"]["clip"] = ["short", 0]
         return made
 
     return make

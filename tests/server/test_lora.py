@@ -53,7 +53,7 @@ def chained(workflow, names, strengths):
     for node in workflow.values():
         if node["class_type"] == "KSampler":
             node["inputs"]["model"] = model
-        if node["class_type"] == "CLIPTextEncode":
+        if node["class_type"] == "T5TokenizerOptions":
             node["inputs"]["clip"] = clip
     return workflow
 
