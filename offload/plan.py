@@ -63,9 +63,10 @@ class BlockSize:
 
     @functools.cached_property
     def two_tiles(self) -> int:
-        """The two largest tiles of the block, or its only one twice.
+        """Bytes of a ring in which one tile arrives while another computes.
 
-        A block's layers are called in one order, so no layer is followed by the same one of the next block.
+        No layer of a block is followed by itself, so these are the two largest. A block of one tile is followed by
+        another block of one.
         """
         largest = sorted(self.tiles)[-2:]
         return sum(largest) if len(largest) == 2 else 2 * sum(largest)
@@ -95,8 +96,8 @@ class ResidencyPlan:
 def plan_for(blocks: Sequence[BlockSize], resident: Iterable[int], staging_bytes: int = STAGING_BYTES) -> ResidencyPlan:
     """The plan that keeps exactly these blocks.
 
-    The staging ring has ``staging_bytes``, or fewer if the streamed blocks together are smaller. It holds at least the
-    two largest tiles of a block (`BlockSize.two_tiles`), so that one can arrive while the other computes. Where blocks
+    The staging ring has ``staging_bytes``. It holds at least the two largest tiles of a block (`BlockSize.two_tiles`),
+    so that one can arrive while the other computes, and never more than all streamed blocks together. Where blocks
     of two kinds meet, or a tile does not fit before the ring's end, one may have to wait for the one before it.
     """
     stay = set(resident)
@@ -108,7 +109,7 @@ def plan_for(blocks: Sequence[BlockSize], resident: Iterable[int], staging_bytes
         streamed=tuple(streamed),
         resident_bytes=sum(blocks[index].nbytes for index in stay),
         small_bytes=sum(blocks[index].small for index in streamed),
-        staging_bytes=max(two_tiles, min(staging_bytes, bytes_per_forward)),
+        staging_bytes=min(bytes_per_forward, max(two_tiles, staging_bytes)),
         bytes_per_forward=bytes_per_forward,
     )
 

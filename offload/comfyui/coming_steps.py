@@ -100,9 +100,8 @@ class ComingSteps:
         return vector
 
 
-def note_step(model: Any, arguments: Sequence[Any]) -> None:
-    """A forward of a streamed model is called with the ``arguments`` of ComfyUI's ``BaseModel.apply_model``."""
+def note_step(model: Any, sigma: torch.Tensor, options: Mapping[str, Any]) -> None:
+    """A forward of a streamed model is called, with these arguments of ComfyUI's ``BaseModel.apply_model``."""
     modulation = model.streaming.modulation
     if modulation is not None:
-        _, sigma, *_, options = arguments
         modulation.steps.note(model.model_sampling, sigma, options)

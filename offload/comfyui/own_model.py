@@ -39,6 +39,19 @@ class SharedState:
             self.restore(model)
         self._patched, self._originals = weakref.ref(model), originals
 
+    def require_in_effect(self, model: nn.Module) -> None:
+        """
+        Raises:
+            RuntimeError: the layers have the patches of another model, so ``model`` would compute with those.
+        """
+        in_effect = self._patched() if self._patched is not None else None
+        if in_effect is not None and in_effect is not model:
+            raise RuntimeError(
+                "two MODELs of one file cannot take turns within a sampling: they share their weights in memory, and "
+                "the patches (LoRA and the like) are those of the one that was loaded last. Load one of them from a "
+                "copy of the file under another name."
+            )
+
     def restore(self, model: nn.Module) -> None:
         """Take back the object patches that are in effect, on ``model`` if the one that has them is gone."""
         before = self._patched() if self._patched is not None else None

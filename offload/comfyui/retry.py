@@ -1,7 +1,7 @@
 """A forward that fails: one that runs out of the device's memory gives up what is resident and runs once more, and one
 that comfy-kitchen has no kernel for says what to do."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -21,15 +21,36 @@ def retry_with_less(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """ComfyUI's wrapper of a forward (``WrappersMP.APPLY_MODEL``). The modulation learns which step it is.
 
     ComfyUI's guider of two models calls the second with the wrappers of the first, and that one need not be streamed.
+
+    Raises:
+        RuntimeError: see `with_less` and `SharedState.require_in_effect`.
     """
     model = executor.class_obj
     if not hasattr(model, "streaming"):
         return executor(*args, **kwargs)
-    note_step(model, args)
+    model.streaming.shared.require_in_effect(model)
+    latent, sigma, options = _by_name(*args, **kwargs)
+    note_step(model, sigma, options)
     telemetry = model.streaming.streamer.telemetry
     if telemetry is not None:
-        telemetry.picture = _picture_of(model, args[0])
+        telemetry.picture = _picture_of(model, latent)
     return with_less(model, lambda: executor(*args, **kwargs))
+
+
+def _by_name(
+    x: torch.Tensor,
+    t: torch.Tensor,
+    c_concat: Any = None,
+    c_crossattn: Any = None,
+    control: Any = None,
+    transformer_options: Mapping[str, Any] | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, torch.Tensor, Mapping[str, Any]]:
+    """Latent, sigma and options of the arguments of ComfyUI's ``BaseModel.apply_model``.
+
+    Other packages' wrappers may give some of them by name.
+    """
+    return x, t, transformer_options or {}
 
 
 def with_less(model: Any, forward: Callable[[], Any]) -> Any:
@@ -41,7 +62,8 @@ def with_less(model: Any, forward: Callable[[], Any]) -> Any:
         RuntimeError: comfy-kitchen cannot compute the model's format on this device.
     """
     streaming: Streaming = model.streaming
-    plan = streaming.streamer.plan
+    streamer = streaming.streamer
+    plan, before = streamer.plan, (streamer.plan, streaming.modulation_stays)
     try:
         return forward()
     except Exception as error:
@@ -53,6 +75,7 @@ def with_less(model: Any, forward: Callable[[], Any]) -> Any:
             ) from error
         if not is_out_of_memory(error) or plan is None or not (plan.resident or streaming.modulation_stays):
             raise
+        failure = error.with_traceback(None)
     # Outside of the handler, so that the traceback keeps none of the forward's tensors.
     streaming.forget()
     try:
@@ -60,6 +83,8 @@ def with_less(model: Any, forward: Callable[[], Any]) -> Any:
     finally:
         if model.current_patcher is not None:
             model.current_patcher.residency_changed()
+    if (streamer.plan, streaming.modulation_stays) == before:
+        raise failure
     streaming.say_once(
         f"Streaming: out of memory in {type(model).__name__}, so {given_up} given up and the forward runs again. "
         "Forwards are now slower if the bus is slower than the GPU. A lower budget or fewer resident blocks avoid the "

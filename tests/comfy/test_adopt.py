@@ -89,6 +89,20 @@ def test_patches_and_options_come_along(dense, sample, copies):
     assert streamed.model_options["transformer_options"]["mark"] == "kept"
 
 
+def test_a_wrapper_that_was_there_before_may_name_its_arguments(dense, sample, copies):
+    """Ours comes after it then."""
+
+    def naming(executor, x, t, c_concat, c_crossattn, control, transformer_options, **others):
+        named = {"c_concat": c_concat, "c_crossattn": c_crossattn, "control": control}
+        return executor(x, t, **named, transformer_options=transformer_options, **others)
+
+    expected = sample(dense)
+    dense.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, "test", naming)
+    streamed = stream_model(dense, Residency((("double", 0), ("single", 0))), None)
+    assert torch.equal(sample(streamed), expected)
+    assert streamed.model.streaming.streamer.telemetry.forwards > 0
+
+
 def test_a_streamed_model_is_planned_anew_and_not_stacked(load, sample, copies):
     first = load(2, 2)
     again = stream_model(first, Residency((("double", 5), ("single", 0))), "9")

@@ -283,6 +283,13 @@ def test_out_of_memory_in_a_forward_gives_residents_up_and_runs_it_once_more(wor
     world.check()
 
 
+def test_out_of_memory_ends_a_forward_that_can_give_nothing_up(world, monkeypatch):
+    (patcher,) = world.clones[0]
+    monkeypatch.setattr(streaming_module.Streamer, "change", lambda *_: None)
+    with pytest.raises(torch.OutOfMemoryError):
+        world.sample(patcher, 1000, [out_of_memory(5)])
+
+
 def test_a_clone_that_goes_while_another_is_sampled_changes_nothing(world):
     (patcher,) = world.clones[0]
     patcher.residency = Residency((("double", 1), ("single", 1)))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from comfy.ldm.flux.layers import DoubleStreamBlock
 from comfy.ldm.flux.model import Flux
+from prompts import prompt
 
 from flux_nf4.offload.comfyui.adopt import stream_model
 from flux_nf4.offload.plan import Residency
@@ -95,6 +96,28 @@ def test_nor_have_they_what_was_made_of_transformer_and_blocks(loaded, sample, c
         assert torch.equal(sample(patched), expected)
         assert torch.equal(sample(other), plain)
     assert all(block.calls for block in patched.model.diffusion_model.double_blocks)
+
+
+def test_two_of_one_file_that_take_turns_within_a_sampling_are_refused(loaded, copies):
+    """ComfyUI's guider of two models loads both, then runs a forward of each in every step."""
+    one, other = loaded(1, 1), loaded(2, 2)
+
+    def forward(patcher):
+        context, extra = prompt()[0]
+        inputs = {"c_crossattn": context, "y": extra["pooled_output"], "guidance": torch.tensor([3.5])}
+        with torch.inference_mode():
+            return patcher.model.apply_model(
+                torch.ones(1, 16, 8, 8), torch.tensor([0.5]), transformer_options={"wrappers": one.wrappers}, **inputs
+            )
+
+    comfy.model_management.load_models_gpu([other])
+    expected = forward(other)
+    comfy.model_management.load_models_gpu([one])
+    with pytest.raises(RuntimeError, match="two MODELs of one file cannot take turns within a sampling"):
+        forward(other)
+    assert torch.equal(forward(one), expected)
+    comfy.model_management.load_models_gpu([other])
+    assert torch.equal(forward(other), expected)
 
 
 def test_the_layers_are_the_same_objects_and_what_is_above_them_stays_in_place(loaded, copies):

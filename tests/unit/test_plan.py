@@ -151,8 +151,17 @@ def test_the_ring_holds_any_two_tiles_that_follow_one_another():
     assert plan_for(blocks, range(8)).staging_bytes == 0
     alone = BlockSize("whole", (first,), 4096)
     assert plan_for([alone] * 8, (), staging_bytes=1).staging_bytes == 2 * first, "the same tile of the next block"
-    assert plan_for([*blocks, alone], range(8), staging_bytes=1).staging_bytes == 2 * first
+    assert plan_for([*blocks, alone, alone], range(8), staging_bytes=1).staging_bytes == 2 * first
     assert plan_for([*blocks, alone], (8,), staging_bytes=1).staging_bytes == first + second
+
+
+def test_the_ring_is_never_larger_than_all_that_is_streamed():
+    alone = BlockSize("whole", (1000,), 8)
+    for staging in (0, 1000, STAGING_BYTES):
+        assert plan_for([alone, SINGLE], (1,), staging_bytes=staging).staging_bytes == 1000
+        assert (
+            plan_for([alone, SINGLE], (1,), staging).device_bytes < plan_for([alone, SINGLE], (0, 1)).device_bytes + 8
+        )
 
 
 @pytest.mark.parametrize("hidden", [6144, 4096], ids=["dev", "klein 9B"])
