@@ -24,9 +24,8 @@ Sources = tuple[tuple[int, torch.Tensor], ...]
 class HostRecord:
     """One record of a block, and the copy of its bytes that is always on the device, if there is one.
 
-    ``host`` are its bytes in host memory (uint8). ``is_pinned``: the host does not wait for copies from there.
-    ``extras`` become buffers of their modules, until `remove`. Without any, ``layout`` is of tensors that the modules
-    have.
+    ``host`` are its bytes in host memory (uint8). ``extras`` become buffers of their modules, until `remove`. Without
+    any, ``layout`` is of tensors that the modules have.
     """
 
     def __init__(
@@ -34,7 +33,6 @@ class HostRecord:
     ) -> None:
         self.layout = layout
         self.host = host
-        self.is_pinned = False
         self.buffer: torch.Tensor | None = None
         self.tiles: tuple[BoundTile, ...] = ()
         self._block = block
@@ -93,12 +91,11 @@ class MappedRecord:
     """Tensors of a block that are streamed from where they are in host memory: mapped bytes of a file.
 
     ``tensors`` are these bytes (uint8, flat) by module and name. ``pieces`` has the tensors of each tile of ``layout``,
-    each as a tile of its own, because their bytes lie apart. ``is_pinned`` is as in `HostRecord`.
+    each as a tile of its own, because their bytes lie apart.
     """
 
     def __init__(self, block: nn.Module, layout: RecordLayout, tensors: Mapping[tuple[str, str], torch.Tensor]) -> None:
         self.layout = layout
-        self.is_pinned = False
         self.buffer: torch.Tensor | None = None
         self._of_layers = tuple(
             tuple(
@@ -159,7 +156,7 @@ class Block:
 
     @property
     def tiles(self) -> tuple[BoundTile, ...]:
-        """The layout of its own tensors."""
+        """Its tiles, by its own tensors: one for each layer, or one for the block."""
         return self.own.tiles
 
     @property
@@ -170,7 +167,7 @@ class Block:
 
     def modules_of(self, local: int) -> set[nn.Module]:
         """The modules that have tensors in tile ``local``."""
-        paths = {field.module for tile, _ in self.parts(local) for field in tile.tile.fields}
+        paths = {field.module for tile in self.parts(local) for field in tile.tile.fields}
         return {self.module.get_submodule(path) for path in paths}
 
     def in_host_memory(self, path: str, name: str) -> torch.Tensor | None:
@@ -183,12 +180,11 @@ class Block:
     def device_bytes(self) -> int:
         return sum(record.buffer.nbytes for record in self.records if record.buffer is not None)
 
-    def parts(self, local: int) -> tuple[tuple[BoundTile, HostRecord | MappedRecord], ...]:
-        """The parts of tile ``local``: the layer's own tensors and its extras, each with its record."""
-        travelling = [record for record in (self.own, self.travelling) if record is not None]
-        parts = [(record.tiles[local], record) for record in travelling if record.tiles[local].tile.nbytes]
-        mapped = [(piece, self.mapped) for piece in self.mapped.pieces[local]] if self.mapped is not None else []
-        return (*parts, *mapped)
+    def parts(self, local: int) -> tuple[BoundTile, ...]:
+        """The parts of tile ``local``: the layer's own tensors and its extras."""
+        in_records = (record.tiles[local] for record in (self.own, self.travelling) if record is not None)
+        mapped = () if self.mapped is None else self.mapped.pieces[local]
+        return (*(tile for tile in in_records if tile.tile.nbytes), *mapped)
 
     def size(self, *, whole: bool) -> BlockSize:
         layouts = [record.layout.whole() if whole else record.layout for record in self.records]

@@ -10,7 +10,6 @@ needs a copy before that, the calling thread waits until the worker has submitte
 """
 
 import functools
-import itertools
 import logging
 import os
 import weakref
@@ -74,7 +73,7 @@ class _Job:
     """Copies in the worker's queue. They keep their memory alive until they are submitted, and no longer."""
 
     pairs: list[tuple[torch.Tensor, torch.Tensor]]
-    after: _Recording
+    after: Any
     done: Any
     begun: Any
 
@@ -101,23 +100,18 @@ class _Bounce:
     def submit(self, job: _Job) -> None:
         # Each thread has its own inference mode. In it, ordinary tensors and inference tensors may be written.
         with torch.inference_mode():
-            after = job.after.submitted()
             steps = [step for pair in job.take() for step in self._steps(*pair)]
             begun = job.begun
-            for i, (destination, source, is_pinned) in enumerate(steps):
+            for i, (destination, source) in enumerate(steps):
                 done = job.done if i == len(steps) - 1 else self._lane.event()
-                filled = source if is_pinned else self._fill(source, emptied=done)
-                self._lane.copy([(destination, filled)], after=after, done=done, begun=begun)
+                filled = source if self._lane.is_pinned(source) else self._fill(source, emptied=done)
+                self._lane.copy([(destination, filled)], after=job.after, done=done, begun=begun)
                 begun = None
 
-    def _steps(
-        self, destination: torch.Tensor, source: torch.Tensor
-    ) -> Iterable[tuple[torch.Tensor, torch.Tensor, bool]]:
-        """A copy that needs no buffer, or copies that need one each."""
-        if self._lane.is_pinned(source):
-            return [(destination, source, True)]
-        nbytes = self._buffers[0].memory.nbytes
-        return zip(destination.split(nbytes), source.split(nbytes), itertools.repeat(False))
+    def _steps(self, destination: torch.Tensor, source: torch.Tensor) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        """The copy as it is where ``source`` is pinned, else in parts that fit into a buffer."""
+        nbytes = source.nbytes if self._lane.is_pinned(source) else self._buffers[0].memory.nbytes
+        return zip(destination.split(nbytes), source.split(nbytes), strict=True)
 
     def _fill(self, source: torch.Tensor, emptied: Any) -> torch.Tensor:
         """``source`` in a buffer, whose bytes will have left it when ``emptied`` passes."""
@@ -162,13 +156,13 @@ class BouncedCopies:
         self._refuse_fork()
         job = _Job(
             list(pairs),
-            after.recording,
+            after.recording.submitted(),
             self._lane.event(timed=done.is_timed),
             None if begun is None else self._lane.event(timed=True),
         )
         submission = None
         if (self._last is None or self._last.done()) and all(self._lane.is_pinned(source) for _, source in job.pairs):
-            self._lane.copy(job.take(), after=job.after.submitted(), done=job.done, begun=job.begun)
+            self._lane.copy(job.take(), after=job.after, done=job.done, begun=job.begun)
         else:
             submission = self._last = self._worker.submit(self._bounce.submit, job)
         done.recording = _Recording(job.done, submission)

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from .block import Block
 from .call_order import CallOrders
 from .copies import Copies
-from .pinning_ahead import pending, until_registered
+from .pinning_ahead import until_registered
 from .plan import ResidencyPlan
 from .ring import lay_out
 from .staging import Presence, RingMemory, Staged
@@ -102,15 +102,13 @@ class Conveyor:
                     there -= evicted
                 staged = self._staged[position]
                 _named("fetch", staged, self._copy)
-                self.telemetry.copied(staged.nbytes, staged.pinned_bytes, staged.link)
+                self.telemetry.copied(staged.nbytes, staged.link)
                 there.add(position)
 
     def _copy(self, staged: Staged) -> None:
-        if pending:
-            for _, source in staged.copies:
-                until_registered(source)
+        until_registered(source for _, source in staged.pairs)
         copies, begun = self._copies, None if staged.link is None else staged.link.begun
-        copies.copy(staged.copies, after=self._free, done=staged.ready, begun=begun)
+        copies.copy(staged.pairs, after=self._free, done=staged.ready, begun=begun)
 
     def wait(self, position: int) -> None:
         """Have compute wait for the copy of the tile at ``position``."""
@@ -169,7 +167,7 @@ class Conveyor:
         memory, copies = self._memory.memory, self._copies
         order = [(index, local) for index in self._plan.streamed for local in self._orders.of(index)]
         parts = [self._blocks[index].parts(local) for index, local in order]
-        sizes = tuple(sum(tile.tile.nbytes for tile, _ in of_tile) for of_tile in parts)
+        sizes = tuple(sum(tile.tile.nbytes for tile in of_tile) for of_tile in parts)
         ring = lay_out(sizes, memory.nbytes)
         staged = [
             Staged(self._name_of(key), of_tile, memory[start:], copies, self._presences[key])

@@ -13,7 +13,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 Pairs = Iterable[tuple[torch.Tensor, torch.Tensor]]
-"""Destinations on the device and as large sources in host memory, uint8."""
+"""Pairs of a destination on the device and a source in host memory, flat uint8 of equal size."""
 
 
 class Copies(Protocol):

@@ -79,10 +79,6 @@ class PinnableMemory:
     def all_pinned(self) -> bool:
         return all(piece.is_pinned for piece in self._in_order())
 
-    def is_pinned(self, index: int) -> bool:
-        """Whether all of part ``index`` is pinned."""
-        return bool(self.pieces[index]) and all(piece.is_pinned for piece in self.pieces[index])
-
     def pin(
         self,
         limit_bytes: int,
@@ -111,12 +107,12 @@ class PinnableMemory:
         """What the ``problem`` of the thread that has pinned ahead ("" for none) means for this memory."""
         return Shortfall(problem, _REFUSAL_ADVICE) if problem and not self.all_pinned else None
 
-    def _in_order(self, first: Iterable[int] = ()) -> Iterable[Piece]:
+    def _in_order(self, first: Iterable[int] = ()) -> tuple[Piece, ...]:
         order = dict.fromkeys((*first, *range(len(self.pieces))))
-        return dict.fromkeys(piece for index in order for piece in self.pieces[index])
+        return tuple(dict.fromkeys(piece for index in order for piece in self.pieces[index]))
 
     def _pin_more(
-        self, pieces: Iterable[Piece], limit_bytes: int, device: torch.device, limited_by: Shortfall
+        self, pieces: Sequence[Piece], limit_bytes: int, device: torch.device, limited_by: Shortfall
     ) -> Shortfall | None:
         registrar = self._registrar_for(device)
         if registrar is None:

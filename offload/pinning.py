@@ -140,7 +140,8 @@ def _nobody() -> None:
 
 
 pins_changed: Callable[[], None] = _nobody
-"""Called whenever `pinned_by_all` has changed. `comfyui.pins` puts its own function here."""
+"""Called when `pinned_by_all` has changed; after a refusal on the thread of `pinning_ahead`, by whoever pins or waits
+next. `comfyui.pins` puts its own function here."""
 
 
 def pinned_by_all(*, read_only: bool = False) -> int:

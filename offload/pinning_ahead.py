@@ -7,7 +7,7 @@ longer, and nobody waits for them: copies from there are right, but slow, until 
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from threading import Event, Thread, current_thread
 
@@ -16,7 +16,7 @@ import torch
 from . import pinning
 from .pinning import Piece, Registrar, refused
 
-pending: dict[int, Event] = {}
+_pending: dict[int, Event] = {}
 """By address, the pieces that are still to be registered. Each event is set when that is over, done or not."""
 
 
@@ -35,7 +35,7 @@ class _Ahead(Thread):
         self._registrar = registrar
         for piece in pieces:
             piece.count()
-            pending[piece.pointer] = Event()
+            _pending[piece.pointer] = Event()
 
     def run(self) -> None:
         global _thread
@@ -55,7 +55,7 @@ class _Ahead(Thread):
         while self._left and not self.must_stop.is_set():
             if error := self._left[0].register(self._registrar):
                 return refused(error)
-            pending.pop(self._left.popleft().pointer).set()
+            _pending.pop(self._left.popleft().pointer).set()
         return ""
 
     def _leave_the_rest(self) -> None:
@@ -63,7 +63,7 @@ class _Ahead(Thread):
         while self._left:
             piece = self._left.popleft()
             piece.discount()
-            pending.pop(piece.pointer).set()
+            _pending.pop(piece.pointer).set()
 
 
 _thread: _Ahead | None = None
@@ -86,11 +86,14 @@ def start(owner: object, pieces: Sequence[Piece], registrar: Registrar) -> None:
         thread.run()
 
 
-def until_registered(source: torch.Tensor) -> None:
-    """Wait until the memory of ``source`` is registered, if the thread is going to do that."""
-    event = pending.get(source.untyped_storage().data_ptr())
-    if event is not None:
-        event.wait()
+def until_registered(sources: Iterable[torch.Tensor]) -> None:
+    """Wait until the memory of ``sources`` is registered, as far as the thread is going to do that."""
+    if not _pending:
+        return  # in all forwards but the first
+    for source in sources:
+        event = _pending.get(source.untyped_storage().data_ptr())
+        if event is not None:
+            event.wait()
 
 
 def wait() -> None:

@@ -1,5 +1,7 @@
 """Put on the device what stays there: resident blocks, small parts, small extras."""
 
+from collections.abc import Sequence
+
 import torch
 
 from .block import Block, HostRecord, MappedRecord
@@ -19,18 +21,19 @@ def put(record: HostRecord | MappedRecord, resident: bool, copies: Copies) -> No
     sources = record.sources_for(resident)
     if not sources:
         return
-    buffer = copies.empty(sum(nbytes for nbytes, _ in sources))
-    start = 0
+    buffer = left = copies.empty(sum(nbytes for nbytes, _ in sources))
+    pairs = []
     for nbytes, source in sources:
-        write(buffer[start : start + source.nbytes], source, copies)
-        start += nbytes
+        pairs.append((left[: source.nbytes], source))
+        left = left[nbytes:]
+    write(pairs, copies)
     record.take(buffer, resident)
 
 
-def write(buffer: torch.Tensor, source: torch.Tensor, copies: Copies) -> None:
-    """Copy ``source`` after the compute launched so far, which may read ``buffer``, and before what follows."""
-    until_registered(source)
+def write(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], copies: Copies) -> None:
+    """Copy ``pairs`` after the compute launched so far, which may read the destinations, and before what follows."""
+    until_registered(source for _, source in pairs)
     free, ready = copies.event(), copies.event()
     copies.record(free)
-    copies.copy([(buffer, source)], after=free, done=ready)
+    copies.copy(pairs, after=free, done=ready)
     copies.compute_waits(ready)

@@ -31,7 +31,7 @@ def _limited_groups() -> Iterator[tuple[int, int]]:
     except OSError:
         return
     path = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
-    for group in (_GROUPS / path, *(_GROUPS / parent for parent in Path(path).parents), _GROUPS):
+    for group in (_GROUPS / path, *(_GROUPS / parent for parent in Path(path).parents)):
         try:
             limit, current = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
             statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from .block import HostRecord, MappedRecord
 from .copies import Copies
 from .record import BoundTile, views_of
 from .telemetry import Link
@@ -22,28 +21,27 @@ class Presence:
 class Staged:
     """A streamed tile with its place in the ring.
 
-    ``copies`` are its places in the ring and their bytes in host memory; ``ready`` passes when they are copied.
+    ``pairs`` are its places in the ring and their bytes in host memory; ``ready`` passes when they are copied.
     """
 
     def __init__(
         self,
         name: str,
-        parts: Sequence[tuple[BoundTile, HostRecord | MappedRecord]],
+        parts: Sequence[BoundTile],
         place: torch.Tensor,
         copies: Copies,
         presence: Presence,
     ) -> None:
         self.name = name
         self.ready = copies.event()
-        self.copies: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
+        self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         swaps: list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]] = []
-        for tile, _ in parts:
+        for tile in parts:
             mine, place = place[: tile.source.nbytes], place[tile.tile.nbytes :]
-            self.copies += ((mine, tile.source),)
+            self.pairs.append((mine, tile.source))
             swaps += tile.swaps(views_of(tile.tile, mine))
         self._swaps = tuple(swaps)
-        self.nbytes = sum(tile.source.nbytes for tile, _ in parts)
-        self.pinned_bytes = sum(tile.source.nbytes for tile, record in parts if record.is_pinned)
+        self.nbytes = sum(tile.source.nbytes for tile in parts)
         self._presence = presence
         self.link: Link | None = None
 

@@ -144,12 +144,6 @@ class Streamer:
         """
         for arena in self._arenas:
             arena.pin(limit_bytes, device, limited_by, first)
-        for index, block in enumerate(self.blocks):
-            block.own.is_pinned = self.arena.is_pinned(index)
-            if block.mapped is not None:
-                block.mapped.is_pinned = self.file.is_pinned(index)
-            if block.travelling is not None and self.extras_arena is not None:
-                block.travelling.is_pinned = self.extras_arena.is_pinned(index)
 
     def set_extras(self, extras: Mapping[nn.Module, Mapping[str, torch.Tensor]]) -> None:
         """Give modules of the blocks extra host tensors. They replace those of an earlier call; {} removes them.
@@ -250,7 +244,7 @@ class Streamer:
         if block.staying is not None:
             block.staying.refill(host, extras)
             if block.staying.buffer is not None:
-                write(block.staying.buffer, host, self._copies)
+                write([(block.staying.buffer, host)], self._copies)
             return
         self._asked = None
         block.staying = HostRecord(block.module, layout, host, extras)

@@ -17,14 +17,12 @@ _SAMPLED_EVERY = 8
 class ForwardCost:
     """One forward over the streamed blocks, from its first tile to the first of the next.
 
-    ``pinned_bytes``: how many of ``copied_bytes`` came from pinned memory. ``refetched`` counts tiles that were not
-    there when they were called for (in a steady forward none). ``total_ms`` and ``stall_ms`` (compute waiting for
-    copies) are None where they were not measured. ``picture`` is the width and height in pixels that it was for; None
-    where nobody said.
+    ``refetched`` counts tiles that were not there when they were called for (in a steady forward none). ``total_ms``
+    and ``stall_ms`` (compute waiting for copies) are None where they were not measured. ``picture`` is the width and
+    height in pixels that it was for; None where nobody said.
     """
 
     copied_bytes: int
-    pinned_bytes: int
     refetched: int
     total_ms: float | None
     stall_ms: float | None
@@ -39,14 +37,12 @@ class _Running:
     ended: Any = None
     waits: list[tuple[Any, Any]] = field(default_factory=list)
     copied_bytes: int = 0
-    pinned_bytes: int = 0
     refetched: int = 0
     picture: tuple[int, int] | None = None
 
     def add(self, later: "_Running") -> None:
         """Make ``later`` a part of this forward."""
         self.copied_bytes += later.copied_bytes
-        self.pinned_bytes += later.pinned_bytes
         self.refetched += later.refetched
         if self.begun is not None:
             self.waits += later.waits
@@ -73,7 +69,6 @@ class Telemetry:
 
     def __init__(self, copies: Copies, blocks: int) -> None:
         self.forwards = 0
-        self.refetched = 0
         self.picture: tuple[int, int] | None = None
         self._copies = copies
         self._blocks = blocks
@@ -143,16 +138,14 @@ class Telemetry:
         self._furthest = self._reached = -1
         self._called.clear()
 
-    def copied(self, nbytes: int, pinned_bytes: int, link: Link | None = None) -> None:
+    def copied(self, nbytes: int, link: Link | None = None) -> None:
         """A tile's copy has been launched. If it is timed, ``link`` has its events."""
         self._link = link or self._link
         self._gets.copied_bytes += nbytes
-        self._gets.pinned_bytes += pinned_bytes
 
     def missed(self) -> None:
         """A tile that is called for is not there."""
         self._gets.refetched += 1
-        self.refetched += 1
 
     def before_wait(self) -> Any:
         """Compute comes to a wait. Returns what `after_wait` needs; None in a forward that is not timed."""
@@ -218,8 +211,7 @@ class Telemetry:
                     return
                 stall_ms = sum(self._copies.elapsed_ms(before, after) or 0.0 for before, after in done.waits)
             del self._passing[0]
-            copied = (done.copied_bytes, done.pinned_bytes, done.refetched)
-            self._last = ForwardCost(*copied, total_ms, stall_ms, done.picture)
+            self._last = ForwardCost(done.copied_bytes, done.refetched, total_ms, stall_ms, done.picture)
             if total_ms is not None:
                 self._last_timed = self._last
 

@@ -16,6 +16,7 @@ from .adopt import Kind, stream_model
 from .block_lists import lists_of_encoders
 from .large_layers import LargeLayers
 from .node_names import OF_ENCODERS
+from .patch_check import name_and_place
 from .patcher import StreamedModelPatcher
 from .patching import patches_under
 from .retry import with_less
@@ -107,8 +108,9 @@ class StreamedEncoderPatcher(StreamedModelPatcher):
 
     def _add(self, to: Any, patches: Mapping[Any, Any], strength: float, strength_model: float) -> list[Any]:
         # ComfyUI hands the patches of the MODEL on to the CLIP as well: that they are not for it is no news.
-        keys = {patch: patch if isinstance(patch, str) else patch[0] for patch in patches}
-        own = {patch: value for patch, value in patches.items() if weight_of(self.model, keys[patch]) is not None}
+        own = {
+            name: value for name, value in patches.items() if weight_of(self.model, name_and_place(name)[0]) is not None
+        }
         return super()._add(to, own, strength, strength_model) if own else []
 
     def take_own_model(self) -> None:

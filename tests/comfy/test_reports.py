@@ -9,7 +9,7 @@ from flux_nf4.page.reports import advise_next, report_as_json
 
 
 def report(total_ms=300.0, stall_ms=90.0, link_gbps=12.0, **changes):
-    cost = ForwardCost(10, 10, 0, total_ms, stall_ms)
+    cost = ForwardCost(10, 0, total_ms, stall_ms)
     given = {
         "wanted": (0,),
         "resident": (0,),

@@ -110,7 +110,7 @@ def test_a_problem_names_no_folder(tmp_path):
 
 
 def report(node, total_ms=64.0, stall_ms=10.0, gbps=50.0, picture=None):
-    cost = ForwardCost(0, 0, 0, total_ms=total_ms, stall_ms=stall_ms, picture=picture)
+    cost = ForwardCost(0, 0, total_ms=total_ms, stall_ms=stall_ms, picture=picture)
     return StreamingReport(node, ("double", "single"), (), (), (), 1, 2, 2, gbps, cost)
 
 

@@ -82,3 +82,8 @@ def rights(pointer):
         if first <= pointer < end:
             return allowed
     raise AssertionError("nothing is mapped there")
+
+
+def pinned_parts(memory):
+    """Of each part of a `PinnableMemory`, whether all of it is pinned; of an empty one, not."""
+    return [bool(pieces) and all(piece.is_pinned for piece in pieces) for pieces in memory.pieces]

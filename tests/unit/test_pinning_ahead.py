@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 from blocks_of_a_file import ALL, BLOCKS, DEVICE, PAGES, arena_of
-from fake_registrar import FakeRegistrar, GatedRegistrar
+from fake_registrar import FakeRegistrar, GatedRegistrar, pinned_parts
 from file_parts import Part, maps_of, open_files
 
 from flux_nf4.offload import file_arena, pinning, pinning_ahead
@@ -17,7 +17,7 @@ from flux_nf4.offload.arena import PAGE, HostArena
 from flux_nf4.offload.file_arena import FileArena
 from flux_nf4.offload.file_map import map_parts
 from flux_nf4.offload.pinning import pinned_by_all
-from flux_nf4.offload.pinning_ahead import pending, until_registered
+from flux_nf4.offload.pinning_ahead import until_registered
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no file is pinned")
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no fi
 def _all_is_over_in_the_end(ram):
     yield
     assert pinning_ahead._thread is None
-    assert pending == {}
+    assert pinning_ahead._pending == {}
 
 
 def source(arena, index):
@@ -36,7 +36,7 @@ def source(arena, index):
 
 def waits_for(tensor):
     """A thread that waits for the memory of ``tensor``, and should."""
-    thread = threading.Thread(target=until_registered, args=(tensor,), daemon=True)
+    thread = threading.Thread(target=until_registered, args=([tensor],), daemon=True)
     thread.start()
     thread.join(0.05)
     assert thread.is_alive()
@@ -71,7 +71,7 @@ def test_each_waits_for_its_own_piece_and_for_no_other(file):
     registrar = GatedRegistrar(let=1)
     arena = arena_of(file, registrar)
     arena.pin_ahead(ALL, DEVICE)
-    until_registered(source(arena, 0))
+    until_registered([source(arena, 0)])
     third, second = waits_for(source(arena, 2)), waits_for(source(arena, 1))
     registrar.let(1)
     assert ends(second)
@@ -86,8 +86,8 @@ def test_nobody_waits_for_memory_that_is_not_to_be_registered(file):
     registrar = GatedRegistrar()
     arena = arena_of(file, registrar)
     arena.pin_ahead(ALL, DEVICE)
-    until_registered(torch.zeros(3))
-    until_registered(HostArena([PAGE]).records[0])
+    until_registered([torch.zeros(3)])
+    until_registered([HostArena([PAGE]).records[0]])
     registrar.let(BLOCKS)
     pinning_ahead.wait()
 
@@ -96,7 +96,7 @@ def test_pinning_does_not_wait_and_is_said_once_when_it_is_over(file, messages):
     registrar = GatedRegistrar(let=1)
     arena = arena_of(file, registrar)
     arena.pin_ahead(ALL, DEVICE)
-    until_registered(source(arena, 0))
+    until_registered([source(arena, 0)])
     for _ in range(2):
         arena.pin(ALL, DEVICE)
         assert messages() == []
@@ -130,7 +130,7 @@ def test_a_refusal_in_the_middle_lets_all_go_and_is_said(file, messages):
     assert all(map(ends, waiting))
     pinning_ahead.wait()
     assert registrar.calls == 3, "the refusal ends it"
-    assert [arena.is_pinned(index) for index in range(BLOCKS)] == [True, True, False, False]
+    assert pinned_parts(arena) == [True, True, False, False]
     assert pinned_by_all() == 2 * PAGES
     registrar.let(1)
     arena.pin(ALL, DEVICE)
@@ -184,7 +184,7 @@ def test_comfyui_is_told_by_whoever_pins_next_that_less_is_pinned(file, monkeypa
     monkeypatch.setattr(pinning, "pins_changed", lambda: counted.append(pinned_by_all()))
     arena = arena_of(file, FakeRegistrar(refuse_at=1))
     arena.pin_ahead(ALL, DEVICE)
-    while pending:
+    while pinning_ahead._pending:
         time.sleep(0.001)
     arena.pin(ALL, DEVICE)
     assert (counted[0], counted[-1]) == (ALL, PAGES)
@@ -220,7 +220,7 @@ class CollectingRegistrar(FakeRegistrar):
 
     def register(self, *arguments, **options):
         if self.calls == 1:
-            self.arena.unpin()
+            self.__dict__.pop("arena").unpin()
         return super().register(*arguments, **options)
 
 
@@ -300,7 +300,7 @@ def test_where_no_thread_is_to_be_had_whoever_pins_does_it(file, monkeypatch):
     monkeypatch.setattr(threading.Thread, "start", refuse)
     arena.pin_ahead(ALL, DEVICE)
     assert pinned_by_all() == 0
-    until_registered(source(arena, 0))
+    until_registered([source(arena, 0)])
     arena.pin(ALL, DEVICE)
     assert arena.all_pinned
 
