@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from ... import families
 from ..checkpoint.catalogue import TEXT_ENCODERS_PREFIX, Catalogue
-from ..checkpoint.config import true_in_config
+from ..checkpoint.config import told_by_config
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.header import natural_key
 from ..checkpoint.read_parts import read_entries
@@ -96,7 +96,7 @@ def model_dtype(catalogue: Catalogue) -> torch.dtype:
 def _detected(catalogue: Catalogue) -> Any:
     """ComfyUI's configuration of the model."""
     state = {name: torch.empty(shape, device="meta") for name, shape in catalogue.logical_shapes.items()}
-    state |= {name: torch.empty(0, device="meta") for name in _told_by_config(catalogue)}
+    state |= {name: torch.empty(0, device="meta") for name in told_by_config(catalogue)}
     with _refusing_what_comfyui_cannot_take(catalogue):
         config = comfy.model_detection.model_config_from_unet(state, "")
     found = getattr(config, "unet_config", {}).get("image_model")
@@ -108,15 +108,6 @@ def _detected(catalogue: Catalogue) -> Any:
             catalogue.path, too_old or f"ComfyUI sees {seen} in it. This node loads only {families.names()}."
         )
     return config
-
-
-def _told_by_config(catalogue: Catalogue) -> Iterator[str]:
-    """Names of empty tensors that stand for what the model's ``config.json`` says."""
-    told = catalogue.found.family.told_by_config if catalogue.found is not None else {}
-    if told:
-        (entry, *_) = catalogue.header.tensors.values()
-        true = true_in_config(entry.path.parent)
-        yield from (name for key, name in told.items() if key in true)
 
 
 def _why_comfyui_is_too_old(catalogue: Catalogue) -> str:
