@@ -21,11 +21,19 @@ from torch.nn import functional
 from ... import families
 from ..checkpoint.catalogue import TEXT_ENCODERS_PREFIX, Catalogue
 from ..checkpoint.config import told_by_config
-from ..checkpoint.errors import CheckpointError
+from ..checkpoint.errors import DAMAGED, CheckpointError
 from ..checkpoint.header import natural_key
 from ..checkpoint.read_parts import read_entries
+from ..checkpoint.require import require_no_missing
 from ..linear.linear4bit import Linear4bit
-from .text_encoders import adopt_4bit, options_for, read_encoders, require_computable
+from .text_encoders import (
+    adopt_4bit,
+    options_for,
+    read_encoders,
+    require_complete,
+    require_computable,
+    transformers_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -192,13 +200,7 @@ def _check_complete(model: comfy.model_base.BaseModel, modules: Mapping[str, nn.
     names = model_names(model, catalogue)
     shapes = catalogue.logical_shapes
     wanted = _tensor_shapes(modules)
-    missing = sorted(wanted.keys() - names.keys(), key=natural_key)
-    if missing:
-        raise CheckpointError(
-            catalogue.path,
-            f"tensors of the transformer are missing ({len(missing)}): {', '.join(missing[:4])}"
-            f"{', ...' if len(missing) > 4 else ''}. The file is incomplete: download it again.",
-        )
+    require_no_missing(catalogue.path, "the transformer", wanted.keys() - names.keys())
     for name in wanted:
         tensor = catalogue.transformer[names[name]]
         if tensor.weights4bit and not isinstance(modules.get(name.removesuffix(".weight")), Linear4bit):
@@ -256,7 +258,7 @@ def load_clip_and_vae(catalogue: Catalogue, embedding_directory: Sequence[str]) 
     as many layers as the file has. Both remember where their tensors are in the file, as ``nf4_entries``.
 
     Raises:
-        CheckpointError: ComfyUI does not recognise them, or they have other shapes.
+        CheckpointError: ComfyUI does not recognise them, they have other shapes, or a tensor of an encoder is missing.
     """
     shapes = catalogue.logical_shapes
     state = {families.CHECKPOINT_PREFIX + name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
@@ -272,17 +274,18 @@ def load_clip_and_vae(catalogue: Catalogue, embedding_directory: Sequence[str]) 
             output_model=False,
             te_model_options=options_for(weights, catalogue.t5_layers),
         )
-    except RuntimeError as error:  # torch's, for shapes that do not fit the model
-        raise CheckpointError(
-            catalogue.path, f"ComfyUI does not take its text encoders or VAE: {error}. The file is damaged."
-        ) from error
-    clip, vae = (parts[1], parts[2]) if parts else (None, None)
-    if clip is None or vae is None:
+    except Exception as error:  # ComfyUI's code looks at shapes that nobody has checked, and raises whatever comes
         raise CheckpointError(
             catalogue.path,
-            f"ComfyUI does not recognise its {'text encoders' if clip is None else 'VAE'}. The file is damaged or was "
-            "made by a tool that this node does not know.",
-        )
+            f"ComfyUI does not take its text encoders or VAE ({type(error).__name__}: {error}). {DAMAGED}",
+        ) from error
+    clip, vae = (parts[1], parts[2]) if parts else (None, None)
+    if clip is None or vae is None or vae.first_stage_model is None:
+        not_recognised = "text encoders" if clip is None else "VAE"
+        raise CheckpointError(catalogue.path, f"ComfyUI does not recognise its {not_recognised}. {DAMAGED}")
+    for part, transformer in transformers_of(clip).items():
+        given = {name.removeprefix(f"{TEXT_ENCODERS_PREFIX}{part}.") for name in encoders}
+        require_complete(catalogue.path, transformer, given)
     adopt_4bit(clip, weights)
     clip.cond_stage_model.nf4_entries = dict(catalogue.text_encoders)
     vae.first_stage_model.nf4_entries = dict(catalogue.vae)

@@ -368,8 +368,57 @@ def test_encoders_of_other_shapes_are_refused_with_the_files_name(t5, clip_l, tm
     state = load_file(clip_l)
     state["text_model.final_layer_norm.weight"] = torch.ones(32).half()
     catalogue = read_catalogue(all_in_one(tmp_path / "flux.safetensors", state, load_file(path)))
-    with pytest.raises(CheckpointError, match=r"(?s)^flux\.safetensors: ComfyUI does not take its .*VAE: .*\[32\]"):
+    with pytest.raises(CheckpointError, match=r"(?s)^flux\.safetensors: ComfyUI does not take its .*VAE .*\[32\]"):
         flux.load_clip_and_vae(catalogue, [])
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"decoder.conv_in.weight": (512,)}, r"ComfyUI does not take its text encoders or VAE \(IndexError: "),
+        ({"decoder.conv_in.weight": None}, r"ComfyUI does not recognise its VAE\. "),
+    ],
+    ids=["of another shape", "missing"],
+)
+def test_a_vae_that_comfyui_does_not_take_is_refused(changed, said, t5, clip_l, tmp_path, monkeypatch):
+    shapes = {name: shape for name, shape in (layout.vae() | changed).items() if shape is not None}
+    monkeypatch.setattr(layout, "vae", lambda: shapes)
+    catalogue = read_catalogue(all_in_one(tmp_path / "flux.safetensors", load_file(clip_l), load_file(t5()[1])))
+    with pytest.raises(CheckpointError, match=rf"^flux\.safetensors: {said}"):
+        flux.load_clip_and_vae(catalogue, [])
+
+
+def test_a_clip_l_that_comfyui_does_not_take_is_refused(t5, clip_l, tmp_path):
+    save_file(load_file(clip_l) | {"text_projection": torch.ones(4)}, tmp_path / "odd.safetensors")
+    with pytest.raises(CheckpointError, match=r"ComfyUI does not take it with odd\.safetensors \(IndexError: "):
+        load_dual_clip([tmp_path / "odd.safetensors", t5()[1]], [])
+
+
+@pytest.mark.parametrize("name", ["encoder.block.0.layer.1.DenseReluDense.wo.weight", "shared.weight"])
+@pytest.mark.parametrize("is_4bit", [True, False], ids=["nf4", "dense"])
+def test_a_t5_without_one_of_its_tensors_is_refused(name, is_4bit, t5, clip_l, tmp_path):
+    """ComfyUI computes with memory that nobody has filled."""
+    model, path = t5()
+    dense = dense_reference(model).half().state_dict()
+    state = load_file(path) if is_4bit else {name: tensor.clone() for name, tensor in dense.items()}
+    del state[name]
+    save_file(state, tmp_path / "t5.safetensors")
+    said = rf"tensors of the text encoder are missing \(1\): {name}\. The file is incomplete"
+    with pytest.raises(CheckpointError, match=rf"^t5\.safetensors: {said}"):
+        load_dual_clip([clip_l, tmp_path / "t5.safetensors"], [])
+    catalogue = read_catalogue(all_in_one(tmp_path / "flux.safetensors", load_file(clip_l), state))
+    with pytest.raises(CheckpointError, match=rf"^flux\.safetensors: {said}"):
+        flux.load_clip_and_vae(catalogue, [])
+
+
+def test_a_clip_l_without_one_of_its_tensors_is_refused(t5, clip_l, tmp_path):
+    """It may lack its projection, which Flux does not look at."""
+    state = load_file(clip_l)
+    assert not any("text_projection" in name for name in state)
+    state.pop("text_model.embeddings.position_embedding.weight")
+    save_file(state, tmp_path / "short.safetensors")
+    with pytest.raises(CheckpointError, match=r"^short\.safetensors: .*missing \(1\): .*position_embedding\.weight\."):
+        load_dual_clip([tmp_path / "short.safetensors", t5()[1]], [])
 
 
 class Vae:
