@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import comfy.model_base
 import torch
@@ -21,7 +22,7 @@ def fill(
     model: comfy.model_base.BaseModel,
     catalogue: Catalogue,
     progress: Callable[[int], None],
-    there: There | None = None,
+    there: There = MappingProxyType({}),
 ) -> None:
     """Read the transformer's tensors from the files into the host memory that ``model`` is bound to.
 
@@ -33,8 +34,8 @@ def fill(
         CheckpointError: a file ended early, could not be read, or has another code table than its type says.
     """
     with torch.inference_mode(False), torch.no_grad():
-        read_parts(list(_destinations(model, catalogue, there or {})), progress)
-        _swap_halves(model, catalogue, there or {})
+        read_parts(list(_destinations(model, catalogue, there)), progress)
+        _swap_halves(model, catalogue, there)
     model.nf4_catalogue = catalogue
 
 

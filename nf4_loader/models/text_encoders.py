@@ -27,7 +27,7 @@ from .patched_encoders import patch_4bit_layers
 
 _MARKS = {
     "t5xxl": re.compile(r"encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.q\.weight$"),
-    "clip_l": re.compile(r"text_model\.encoder\.layers\.(\d+)\.mlp\.fc1\.weight$|transformer\.resblocks\.0\.ln_1\."),
+    "clip_l": re.compile(r"text_model\.encoder\.layers\.\d+\.mlp\.fc1\.weight$|transformer\.resblocks\.0\.ln_1\."),
 }
 """A weight of each encoder, by the names of transformers; of CLIP-L also by OpenAI's, which ComfyUI renames."""
 
