@@ -22,6 +22,7 @@ from .quant_state import (
     QuantState,
     parse_quant_state,
 )
+from .read import opened
 from .shards import read_checkpoint_header
 from .tensors import TransformerTensor, Weight4bit
 
@@ -112,8 +113,8 @@ def read_catalogue(path: Path) -> Catalogue:
         path: A file, any one of its shards, their index, or a folder of diffusers.
 
     Raises:
-        CheckpointError: a file is missing or is not safetensors, files disagree, or a quant state does not fit the
-            bytes that it describes.
+        CheckpointError: a file is missing, cannot be read or is not safetensors, files disagree, or a quant state does
+            not fit the bytes that it describes.
     """
     header = read_checkpoint_header(path)
     found = families.detect(header.tensors)
@@ -141,7 +142,7 @@ def group_4bit(path: Path, tensors: Mapping[str, TensorEntry]) -> dict[str, Weig
     """Group what bitsandbytes writes for each packed weight; every other tensor stays by itself.
 
     Raises:
-        CheckpointError: a quant state is not readable or does not fit the bytes that it describes.
+        CheckpointError: a file cannot be read, or a quant state does not fit the bytes that it describes.
     """
     states = {match["weight"]: entry for name, entry in tensors.items() if (match := _QUANT_STATE.match(name))}
     weights4bit: dict[str, Weight4bit] = {}
@@ -159,7 +160,7 @@ def _read_all(path: Path, states: Mapping[str, TensorEntry]) -> dict[str, bytes]
     """The bytes of every quant state; each file is opened once."""
     read: dict[str, bytes] = {}
     for source, group in itertools.groupby(states.items(), key=lambda item: item[1].path):
-        with source.open("rb") as file:
+        with opened(source) as file:
             for weight, entry in group:
                 if entry.nbytes > MAX_QUANT_STATE_BYTES:
                     problem = f"{entry.name}: {entry.nbytes:,} bytes are no quant state. {DAMAGED}"

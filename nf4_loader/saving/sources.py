@@ -11,7 +11,7 @@ import torch
 from ... import families
 from ..checkpoint.catalogue import COMPANIONS, SCALES, Catalogue, is_of_transformer, read_catalogue
 from ..checkpoint.config import told_by_config
-from ..checkpoint.errors import CheckpointError
+from ..checkpoint.errors import CheckpointError, reason
 from ..checkpoint.header import TensorEntry
 from ..checkpoint.identify import of_another_kind, what_else_it_is
 from ..checkpoint.read_parts import TORCH_DTYPES
@@ -166,7 +166,8 @@ def _sources_of_gguf(path: Path) -> list[Source]:
     try:
         tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     except (OSError, ValueError, KeyError, IndexError) as error:
-        raise CheckpointError(path, f"it is not readable as GGUF ({error}). Download it again.") from error
+        why = reason(error) if isinstance(error, OSError) else error
+        raise CheckpointError(path, f"it is not readable as GGUF ({why}). Download it again.") from error
     found = families.detect(tensors)
     if found is None or found.layout is not found.family.native or not found.layout.is_read:
         raise CheckpointError(path, f"it holds no transformer of {families.names()} in the names of ComfyUI's model.")

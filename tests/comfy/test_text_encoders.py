@@ -10,22 +10,18 @@ import comfy.sd
 import comfy.utils
 import pytest
 import torch
-from bitsandbytes import functional as bnb
-from bitsandbytes.nn import Linear4bit as BnbLinear4bit
 from comfy.model_patcher import ModelPatcher
 from comfy_extras.nodes_hooks import SetClipHooks
 from comfy_extras.nodes_model_merging import CLIPAdd, CLIPMergeSimple, CLIPSave, CLIPSubtract
-from packed_tensors import packed_tensors
+from encoders_of_flux import all_in_one, dense_reference
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from sparse_file import write_sparse
 from there_and_back import Copied, move
 from transformers import BitsAndBytesConfig, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from flux_nf4.checkpoints import load_all_in_one
 from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
 from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
-from flux_nf4.nf4_loader.checkpoint.read_parts import TORCH_DTYPES
 from flux_nf4.nf4_loader.checkpoint.require import require_all_in_one
 from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
 from flux_nf4.nf4_loader.models import text_encoders
@@ -88,21 +84,6 @@ def t5(tmp_path_factory):
         return model, min(folder.glob("*.safetensors"))
 
     return make
-
-
-def dense_reference(model):
-    """transformers' model with the weights that bitsandbytes dequantises, in fp32."""
-    dense = T5EncoderModel(model.config).float().eval()
-    state = {}
-    for name, tensor in model.state_dict().items():
-        if ".weight." not in name:
-            state[name] = tensor.float() if tensor.is_floating_point() else tensor
-    for name, module in model.named_modules():
-        if isinstance(module, BnbLinear4bit):
-            module.weight.quant_state.dtype = torch.float32
-            state[f"{name}.weight"] = bnb.dequantize_4bit(module.weight.data, module.weight.quant_state)
-    dense.load_state_dict(state)
-    return dense
 
 
 @pytest.mark.parametrize(
@@ -310,25 +291,6 @@ def test_text_encoders_and_vae_leave_a_device_without_copies(t5, clip_l, tmp_pat
     move(loaded.clip.patcher.model, "meta")
     with pytest.raises(Copied):
         move(loaded.clip.patcher.model, "cpu")
-
-
-def all_in_one(path, clip_l, t5, vae_path=None):
-    """A file with these text encoders beside a transformer and a VAE (at ``vae_path``, if given) of the real layout,
-    which are holes."""
-    tensors = {}
-    for name, shape in layout.flux(1, 1, guidance=True).items():
-        name = f"model.diffusion_model.{name}"
-        tensors |= packed_tensors(name, shape, "nf4", 64) if len(shape) == 2 else {name: ("BF16", shape, None)}
-    vae = {f"vae.{name}": ("BF16", shape, None) for name, shape in layout.vae().items()}
-    names = {dtype: name for name, dtype in TORCH_DTYPES.items()} | {torch.uint8: "U8"}
-    for part, state in (("clip_l", clip_l), ("t5xxl", t5)):
-        for name, tensor in state.items():
-            raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-            tensors[f"text_encoders.{part}.transformer.{name}"] = (names[tensor.dtype], tuple(tensor.shape), raw)
-    if vae_path is not None:
-        write_sparse(vae_path, vae)
-    write_sparse(path, tensors if vae_path is not None else tensors | vae)
-    return path
 
 
 def test_an_all_in_one_file_may_be_in_shards(t5, clip_l, tmp_path):

@@ -588,7 +588,7 @@ class CountedFile(io.FileIO):
 def test_only_header_and_quant_states_are_read(make_tensors, save, monkeypatch):
     path = save(make_tensors(nested=True))
     monkeypatch.setattr(CountedFile, "bytes_read", 0)
-    monkeypatch.setattr(Path, "open", lambda self, mode: CountedFile(self, mode))
+    monkeypatch.setattr(Path, "open", lambda self, mode, **_: CountedFile(self, mode))
     entries = read_catalogue(path).header.tensors
     header_bytes = min(entry.offset for entry in entries.values())
     state_bytes = sum(entry.nbytes for name, entry in entries.items() if QUANT_STATE in name)
