@@ -29,7 +29,7 @@ from .nf4_loader.checkpoint.tensors import Weight4bit
 from .nf4_loader.linear.kernels import warm_up
 from .nf4_loader.models.fill import There, fill
 from .nf4_loader.models.mapped import InFile, tensors_in_file
-from .nf4_loader.models.transformers import block_groups, build_flux, load_clip_and_vae, materialise
+from .nf4_loader.models.transformers import block_groups, build_transformer, load_clip_and_vae, materialise
 from .offload import pinning_ahead
 from .offload.comfyui.encoders import leave_unpinned, leave_without_copies
 from .offload.comfyui.modulation import modulation_in
@@ -137,7 +137,7 @@ def _place_of(catalogue: Catalogue) -> Place:
 
 def _load(catalogue: Catalogue, place: Place, others_bytes: int = 0) -> StreamedModelPatcher:
     """The transformer, read into memory that leaves ``others_bytes`` of RAM for the other parts of the file."""
-    model = build_flux(catalogue)
+    model = build_transformer(catalogue)
     return _read(model, catalogue, _source_for(model, catalogue, place, others_bytes))
 
 

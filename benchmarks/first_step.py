@@ -34,7 +34,7 @@ STEPS = {
     "checkpoints": (
         "require_comfyui",
         "key_of",
-        "build_flux",
+        "build_transformer",
         "_source_for",
         "_why_read",
         "map_blocks",

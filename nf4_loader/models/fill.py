@@ -53,7 +53,7 @@ def _destinations(
             yield from parts_to_read(module, tensor, have)
         elif module is not None and kind not in have:
             parameter = module._parameters.get(kind)
-            if parameter is not None:  # else not of this model: `build_flux` has logged it
+            if parameter is not None:  # else not of this model: `build_transformer` has logged it
                 yield from _of_parameter(parameter, tensor)
 
 

@@ -64,7 +64,7 @@ def _gate_in_place(transformer: nn.Module) -> None:
             module.gate_fn = _InPlaceSiLU()
 
 
-def build_flux(catalogue: Catalogue) -> comfy.model_base.BaseModel:
+def build_transformer(catalogue: Catalogue) -> comfy.model_base.BaseModel:
     """Make ComfyUI's model for the file, every tensor of it on the meta device.
 
     The configuration is ComfyUI's own detection, run on meta tensors of the logical shapes. Packed weights
@@ -93,7 +93,7 @@ def build_flux(catalogue: Catalogue) -> comfy.model_base.BaseModel:
 
 
 def model_dtype(catalogue: Catalogue) -> torch.dtype:
-    """The dtype that `build_flux` gives dense tensors.
+    """The dtype that `build_transformer` gives dense tensors.
 
     Raises:
         CheckpointError: ComfyUI sees no model of a known family in the file.
@@ -234,7 +234,7 @@ def _tensor_shapes(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...
 def block_groups(model: comfy.model_base.BaseModel) -> dict[str, Sequence[nn.Module]]:
     """The transformer's blocks by kind, in the order in which a forward runs them."""
     family = families.family_of_model(model.model_config.unet_config.get("image_model"))
-    assert family is not None, "`build_flux` has checked it"
+    assert family is not None, "`build_transformer` has checked it"
     return {kind: list(model.diffusion_model.get_submodule(blocks)) for blocks, kind in family.lists.items()}
 
 
