@@ -96,20 +96,6 @@ def require_type(file: EncoderFile, clip_type: str) -> None:
         )
 
 
-def require_4bit(files: Sequence[EncoderFile]) -> None:
-    """Check that one of the ``files`` is in 4 bits.
-
-    Raises:
-        CheckpointError: none is; it names the nodes for dense ones.
-    """
-    if not any(file.is_4bit for file in files):
-        raise CheckpointError(
-            files[0].path,
-            f"it is {files[0].encoder.name} with dense weights, not in NF4 or FP4. Load it with "
-            f"{'CLIPLoader' if len(files) == 1 else 'DualCLIPLoader'!r} and stream it with 'Stream Text Encoder'.",
-        )
-
-
 def supported_types() -> list[str]:
     """The CLIP types for which this ComfyUI encodes with one of our text encoders."""
     known = {kind for encoder in ENCODERS for kind, needed in encoder.types.items() if _knows(needed)}

@@ -26,10 +26,10 @@ from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
 from flux_nf4.nf4_loader.checkpoint.encoder_file import read_encoder_file
 from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
 from flux_nf4.nf4_loader.checkpoint.read_parts import DenseMemory, memory_of, read_parts
-from flux_nf4.nf4_loader.checkpoint.require import require_all_in_one, require_transformer
+from flux_nf4.nf4_loader.checkpoint.require import require_4bit, require_all_in_one, require_transformer
 from flux_nf4.nf4_loader.checkpoint.tensors import TransformerTensor, Weight4bit
 from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
-from flux_nf4.nf4_loader.models.streamed_encoders import require_4bit, require_type
+from flux_nf4.nf4_loader.models.streamed_encoders import require_type
 from flux_nf4.nf4_loader.models.transformers import build_transformer
 from flux_nf4.nf4_loader.saving.quantise import QuantSettings, quantise
 from flux_nf4.page.encoder_plan import encoder_other_bytes, encoder_sizes
