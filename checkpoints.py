@@ -226,8 +226,8 @@ def _source_for(model: comfy.model_base.BaseModel, catalogue: Catalogue, place: 
         require_ram(catalogue.path, others_bytes, _make_room(others_bytes))
         logger.info("NF4: %s is in use on another device: both share its host memory", catalogue.path.name)
         return _Source(tensors_in_file(model, catalogue) if twin.streamer.file.nbytes else {}, others_bytes, twin)
-    why_read = _why_read(catalogue, place[1])
-    in_file: InFile = {} if why_read else tensors_in_file(model, catalogue)
+    reason = why_read((entry.path for part in catalogue.parts for entry in _entries(part)), place[1])
+    in_file: InFile = {} if reason else tensors_in_file(model, catalogue)
     needed = catalogue.transformer_ram - bytes_of(in_file) + others_bytes
     free = _make_room(needed)
     if needed > free and not in_file:
@@ -235,7 +235,7 @@ def _source_for(model: comfy.model_base.BaseModel, catalogue: Catalogue, place: 
         _say_that_ram_is_short(catalogue, needed, free, bytes_of(in_file))
         needed -= bytes_of(in_file)
     require_ram(catalogue.path, needed, free)
-    _say_where(catalogue, place[1], in_file, why_read)
+    _say_where(catalogue, place[1], in_file, reason)
     return _Source(in_file, needed)
 
 
@@ -269,10 +269,6 @@ def _twin_of(model: comfy.model_base.BaseModel, place: Place) -> Streaming | Non
     return next((twin.streaming for twin in twins), None)
 
 
-def _why_read(catalogue: Catalogue, device: torch.device) -> str:
-    return why_read((entry.path for part in catalogue.parts for entry in _entries(part)), device)
-
-
 def why_read(paths: Iterable[Path], device: torch.device) -> str:
     """Why weights have to be read, as a clause; "" if ``device`` can copy them from the memory of these files."""
     limit, shortfall = pin_limit(0)
@@ -286,10 +282,10 @@ def _entries(part: Weight4bit | TensorEntry) -> Sequence[TensorEntry]:
     return part.entries if isinstance(part, Weight4bit) else (part,)
 
 
-def _say_where(catalogue: Catalogue, device: torch.device, in_file: InFile, why_read: str) -> None:
+def _say_where(catalogue: Catalogue, device: torch.device, in_file: InFile, reason: str) -> None:
     in_ram = (catalogue.transformer_ram - bytes_of(in_file)) / GIB
     name = catalogue.path.name
-    if in_file and not why_read:
+    if in_file and not reason:
         logger.info(
             "NF4: %.2f GiB of the transformer of %s stay in the file, from whose memory %s copies them; reading %.2f "
             "GiB",
@@ -299,7 +295,7 @@ def _say_where(catalogue: Catalogue, device: torch.device, in_file: InFile, why_
             in_ram,
         )
     else:
-        logger.info("NF4: reading the transformer of %s, %.2f GiB, into RAM: %s", name, in_ram, why_read)
+        logger.info("NF4: reading the transformer of %s, %.2f GiB, into RAM: %s", name, in_ram, reason)
 
 
 def _say_that_ram_is_short(catalogue: Catalogue, needed: int, free: int, in_file: int) -> None:

@@ -36,7 +36,7 @@ STEPS = {
         "key_of",
         "build_transformer",
         "_source_for",
-        "_why_read",
+        "why_read",
         "map_blocks",
         "_pin_ahead",
         "attach_streaming",
