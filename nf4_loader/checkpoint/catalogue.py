@@ -176,11 +176,11 @@ def _weight4bit(
     wanted = {"packed": weight, "absmax": f"{weight}.absmax", "quant_map": f"{weight}.quant_map"}
     if state.nested:
         wanted |= {"nested_absmax": f"{weight}.nested_absmax", "nested_map": f"{weight}.nested_quant_map"}
-    found = {field: tensors.get(name) for field, name in wanted.items()}
-    for field, entry in found.items():
-        if entry is None:
-            raise ValueError(f"'{wanted[field]}' is not in the file")
-    entries = {field: entry for field, entry in found.items() if entry is not None}
+    entries: dict[str, TensorEntry] = {}
+    for field, name in wanted.items():
+        if name not in tensors:
+            raise ValueError(f"'{name}' is not in the file")
+        entries[field] = tensors[name]
 
     described = f"its quant state says {state.shape} in {state.quant_type} with blocksize {state.blocksize}"
     if entries["packed"].nbytes != state.packed_bytes:
@@ -193,15 +193,7 @@ def _weight4bit(
     for nested in state.nested:
         _check_entry(described, "nested_absmax", entries["nested_absmax"], "F32", nested.blocks)
         _check_entry(described, "nested_quant_map", entries["nested_map"], "F32", NESTED_MAP)
-    return Weight4bit(
-        state,
-        entries["packed"],
-        entries["absmax"],
-        entries["quant_map"],
-        quant_state,
-        entries.get("nested_absmax"),
-        entries.get("nested_map"),
-    )
+    return Weight4bit(state=state, quant_state=quant_state, **entries)
 
 
 def _check_entry(described: str, field: str, entry: TensorEntry, dtype: str, count: int) -> None:
