@@ -5,6 +5,7 @@ flat bytes), ``ring`` (places in the staging bytes, integers), ``pinning`` (who 
 ``pinning_ahead`` (on a thread, while a model is made), ``pinnable`` (memory that is locked part by part),
 ``arena`` (host memory of our own), ``file_map`` and ``file_arena`` (memory of files), ``ram`` (how much there is),
 ``copies`` (streams and events), ``bounce`` (copies of what is not pinned), ``block`` (the records of one),
+``extras`` (what layers get beside their own tensors), ``call_order`` (in which order blocks call their layers),
 ``staging`` (tiles in the ring), ``conveyor`` (fetch, wait, release), ``put`` (what stays on the device), ``streamer``
 (who stays), ``telemetry`` (what it cost), ``ahead`` (outputs computed before they are needed). ``host_memory`` is for
 models that are not streamed. ``comfyui`` is for ComfyUI's memory manager; nothing else here knows ComfyUI.

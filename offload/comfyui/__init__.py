@@ -2,8 +2,10 @@
 
 ``streaming`` (what makes a model a streamed one), ``patcher`` (ComfyUI's ModelPatcher for it), ``own_model`` (a model
 object for each MODEL of a loader), ``reads`` (what nodes read of it), ``patching`` (LoRA and the like, with
-``weights``, ``dense_patches``, ``low_rank_beside``, ``patch_check``, ``patch_log`` and ``lora_reader``), ``modulation``
-and ``coming_steps`` (layers that are computed ahead), ``retry`` (a forward that runs out of memory), ``compiled``
-(nodes for torch.compile), ``adopt`` (streams another node's MODEL), ``pins`` (ComfyUI's limit on pinned memory),
-``encoders`` (text encoders and VAE), ``requires`` (what ComfyUI must have), ``node_names`` (nodes that errors name).
+``weights``, ``dense_patches``, ``low_rank_beside``, ``patch_check``, ``patch_log``, ``lora_reader`` and
+``unread_lora``), ``modulation`` and ``coming_steps`` (layers that are computed ahead), ``retry`` (a forward that runs
+out of memory), ``lasting`` (allocations that outlive a forward), ``compiled`` (nodes for torch.compile), ``adopt``
+(streams another node's MODEL), ``block_lists`` (finds its blocks), ``clip`` (a CLIP that is streamed, with
+``large_layers`` beside its blocks), ``pins`` (ComfyUI's limit on pinned memory), ``encoders`` (text encoders and VAE
+that are not streamed), ``requires`` (what ComfyUI must have), ``node_names`` (nodes that errors name).
 """
