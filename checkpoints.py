@@ -28,8 +28,8 @@ from .nf4_loader.checkpoint.header import TensorEntry
 from .nf4_loader.checkpoint.tensors import Weight4bit
 from .nf4_loader.linear.kernels import warm_up
 from .nf4_loader.models.fill import There, fill
-from .nf4_loader.models.mapped import InFile, tensors_in_file
-from .nf4_loader.models.transformers import block_groups, build_flux, load_clip_and_vae, materialise
+from .nf4_loader.models.mapped import InFile, bytes_of, tensors_in_file
+from .nf4_loader.models.transformers import block_groups, build_transformer, load_clip_and_vae, materialise
 from .offload import pinning_ahead
 from .offload.comfyui.encoders import leave_unpinned, leave_without_copies
 from .offload.comfyui.modulation import modulation_in
@@ -137,7 +137,7 @@ def _place_of(catalogue: Catalogue) -> Place:
 
 def _load(catalogue: Catalogue, place: Place, others_bytes: int = 0) -> StreamedModelPatcher:
     """The transformer, read into memory that leaves ``others_bytes`` of RAM for the other parts of the file."""
-    model = build_flux(catalogue)
+    model = build_transformer(catalogue)
     return _read(model, catalogue, _source_for(model, catalogue, place, others_bytes))
 
 
@@ -171,7 +171,7 @@ def _read(model: comfy.model_base.BaseModel, catalogue: Catalogue, source: _Sour
         to_bring_in = sum(file.bytes_to_bring_in for file in files)
         is_room = to_bring_in <= free_ram()
         progress = comfy.utils.ProgressBar(
-            catalogue.transformer_bytes - _bytes_of(source.in_file) + (to_bring_in if is_room else 0)
+            catalogue.transformer_bytes - bytes_of(source.in_file) + (to_bring_in if is_room else 0)
         )
         for file in files if is_room else ():
             file.bring_in(progress.update)
@@ -226,16 +226,16 @@ def _source_for(model: comfy.model_base.BaseModel, catalogue: Catalogue, place: 
         require_ram(catalogue.path, others_bytes, _make_room(others_bytes))
         logger.info("NF4: %s is in use on another device: both share its host memory", catalogue.path.name)
         return _Source(tensors_in_file(model, catalogue) if twin.streamer.file.nbytes else {}, others_bytes, twin)
-    why_read = _why_read(catalogue, place[1])
-    in_file: InFile = {} if why_read else tensors_in_file(model, catalogue)
-    needed = catalogue.transformer_ram - _bytes_of(in_file) + others_bytes
+    reason = why_read((entry.path for part in catalogue.parts for entry in _entries(part)), place[1])
+    in_file: InFile = {} if reason else tensors_in_file(model, catalogue)
+    needed = catalogue.transformer_ram - bytes_of(in_file) + others_bytes
     free = _make_room(needed)
     if needed > free and not in_file:
         in_file = tensors_in_file(model, catalogue)
-        _say_that_ram_is_short(catalogue, needed, free, _bytes_of(in_file))
-        needed -= _bytes_of(in_file)
+        _say_that_ram_is_short(catalogue, needed, free, bytes_of(in_file))
+        needed -= bytes_of(in_file)
     require_ram(catalogue.path, needed, free)
-    _say_where(catalogue, place[1], in_file, why_read)
+    _say_where(catalogue, place[1], in_file, reason)
     return _Source(in_file, needed)
 
 
@@ -269,10 +269,6 @@ def _twin_of(model: comfy.model_base.BaseModel, place: Place) -> Streaming | Non
     return next((twin.streaming for twin in twins), None)
 
 
-def _why_read(catalogue: Catalogue, device: torch.device) -> str:
-    return why_read((entry.path for part in catalogue.parts for entry in _entries(part)), device)
-
-
 def why_read(paths: Iterable[Path], device: torch.device) -> str:
     """Why weights have to be read, as a clause; "" if ``device`` can copy them from the memory of these files."""
     limit, shortfall = pin_limit(0)
@@ -286,20 +282,20 @@ def _entries(part: Weight4bit | TensorEntry) -> Sequence[TensorEntry]:
     return part.entries if isinstance(part, Weight4bit) else (part,)
 
 
-def _say_where(catalogue: Catalogue, device: torch.device, in_file: InFile, why_read: str) -> None:
-    in_ram = (catalogue.transformer_ram - _bytes_of(in_file)) / GIB
+def _say_where(catalogue: Catalogue, device: torch.device, in_file: InFile, reason: str) -> None:
+    in_ram = (catalogue.transformer_ram - bytes_of(in_file)) / GIB
     name = catalogue.path.name
-    if in_file and not why_read:
+    if in_file and not reason:
         logger.info(
             "NF4: %.2f GiB of the transformer of %s stay in the file, from whose memory %s copies them; reading %.2f "
             "GiB",
-            _bytes_of(in_file) / GIB,
+            bytes_of(in_file) / GIB,
             name,
             device,
             in_ram,
         )
     else:
-        logger.info("NF4: reading the transformer of %s, %.2f GiB, into RAM: %s", name, in_ram, why_read)
+        logger.info("NF4: reading the transformer of %s, %.2f GiB, into RAM: %s", name, in_ram, reason)
 
 
 def _say_that_ram_is_short(catalogue: Catalogue, needed: int, free: int, in_file: int) -> None:
@@ -317,7 +313,3 @@ def _say_that_ram_is_short(catalogue: Catalogue, needed: int, free: int, in_file
 def free_ram() -> int:
     """Bytes of RAM that ComfyUI and the system count as free."""
     return min(int(comfy.model_management.get_free_memory(_CPU)), free_ram_bytes())
-
-
-def _bytes_of(in_file: InFile) -> int:
-    return sum(entry.nbytes for named in in_file.values() for entry in named.values())

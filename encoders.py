@@ -21,7 +21,7 @@ from .nf4_loader.checkpoint.errors import CheckpointError
 from .nf4_loader.checkpoint.read_parts import read_parts
 from .nf4_loader.linear.kernels import warm_up
 from .nf4_loader.models.fill import parts_to_read
-from .nf4_loader.models.mapped import InFile, parts_in_file
+from .nf4_loader.models.mapped import InFile, bytes_of, parts_in_file
 from .nf4_loader.models.streamed_encoders import BuiltEncoders, build_encoders
 from .nf4_loader.models.transformers import materialise
 from .offload.comfyui.block_lists import lists_of_encoders
@@ -99,7 +99,7 @@ def _read(files: Sequence[EncoderFile], built: BuiltEncoders) -> StreamedClip:
 def _fill(model: Any, built: BuiltEncoders, in_file: InFile) -> None:
     file = model.streaming.streamer.file
     to_bring_in = file.bytes_to_bring_in if file.bytes_to_bring_in <= free_ram() else 0
-    to_read = sum(part.nbytes for tensor in built.weights.values() for part in tensor.parts) - _bytes_of(in_file)
+    to_read = sum(part.nbytes for tensor in built.weights.values() for part in tensor.parts) - bytes_of(in_file)
     progress = comfy.utils.ProgressBar(to_read + to_bring_in)
     if to_bring_in:
         file.bring_in(progress.update)
@@ -110,10 +110,6 @@ def _fill(model: Any, built: BuiltEncoders, in_file: InFile) -> None:
     ]
     with torch.inference_mode(False), torch.no_grad():
         read_parts(wanted, progress.update)
-
-
-def _bytes_of(in_file: InFile) -> int:
-    return sum(entry.nbytes for named in in_file.values() for entry in named.values())
 
 
 def _in_file(
@@ -133,12 +129,12 @@ def _in_file(
     free = free_ram()
     if why and needed <= free:
         in_file = {}
-    needed -= _bytes_of(in_file)
+    needed -= bytes_of(in_file)
     require_ram(files[0].path, needed, free)
     logger.info(
         "NF4: text encoder %s: %.2f GiB of its layers stay in the file, %.2f GiB are read into RAM%s",
         ", ".join(file.path.name for file in files),
-        _bytes_of(in_file) / GIB,
+        bytes_of(in_file) / GIB,
         needed / GIB,
         f" ({why})" if why else "",
     )

@@ -1,6 +1,5 @@
 """The ComfyUI nodes of today, and the table of all nodes."""
 
-from pathlib import Path
 from typing import Any, ClassVar
 
 import folder_paths
@@ -198,7 +197,7 @@ class FluxNF4DualCLIPLoader:
     )
 
     def load_clip(self, clip_name1: str, clip_name2: str) -> tuple[Any]:
-        paths = [Path(folder_paths.get_full_path_or_raise("text_encoders", name)) for name in (clip_name1, clip_name2)]
+        paths = [path_of("text_encoders", name) for name in (clip_name1, clip_name2)]
         clip = load_dual_clip(paths, folder_paths.get_folder_paths("embeddings"))
         leave_without_copies(clip.patcher)
         leave_unpinned(clip.patcher)

@@ -6,7 +6,8 @@ import folder_paths
 
 from .encoders import key_of_encoders, load_encoders, streamed_clip
 from .nf4_loader.checkpoint.encoder_file import read_encoder_file
-from .nf4_loader.models.streamed_encoders import require_4bit, supported_types
+from .nf4_loader.checkpoint.require import require_4bit
+from .nf4_loader.models.streamed_encoders import supported_types
 from .nodes_shared import CATEGORY, HIDDEN, Loader, PlannedNode, budget_input, path_of, residency_of
 from .offload.comfyui.clip import stream_clip
 

@@ -77,10 +77,10 @@ def _model(path: Path) -> Any:
     from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
     from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
     from flux_nf4.nf4_loader.models.fill import fill
-    from flux_nf4.nf4_loader.models.transformers import build_flux, materialise
+    from flux_nf4.nf4_loader.models.transformers import build_transformer, materialise
 
     catalogue = read_catalogue(path)
-    model = build_flux(catalogue)
+    model = build_transformer(catalogue)
     materialise(model.diffusion_model)
     fill(model, catalogue, lambda _: None)
     for name, module in list(model.diffusion_model.named_modules()):

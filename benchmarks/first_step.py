@@ -34,9 +34,9 @@ STEPS = {
     "checkpoints": (
         "require_comfyui",
         "key_of",
-        "build_flux",
+        "build_transformer",
         "_source_for",
-        "_why_read",
+        "why_read",
         "map_blocks",
         "_pin_ahead",
         "attach_streaming",

@@ -89,13 +89,13 @@ def load_as_before(path: Path) -> Any:
 
     from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
     from flux_nf4.nf4_loader.models.fill import fill
-    from flux_nf4.nf4_loader.models.transformers import block_groups, build_flux, materialise
+    from flux_nf4.nf4_loader.models.transformers import block_groups, build_transformer, materialise
     from flux_nf4.offload.comfyui import modulation
     from flux_nf4.offload.comfyui.patcher import StreamedModelPatcher
     from flux_nf4.offload.comfyui.streaming import attach_streaming
 
     catalogue = read_catalogue(path)
-    model = build_flux(catalogue)
+    model = build_transformer(catalogue)
     materialise(model.diffusion_model)
     fill(model, catalogue, lambda _: None)
     module: Any = modulation

@@ -3,7 +3,7 @@
     python commands/describe.py flux1-dev-bnb-nf4-v2.safetensors
     python commands/describe.py ~/models/FLUX.1-dev-bnb-4bit/transformer --budget 4
 
-Nothing but headers is read. Run it with the Python that runs ComfyUI (it needs PyTorch and nothing else).
+Nothing but headers is read. Run it with the Python that runs ComfyUI (it needs PyTorch, NumPy and nothing else).
 """
 
 import argparse
@@ -26,7 +26,7 @@ from flux_nf4.nf4_loader.checkpoint.encoder_file import EncoderFile, encoder_in
 from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError, printable
 from flux_nf4.nf4_loader.checkpoint.header import Header
 from flux_nf4.nf4_loader.checkpoint.quant_state import QUANT_STATE
-from flux_nf4.nf4_loader.checkpoint.require import require_transformer
+from flux_nf4.nf4_loader.checkpoint.require import require_4bit, require_transformer
 from flux_nf4.nf4_loader.checkpoint.shards import read_checkpoint_header
 from flux_nf4.nf4_loader.checkpoint.tensors import Weight4bit
 from flux_nf4.offload.plan import BlockSize, Residency
@@ -82,12 +82,7 @@ def describe_encoder(file: EncoderFile, sizes: Sequence[BlockSize]) -> Iterator[
     Raises:
         CheckpointError: none of it is in 4 bits.
     """
-    if not file.is_4bit:
-        raise CheckpointError(
-            file.path,
-            f"it is {file.encoder.name} with dense weights, not in NF4 or FP4. Load it with 'CLIPLoader' and stream it "
-            "with 'Stream Text Encoder'.",
-        )
+    require_4bit([file])
     files = {entry.path for entry in file.header.tensors.values()}
     yield f"layout        transformers, {'1 file' if len(files) == 1 else f'{len(files)} files'}"
     yield f"model         {file.encoder.name}, a text encoder (type {' or '.join(file.encoder.types)})"

@@ -148,6 +148,15 @@ def has_encoder(names: Iterable[str]) -> bool:
     return any(encoder.first_layer in ours for encoder in ENCODERS)
 
 
+def prefix_not_read(names: Iterable[str]) -> str | None:
+    """What the names of a text encoder of the table begin with in this file, if it is nothing that is known here."""
+    first_layers = tuple(f".{encoder.first_layer}" for encoder in ENCODERS)
+    name = next((name for name in names if name.endswith(first_layers)), None)
+    if name is None:
+        return None
+    return next(name.removesuffix(first[1:]) for first in first_layers if name.endswith(first))
+
+
 def detect_encoder(shapes: _Shapes) -> Encoder | None:
     """The text encoder with these logical shapes, by ComfyUI's names; None if it is not in the table."""
     return next((encoder for encoder in ENCODERS if encoder.is_in(shapes)), None)

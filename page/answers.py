@@ -11,8 +11,8 @@ from ..memory import GIB
 from ..nf4_loader.checkpoint.catalogue import Catalogue, read_catalogue
 from ..nf4_loader.checkpoint.encoder_file import read_encoder_file
 from ..nf4_loader.checkpoint.errors import CheckpointError, reason
-from ..nf4_loader.checkpoint.require import require_all_in_one, require_transformer
-from ..nf4_loader.models.streamed_encoders import encoder_dtype, require_4bit
+from ..nf4_loader.checkpoint.require import require_4bit, require_all_in_one, require_transformer
+from ..nf4_loader.models.streamed_encoders import encoder_dtype
 from ..nf4_loader.models.transformers import model_dtype
 from ..offload.plan import BlockSize, BudgetTooSmallError, Residency, least_device_bytes
 from .encoder_plan import encoder_other_bytes, encoder_sizes

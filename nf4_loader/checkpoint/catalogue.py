@@ -22,6 +22,7 @@ from .quant_state import (
     QuantState,
     parse_quant_state,
 )
+from .read import opened
 from .shards import read_checkpoint_header
 from .tensors import TransformerTensor, Weight4bit
 
@@ -112,8 +113,8 @@ def read_catalogue(path: Path) -> Catalogue:
         path: A file, any one of its shards, their index, or a folder of diffusers.
 
     Raises:
-        CheckpointError: a file is missing or is not safetensors, files disagree, or a quant state does not fit the
-            bytes that it describes.
+        CheckpointError: a file is missing, cannot be read or is not safetensors, files disagree, or a quant state does
+            not fit the bytes that it describes.
     """
     header = read_checkpoint_header(path)
     found = families.detect(header.tensors)
@@ -141,7 +142,7 @@ def group_4bit(path: Path, tensors: Mapping[str, TensorEntry]) -> dict[str, Weig
     """Group what bitsandbytes writes for each packed weight; every other tensor stays by itself.
 
     Raises:
-        CheckpointError: a quant state is not readable or does not fit the bytes that it describes.
+        CheckpointError: a file cannot be read, or a quant state does not fit the bytes that it describes.
     """
     states = {match["weight"]: entry for name, entry in tensors.items() if (match := _QUANT_STATE.match(name))}
     weights4bit: dict[str, Weight4bit] = {}
@@ -159,7 +160,7 @@ def _read_all(path: Path, states: Mapping[str, TensorEntry]) -> dict[str, bytes]
     """The bytes of every quant state; each file is opened once."""
     read: dict[str, bytes] = {}
     for source, group in itertools.groupby(states.items(), key=lambda item: item[1].path):
-        with source.open("rb") as file:
+        with opened(source) as file:
             for weight, entry in group:
                 if entry.nbytes > MAX_QUANT_STATE_BYTES:
                     problem = f"{entry.name}: {entry.nbytes:,} bytes are no quant state. {DAMAGED}"
@@ -175,11 +176,11 @@ def _weight4bit(
     wanted = {"packed": weight, "absmax": f"{weight}.absmax", "quant_map": f"{weight}.quant_map"}
     if state.nested:
         wanted |= {"nested_absmax": f"{weight}.nested_absmax", "nested_map": f"{weight}.nested_quant_map"}
-    found = {field: tensors.get(name) for field, name in wanted.items()}
-    for field, entry in found.items():
-        if entry is None:
-            raise ValueError(f"'{wanted[field]}' is not in the file")
-    entries = {field: entry for field, entry in found.items() if entry is not None}
+    entries: dict[str, TensorEntry] = {}
+    for field, name in wanted.items():
+        if name not in tensors:
+            raise ValueError(f"'{name}' is not in the file")
+        entries[field] = tensors[name]
 
     described = f"its quant state says {state.shape} in {state.quant_type} with blocksize {state.blocksize}"
     if entries["packed"].nbytes != state.packed_bytes:
@@ -192,15 +193,7 @@ def _weight4bit(
     for nested in state.nested:
         _check_entry(described, "nested_absmax", entries["nested_absmax"], "F32", nested.blocks)
         _check_entry(described, "nested_quant_map", entries["nested_map"], "F32", NESTED_MAP)
-    return Weight4bit(
-        state,
-        entries["packed"],
-        entries["absmax"],
-        entries["quant_map"],
-        quant_state,
-        entries.get("nested_absmax"),
-        entries.get("nested_map"),
-    )
+    return Weight4bit(state=state, quant_state=quant_state, **entries)
 
 
 def _check_entry(described: str, field: str, entry: TensorEntry, dtype: str, count: int) -> None:

@@ -3,7 +3,19 @@
 import json
 from pathlib import Path
 
+from .catalogue import Catalogue
+
 _MAX_BYTES = 1_000_000
+
+
+def told_by_config(catalogue: Catalogue) -> list[str]:
+    """Names of the empty tensors from which ComfyUI sees what the model's ``config.json`` says."""
+    told = catalogue.found.family.told_by_config if catalogue.found is not None else {}
+    if not told:
+        return []
+    (entry, *_) = catalogue.header.tensors.values()
+    true = true_in_config(entry.path.parent)
+    return [name for key, name in told.items() if key in true]
 
 
 def true_in_config(folder: Path) -> frozenset[str]:

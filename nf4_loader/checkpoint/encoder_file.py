@@ -1,16 +1,16 @@
 """A text encoder in a file of its own: which one it is, and its tensors by the names of `families.encoders`."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ... import families
-from ...families.encoders import Encoder, detect_encoder, encoder_name, encoder_names
+from ...families.encoders import Encoder, detect_encoder, encoder_name, encoder_names, has_encoder
 from .catalogue import group_4bit
 from .errors import DAMAGED, CheckpointError
 from .header import Header, TensorEntry
 from .identify import of_another_kind, what_else_it_is
+from .quant_state import QUANT_STATE
 from .shards import read_checkpoint_header
 from .tensors import Weight4bit
 
@@ -33,17 +33,8 @@ class EncoderFile:
         return any(isinstance(tensor, Weight4bit) for tensor in self.tensors.values())
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The logical shapes."""
-        return {name: tensor.shape for name, tensor in self.tensors.items()}
-
-    @property
     def packed(self) -> dict[str, Weight4bit]:
         return {name: tensor for name, tensor in self.tensors.items() if isinstance(tensor, Weight4bit)}
-
-    @property
-    def parameters(self) -> int:
-        return sum(math.prod(shape) for shape in self.shapes.values())
 
     @property
     def nbytes(self) -> int:
@@ -100,4 +91,8 @@ def _refusal(header: Header) -> str:
             "it is a transformer and no text encoder. Put it into models/diffusion_models and load it with 'Load Flux "
             "NF4 UNet (streamed)'."
         )
-    return f"it is no text encoder that this node loads ({encoder_names()}): {what_else_it_is(header)}"
+    if has_encoder(header.tensors) and any(QUANT_STATE in name for name in header.tensors):
+        what = "it is another language model in 4 bits, or one of another size, for which there is no node here."
+    else:
+        what = what_else_it_is(header)
+    return f"it is no text encoder that this node loads ({encoder_names()}): {what}"

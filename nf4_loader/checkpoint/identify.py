@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ... import families
-from ...families.encoders import has_encoder
+from ...families.encoders import encoder_names, has_encoder, prefix_not_read
 from .header import Header, natural_key
 from .quant_state import QUANT_STATE
 
@@ -107,8 +107,11 @@ _OTHER_KINDS: tuple[tuple[Callable[[str], bool], str], ...] = (
     ),
 )
 
+_T5, _CLIP = "a T5 text encoder", "a CLIP text encoder"
 _LANGUAGE_MODEL = "a language model (a text encoder)"
 """Mistral 3, Qwen3, Qwen2.5-VL and others, whose hidden states tell a transformer what to draw."""
+
+_ENCODERS = (_T5, _CLIP, _LANGUAGE_MODEL)
 
 _VAE = ("a VAE", "'Load VAE'")
 _OTHER_MODELS = (
@@ -116,15 +119,11 @@ _OTHER_MODELS = (
     (r"^transformer_blocks\.0\.", "a model in the layout of diffusers", "a loader for that model"),
     (r"^(vae\.)?encoder\.down_blocks\.", *_VAE),
     (r"(^|\.)(input_blocks|down_blocks)\.", "a Stable Diffusion or SDXL model", "'Load Checkpoint'"),
-    (r"(^|\.)encoder\.block\.0\.layer\.0\.SelfAttention\.", "a T5 text encoder", "'DualCLIPLoader' (type flux)"),
-    (r"(^|\.)text_model\.encoder\.layers\.0\.", "a CLIP text encoder", "'DualCLIPLoader' (type flux)"),
+    (r"(^|\.)encoder\.block\.0\.layer\.0\.SelfAttention\.", _T5, "'DualCLIPLoader' (type flux)"),
+    (r"(^|\.)text_model\.encoder\.layers\.0\.", _CLIP, "'DualCLIPLoader' (type flux)"),
     (r"(^|\.)layers\.0\.(self_attn|mlp|input_layernorm)\.", _LANGUAGE_MODEL, "'Load CLIP' (folder text_encoders)"),
     (r"(^|\.)decoder\.conv_in\.weight$", *_VAE),
 )
-_LOADERS_OF_4BIT = {
-    "a T5 text encoder": "'Load Flux NF4 Dual CLIP' (folder text_encoders) for it",
-    _LANGUAGE_MODEL: "'Load 4-bit Text Encoder (streamed)' (folder text_encoders) for it",
-}
 
 
 def _is_torchao(facts: _Facts) -> bool:
@@ -214,8 +213,16 @@ def _another_prefix(facts: _Facts) -> str:
 
 def _4bit_encoder(_: _Facts) -> str:
     return (
-        "it is a text encoder in 4 bits, and no transformer. Put it into models/text_encoders and load it with 'Load "
-        "4-bit Text Encoder (streamed)'."
+        f"it is a text encoder in 4 bits, and no transformer. If it is {encoder_names()}, put it into "
+        "models/text_encoders and load it with 'Load 4-bit Text Encoder (streamed)'."
+    )
+
+
+def _4bit_encoder_with_prefix(facts: _Facts) -> str:
+    prefix = prefix_not_read(facts.names)
+    return (
+        f"it is {facts.kind} in 4 bits, whose names begin with '{prefix}', which no loader knows. Save the file again "
+        "without that prefix."
     )
 
 
@@ -224,8 +231,7 @@ def _4bit_of_another_model(facts: _Facts) -> str:
     sample = ", ".join(sorted(facts.names, key=natural_key)[:3])
     return (
         f"it is a bitsandbytes 4-bit file, but not of a model that this node loads ({families.names()}): "
-        f"{f'it is {what}' if what else f'its first names are {sample}'}. Use "
-        f"{_LOADERS_OF_4BIT.get(facts.kind, 'a loader for that model')}."
+        f"{f'it is {what}' if what else f'its first names are {sample}'}. Use a loader for that model."
     )
 
 
@@ -263,6 +269,10 @@ _RULES = (
     _Rule(lambda facts: facts.is_known and not facts.is_4bit, _dense_in_unread_layout),
     _Rule(lambda facts: facts.is_known, _4bit_in_unread_layout),
     _Rule(lambda facts: facts.is_4bit and has_encoder(facts.names), _4bit_encoder),
+    _Rule(
+        lambda facts: facts.is_4bit and facts.kind in _ENCODERS and prefix_not_read(facts.names) is not None,
+        _4bit_encoder_with_prefix,
+    ),
     _Rule(lambda facts: facts.is_4bit, _4bit_of_another_model),
     _Rule(lambda facts: bool(facts.kind), _another_model),
     _Rule(lambda _: True, _nothing_known),

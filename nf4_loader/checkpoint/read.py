@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from .errors import CheckpointError
+from .errors import CheckpointError, reason
 
 CHUNK_BYTES = 16 << 20
 THREADS = min(8, os.cpu_count() or 1)
@@ -58,7 +58,7 @@ def read_small(slices: Sequence[FileSlice]) -> None:
         CheckpointError: a file ended early or could not be read.
     """
     for path, items in itertools.groupby(slices, key=lambda item: item.path):
-        with _opened(path) as file:
+        with opened(path) as file:
             for item in items:
                 _read_into(file, path, item.offset, _bytes_of(item.destination))
 
@@ -95,7 +95,7 @@ def _batches(chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
 def _read_batch(batch: Sequence[Chunk]) -> int:
     """The number of bytes that were read."""
     path = batch[0][0]
-    with _opened(path) as file:
+    with opened(path) as file:
         for _, offset, view, then in batch:
             _read_into(file, path, offset, view)
             if then is not None:
@@ -104,12 +104,17 @@ def _read_batch(batch: Sequence[Chunk]) -> int:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[io.FileIO]:
+def opened(path: Path) -> Iterator[io.FileIO]:
+    """The file, to be read without a buffer.
+
+    Raises:
+        CheckpointError: it cannot be opened, or reading it inside the context fails.
+    """
     try:
         with path.open("rb", buffering=0) as file:
             yield file
     except OSError as error:
-        raise CheckpointError(path, f"reading it failed ({error}). Check the disk, then try again.") from error
+        raise CheckpointError(path, f"reading it failed ({reason(error)}). Check the disk, then try again.") from error
 
 
 def _read_into(file: io.FileIO, path: Path, offset: int, view: memoryview) -> None:

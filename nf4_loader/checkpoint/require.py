@@ -1,9 +1,13 @@
 """What a file must hold so that a node can load it."""
 
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
 from ...families import Family
 from .catalogue import CLIP_L_PREFIX, SCALES, T5_PREFIX, VAE_PREFIX, Catalogue
+from .encoder_file import EncoderFile
 from .errors import DAMAGED, CheckpointError
-from .header import TensorEntry
+from .header import TensorEntry, natural_key
 from .identify import what_else_it_is
 from .quant_state import QUANT_STATE
 from .tensors import Weight4bit
@@ -66,6 +70,40 @@ def require_all_in_one(catalogue: Catalogue) -> None:
             "as flux1-dev-bnb-nf4-v2.safetensors. A file without them goes into models/diffusion_models: load it with "
             "'Load Flux NF4 UNet (streamed)', with 'DualCLIPLoader' (clip_l and t5xxl, type flux) and 'Load VAE' "
             "(ae.safetensors) beside it.",
+        )
+
+
+def require_4bit(files: Sequence[EncoderFile]) -> None:
+    """Check that one of the ``files`` is in 4 bits.
+
+    Raises:
+        CheckpointError: none is; it names the nodes for dense ones.
+    """
+    if not any(file.is_4bit for file in files):
+        raise CheckpointError(
+            files[0].path,
+            f"it is {files[0].encoder.name} with dense weights, not in NF4 or FP4. Load it with "
+            f"{'CLIPLoader' if len(files) == 1 else 'DualCLIPLoader'!r} and stream it with 'Stream Text Encoder'.",
+        )
+
+
+def require_no_missing(path: Path, of: str, missing: Iterable[str]) -> None:
+    """Check that no tensor of a model is missing.
+
+    Args:
+        path: Of its file.
+        of: The model, such as "the transformer".
+        missing: Names of the tensors that the model needs and the file lacks.
+
+    Raises:
+        CheckpointError: naming the first ones.
+    """
+    names = sorted(missing, key=natural_key)
+    if names:
+        raise CheckpointError(
+            path,
+            f"tensors of {of} are missing ({len(names)}): {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}. "
+            "The file is incomplete: download it again.",
         )
 
 

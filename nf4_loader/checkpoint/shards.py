@@ -54,8 +54,8 @@ def _main_file(folder: Path) -> Path:
         raise CheckpointError(folder, f"the folder cannot be read ({reason(error)}).") from error
     indices = [name for name in names if _INDEX.fullmatch(name)]
     files = indices or [name for name in names if name.endswith(".safetensors")]
-    stems = {match["stem"] if (match := _SHARD.fullmatch(name)) else name for name in files}
-    if len(stems) != 1:
+    models = {match.group("stem", "count") if (match := _SHARD.fullmatch(name)) else name for name in files}
+    if len(models) != 1:
         found = ", ".join(files[:4]) if files else "no .safetensors file"
         raise CheckpointError(
             folder, f"the folder should hold one model, as diffusers saves it; found {found}. Pick the model's file."
@@ -69,11 +69,11 @@ def _shards_of(path: Path) -> tuple[Mapping[str, str], Sequence[Path]]:
     index = path.with_name(f"{shard['stem']}.safetensors.index.json") if shard else path
     if not _INDEX.fullmatch(index.name):
         return {}, [path]
-    if shard and not index.exists():
+    weight_map = _read_weight_map(index) if index.exists() or not shard else {}
+    if shard and path.name not in weight_map.values():  # there is no index, or it is of another model in this folder
         count = int(shard["count"])
         names = [f"{shard['stem']}-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
         return {}, _present(path, names)
-    weight_map = _read_weight_map(index)
     return weight_map, _present(index, sorted(set(weight_map.values())))
 
 

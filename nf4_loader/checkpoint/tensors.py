@@ -22,8 +22,8 @@ class Weight4bit:
     absmax: TensorEntry
     quant_map: TensorEntry
     quant_state: TensorEntry
-    nested_absmax: TensorEntry | None
-    nested_map: TensorEntry | None
+    nested_absmax: TensorEntry | None = None
+    nested_map: TensorEntry | None = None
 
     @property
     def name(self) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import comfy.model_base
 import torch
@@ -21,7 +22,7 @@ def fill(
     model: comfy.model_base.BaseModel,
     catalogue: Catalogue,
     progress: Callable[[int], None],
-    there: There | None = None,
+    there: There = MappingProxyType({}),
 ) -> None:
     """Read the transformer's tensors from the files into the host memory that ``model`` is bound to.
 
@@ -33,8 +34,8 @@ def fill(
         CheckpointError: a file ended early, could not be read, or has another code table than its type says.
     """
     with torch.inference_mode(False), torch.no_grad():
-        read_parts(list(_destinations(model, catalogue, there or {})), progress)
-        _swap_halves(model, catalogue, there or {})
+        read_parts(list(_destinations(model, catalogue, there)), progress)
+        _swap_halves(model, catalogue, there)
     model.nf4_catalogue = catalogue
 
 
@@ -52,7 +53,7 @@ def _destinations(
             yield from parts_to_read(module, tensor, have)
         elif module is not None and kind not in have:
             parameter = module._parameters.get(kind)
-            if parameter is not None:  # else not of this model: `build_flux` has logged it
+            if parameter is not None:  # else not of this model: `build_transformer` has logged it
                 yield from _of_parameter(parameter, tensor)
 
 

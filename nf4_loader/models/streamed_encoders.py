@@ -10,7 +10,6 @@ from typing import Any
 import comfy.model_management
 import comfy.ops
 import comfy.sd
-import comfy.sd1_clip
 import torch
 from torch import nn
 
@@ -24,9 +23,6 @@ from ..checkpoint.tensors import TransformerTensor, Weight4bit
 from ..linear.linear4bit import Linear4bit
 from . import text_encoders
 from .tokenizers import tokenizer_tensors
-
-_OPTIONAL = ("text_projection.weight", "logit_scale", "lm_head.weight", "position_ids")
-"""Ends of names without which a prompt is encoded all the same."""
 
 _WITHOUT_DYNAMIC = (
     {"disable_dynamic": True}
@@ -100,20 +96,6 @@ def require_type(file: EncoderFile, clip_type: str) -> None:
         )
 
 
-def require_4bit(files: Sequence[EncoderFile]) -> None:
-    """Check that one of the ``files`` is in 4 bits.
-
-    Raises:
-        CheckpointError: none is; it names the nodes for dense ones.
-    """
-    if not any(file.is_4bit for file in files):
-        raise CheckpointError(
-            files[0].path,
-            f"it is {files[0].encoder.name} with dense weights, not in NF4 or FP4. Load it with "
-            f"{'CLIPLoader' if len(files) == 1 else 'DualCLIPLoader'!r} and stream it with 'Stream Text Encoder'.",
-        )
-
-
 def supported_types() -> list[str]:
     """The CLIP types for which this ComfyUI encodes with one of our text encoders."""
     known = {kind for encoder in ENCODERS for kind, needed in encoder.types.items() if _knows(needed)}
@@ -181,7 +163,9 @@ def build_encoders(files: Sequence[EncoderFile], clip_type: str, embedding_direc
             files[0].path, f"ComfyUI does not take it{beside} ({type(error).__name__}: {error})."
         ) from error
     _let_go(clip)
-    _require_complete(files, clip, states)
+    given = {name for state in states for name in state}
+    for transformer in text_encoders.transformers_of(clip).values():
+        text_encoders.require_complete(files[0].path, transformer, given)
     weights = _adopt(files, clip, states, sources)
     del kept
     return BuiltEncoders(clip, weights)
@@ -255,27 +239,6 @@ def _require_4bit_or_plain(file: EncoderFile) -> None:
         )
 
 
-def _parts(clip: comfy.sd.CLIP) -> dict[str, nn.Module]:
-    """Each text encoder's transformer by its path."""
-    return {
-        f"{path}.transformer": module.transformer
-        for path, module in clip.cond_stage_model.named_modules()
-        if isinstance(module, comfy.sd1_clip.SDClipModel)
-    }
-
-
-def _require_complete(files: Sequence[EncoderFile], clip: comfy.sd.CLIP, states: Sequence[State]) -> None:
-    given = {name for state in states for name in state}
-    wanted = {name for part in _parts(clip).values() for name in part.state_dict()}
-    missing = sorted((name for name in wanted - given if not name.endswith(_OPTIONAL)), key=natural_key)
-    if missing:
-        raise CheckpointError(
-            files[0].path,
-            f"tensors of the text encoder are missing ({len(missing)}): {', '.join(missing[:4])}"
-            f"{', ...' if len(missing) > 4 else ''}. The file is incomplete: download it again.",
-        )
-
-
 def _adopt(
     files: Sequence[EncoderFile], clip: comfy.sd.CLIP, states: Sequence[State], sources: Mapping[int, Weight4bit]
 ) -> dict[Linear4bit, TransformerTensor]:
@@ -283,7 +246,7 @@ def _adopt(
     weights: dict[Linear4bit, TransformerTensor] = {}
     packed = {name: sources[id(value)] for state in states for name, value in state.items() if id(value) in sources}
     with torch.inference_mode(False), torch.no_grad():
-        for part in _parts(clip).values():
+        for part in text_encoders.transformers_of(clip).values():
             modules = dict(part.named_modules())
             for name in _names_in(modules, packed):
                 path = name.removesuffix(".weight")

@@ -1,7 +1,7 @@
 """CLIP-L and T5 through ComfyUI's own classes, with the Linears that a file has in 4 bits left in 4 bits."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import comfy.model_management
 import comfy.ops
 import comfy.sd
+import comfy.sd1_clip
 import comfy.utils
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from ..checkpoint.errors import CheckpointError
 from ..checkpoint.header import Header, TensorEntry
 from ..checkpoint.identify import of_another_kind
 from ..checkpoint.read_parts import DenseMemory, PackedMemory, memory_of, read_entries, read_parts
+from ..checkpoint.require import require_no_missing
 from ..checkpoint.shards import read_checkpoint_header
 from ..checkpoint.tensors import TransformerTensor, Weight4bit
 from ..linear.linear4bit import Linear4bit
@@ -25,7 +27,7 @@ from .patched_encoders import patch_4bit_layers
 
 _MARKS = {
     "t5xxl": re.compile(r"encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.q\.weight$"),
-    "clip_l": re.compile(r"text_model\.encoder\.layers\.(\d+)\.mlp\.fc1\.weight$|transformer\.resblocks\.0\.ln_1\."),
+    "clip_l": re.compile(r"text_model\.encoder\.layers\.\d+\.mlp\.fc1\.weight$|transformer\.resblocks\.0\.ln_1\."),
 }
 """A weight of each encoder, by the names of transformers; of CLIP-L also by OpenAI's, which ComfyUI renames."""
 
@@ -34,6 +36,9 @@ _FORMATS = "_quantization_metadata"
 """The metadata in which some files describe ComfyUI's own formats; others do it in tensors."""
 
 _READ_BY_ALL = "bf16, fp16 or plain fp8 (t5xxl_fp8_e4m3fn.safetensors)"
+
+_OPTIONAL = ("text_projection.weight", "logit_scale", "lm_head.weight", "position_ids", *COMPANIONS)
+"""Ends of names without which a prompt is encoded all the same."""
 
 State = dict[str, torch.Tensor]
 
@@ -123,7 +128,8 @@ def load_dual_clip(paths: Sequence[Path], embedding_directory: Sequence[str]) ->
     """Load CLIP-L and T5 for Flux from two files, in any order, each dense or in 4 bits.
 
     Raises:
-        CheckpointError: a file is none of the two, both are of one kind, or ComfyUI does not take them.
+        CheckpointError: a file is none of the two, both are of one kind, ComfyUI does not take them, or a tensor is
+            missing.
     """
     encoders: dict[str, _Encoder] = {}
     for path in paths:
@@ -143,16 +149,22 @@ def load_dual_clip(paths: Sequence[Path], embedding_directory: Sequence[str]) ->
         require_computable(encoder.path, encoder.state, weights)
     t5 = encoders["t5xxl"]
     layers = max(int(match[1]) for name in t5.state if (match := _MARKS["t5xxl"].search(name))) + 1
+    states = [encoder.state for encoder in found]  # in which ComfyUI gives tensors its own names
     try:
         clip = comfy.sd.load_text_encoder_state_dicts(
-            [encoder.state for encoder in found],
+            states,
             embedding_directory=list(embedding_directory),
             clip_type=comfy.sd.CLIPType.FLUX,
             model_options=options_for(weights, layers),
         )
-    except RuntimeError as error:  # torch raises it for shapes that are not the model's
+    except Exception as error:  # ComfyUI's code looks at shapes that nobody has checked, and raises whatever comes
         other = encoders["clip_l"].path.name
-        raise CheckpointError(t5.path, f"ComfyUI does not take it with {other}: {error}") from error
+        raise CheckpointError(
+            t5.path, f"ComfyUI does not take it with {other} ({type(error).__name__}: {error})."
+        ) from error
+    transformers = transformers_of(clip)
+    for encoder, state in zip(found, states, strict=True):
+        require_complete(encoder.path, transformers[f"{encoder.kind}.transformer"], state)
     adopt_4bit(clip, weights)
     if all(encoder.is_as_the_model for encoder in found):
         clip.cond_stage_model.nf4_entries = {
@@ -229,6 +241,30 @@ def require_computable(path: Path, state: Iterable[str], weights: Mapping[str, W
             f"{newer}: a text encoder in a format of ComfyUI's own that this ComfyUI does not read yet. Update ComfyUI "
             f"to 0.8 or later, or load another T5 with 'DualCLIPLoader' (type flux): {_READ_BY_ALL}.",
         )
+
+
+def transformers_of(clip: comfy.sd.CLIP) -> dict[str, nn.Module]:
+    """Each text encoder's transformer by its path in ``clip.cond_stage_model``."""
+    return {
+        f"{path}.transformer": module.transformer
+        for path, module in clip.cond_stage_model.named_modules()
+        if isinstance(module, comfy.sd1_clip.SDClipModel)
+    }
+
+
+def require_complete(path: Path, transformer: nn.Module, given: Container[str]) -> None:
+    """Check that a text encoder has all values that it computes with. ComfyUI leaves memory that nobody has filled.
+
+    Args:
+        path: Of its file.
+        transformer: One of `transformers_of`, before a `Linear4bit` is put into it.
+        given: The names of the tensors that it was given.
+
+    Raises:
+        CheckpointError: naming the tensors that are missing.
+    """
+    missing = (name for name in transformer.state_dict() if name not in given and not name.endswith(_OPTIONAL))
+    require_no_missing(path, "the text encoder", missing)
 
 
 def options_for(weights: Mapping[str, Weight4bit], t5_layers: int) -> dict[str, Any]:

@@ -20,12 +20,20 @@ from torch.nn import functional
 
 from ... import families
 from ..checkpoint.catalogue import TEXT_ENCODERS_PREFIX, Catalogue
-from ..checkpoint.config import true_in_config
-from ..checkpoint.errors import CheckpointError
+from ..checkpoint.config import told_by_config
+from ..checkpoint.errors import DAMAGED, CheckpointError
 from ..checkpoint.header import natural_key
 from ..checkpoint.read_parts import read_entries
+from ..checkpoint.require import require_no_missing
 from ..linear.linear4bit import Linear4bit
-from .text_encoders import adopt_4bit, options_for, read_encoders, require_computable
+from .text_encoders import (
+    adopt_4bit,
+    options_for,
+    read_encoders,
+    require_complete,
+    require_computable,
+    transformers_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +64,7 @@ def _gate_in_place(transformer: nn.Module) -> None:
             module.gate_fn = _InPlaceSiLU()
 
 
-def build_flux(catalogue: Catalogue) -> comfy.model_base.BaseModel:
+def build_transformer(catalogue: Catalogue) -> comfy.model_base.BaseModel:
     """Make ComfyUI's model for the file, every tensor of it on the meta device.
 
     The configuration is ComfyUI's own detection, run on meta tensors of the logical shapes. Packed weights
@@ -85,7 +93,7 @@ def build_flux(catalogue: Catalogue) -> comfy.model_base.BaseModel:
 
 
 def model_dtype(catalogue: Catalogue) -> torch.dtype:
-    """The dtype that `build_flux` gives dense tensors.
+    """The dtype that `build_transformer` gives dense tensors.
 
     Raises:
         CheckpointError: ComfyUI sees no model of a known family in the file.
@@ -96,7 +104,7 @@ def model_dtype(catalogue: Catalogue) -> torch.dtype:
 def _detected(catalogue: Catalogue) -> Any:
     """ComfyUI's configuration of the model."""
     state = {name: torch.empty(shape, device="meta") for name, shape in catalogue.logical_shapes.items()}
-    state |= {name: torch.empty(0, device="meta") for name in _told_by_config(catalogue)}
+    state |= {name: torch.empty(0, device="meta") for name in told_by_config(catalogue)}
     with _refusing_what_comfyui_cannot_take(catalogue):
         config = comfy.model_detection.model_config_from_unet(state, "")
     found = getattr(config, "unet_config", {}).get("image_model")
@@ -108,15 +116,6 @@ def _detected(catalogue: Catalogue) -> Any:
             catalogue.path, too_old or f"ComfyUI sees {seen} in it. This node loads only {families.names()}."
         )
     return config
-
-
-def _told_by_config(catalogue: Catalogue) -> Iterator[str]:
-    """Names of empty tensors that stand for what the model's ``config.json`` says."""
-    told = catalogue.found.family.told_by_config if catalogue.found is not None else {}
-    if told:
-        (entry, *_) = catalogue.header.tensors.values()
-        true = true_in_config(entry.path.parent)
-        yield from (name for key, name in told.items() if key in true)
 
 
 def _why_comfyui_is_too_old(catalogue: Catalogue) -> str:
@@ -201,13 +200,7 @@ def _check_complete(model: comfy.model_base.BaseModel, modules: Mapping[str, nn.
     names = model_names(model, catalogue)
     shapes = catalogue.logical_shapes
     wanted = _tensor_shapes(modules)
-    missing = sorted(wanted.keys() - names.keys(), key=natural_key)
-    if missing:
-        raise CheckpointError(
-            catalogue.path,
-            f"tensors of the transformer are missing ({len(missing)}): {', '.join(missing[:4])}"
-            f"{', ...' if len(missing) > 4 else ''}. The file is incomplete: download it again.",
-        )
+    require_no_missing(catalogue.path, "the transformer", wanted.keys() - names.keys())
     for name in wanted:
         tensor = catalogue.transformer[names[name]]
         if tensor.weights4bit and not isinstance(modules.get(name.removesuffix(".weight")), Linear4bit):
@@ -241,7 +234,7 @@ def _tensor_shapes(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...
 def block_groups(model: comfy.model_base.BaseModel) -> dict[str, Sequence[nn.Module]]:
     """The transformer's blocks by kind, in the order in which a forward runs them."""
     family = families.family_of_model(model.model_config.unet_config.get("image_model"))
-    assert family is not None, "`build_flux` has checked it"
+    assert family is not None, "`build_transformer` has checked it"
     return {kind: list(model.diffusion_model.get_submodule(blocks)) for blocks, kind in family.lists.items()}
 
 
@@ -265,7 +258,7 @@ def load_clip_and_vae(catalogue: Catalogue, embedding_directory: Sequence[str]) 
     as many layers as the file has. Both remember where their tensors are in the file, as ``nf4_entries``.
 
     Raises:
-        CheckpointError: ComfyUI does not recognise them, or they have other shapes.
+        CheckpointError: ComfyUI does not recognise them, they have other shapes, or a tensor of an encoder is missing.
     """
     shapes = catalogue.logical_shapes
     state = {families.CHECKPOINT_PREFIX + name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
@@ -281,17 +274,18 @@ def load_clip_and_vae(catalogue: Catalogue, embedding_directory: Sequence[str]) 
             output_model=False,
             te_model_options=options_for(weights, catalogue.t5_layers),
         )
-    except RuntimeError as error:  # torch's, for shapes that do not fit the model
-        raise CheckpointError(
-            catalogue.path, f"ComfyUI does not take its text encoders or VAE: {error}. The file is damaged."
-        ) from error
-    clip, vae = (parts[1], parts[2]) if parts else (None, None)
-    if clip is None or vae is None:
+    except Exception as error:  # ComfyUI's code looks at shapes that nobody has checked, and raises whatever comes
         raise CheckpointError(
             catalogue.path,
-            f"ComfyUI does not recognise its {'text encoders' if clip is None else 'VAE'}. The file is damaged or was "
-            "made by a tool that this node does not know.",
-        )
+            f"ComfyUI does not take its text encoders or VAE ({type(error).__name__}: {error}). {DAMAGED}",
+        ) from error
+    clip, vae = (parts[1], parts[2]) if parts else (None, None)
+    if clip is None or vae is None or vae.first_stage_model is None:
+        not_recognised = "text encoders" if clip is None else "VAE"
+        raise CheckpointError(catalogue.path, f"ComfyUI does not recognise its {not_recognised}. {DAMAGED}")
+    for part, transformer in transformers_of(clip).items():
+        given = {name.removeprefix(f"{TEXT_ENCODERS_PREFIX}{part}.") for name in encoders}
+        require_complete(catalogue.path, transformer, given)
     adopt_4bit(clip, weights)
     clip.cond_stage_model.nf4_entries = dict(catalogue.text_encoders)
     vae.first_stage_model.nf4_entries = dict(catalogue.vae)

@@ -10,7 +10,8 @@ import torch
 
 from ... import families
 from ..checkpoint.catalogue import COMPANIONS, SCALES, Catalogue, is_of_transformer, read_catalogue
-from ..checkpoint.errors import CheckpointError
+from ..checkpoint.config import told_by_config
+from ..checkpoint.errors import CheckpointError, reason
 from ..checkpoint.header import TensorEntry
 from ..checkpoint.identify import of_another_kind, what_else_it_is
 from ..checkpoint.read_parts import TORCH_DTYPES
@@ -52,7 +53,8 @@ def has_others(path: Path) -> bool:
 
 
 def sources_of_catalogue(catalogue: Catalogue) -> list[Source]:
-    """The tensors of the transformer. Other tensors of the file are left out, and the log says so.
+    """The tensors of the transformer, and those that stand for what its ``config.json`` says. Other tensors of the file
+    are left out, and the log says so.
 
     Raises:
         CheckpointError: there is no transformer, or it has weights that are neither float numbers nor in 4 bits.
@@ -74,7 +76,12 @@ def sources_of_catalogue(catalogue: Catalogue) -> list[Source]:
         stored, is_embedding = None if scales else tensor, name in catalogue.found.family.embeddings
         sources.append(Source(name, tensor.shape, read, stored=stored, is_embedding=is_embedding))
     _say_what_is_left_out(catalogue.path, left_out)
-    return sources
+    told = (name for name in told_by_config(catalogue) if name not in catalogue.transformer)
+    return sources + [Source(name, (0,), _nothing) for name in told]
+
+
+def _nothing(device: torch.device) -> torch.Tensor:
+    return torch.empty(0, device=device)
 
 
 def _is_bookkeeping(tensor: TransformerTensor) -> bool:
@@ -159,7 +166,8 @@ def _sources_of_gguf(path: Path) -> list[Source]:
     try:
         tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     except (OSError, ValueError, KeyError, IndexError) as error:
-        raise CheckpointError(path, f"it is not readable as GGUF ({error}). Download it again.") from error
+        why = reason(error) if isinstance(error, OSError) else error
+        raise CheckpointError(path, f"it is not readable as GGUF ({why}). Download it again.") from error
     found = families.detect(tensors)
     if found is None or found.layout is not found.family.native or not found.layout.is_read:
         raise CheckpointError(path, f"it holds no transformer of {families.names()} in the names of ComfyUI's model.")

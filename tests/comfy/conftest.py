@@ -13,7 +13,7 @@ from flux_nf4.checkpoints import load_transformer, streamed
 from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
 from flux_nf4.nf4_loader.checkpoint.require import require_transformer
 from flux_nf4.nf4_loader.models.fill import fill
-from flux_nf4.nf4_loader.models.transformers import build_flux, materialise
+from flux_nf4.nf4_loader.models.transformers import build_transformer, materialise
 from flux_nf4.offload import record
 from flux_nf4.offload.comfyui import large_layers
 from flux_nf4.offload.comfyui import streaming as streaming_module
@@ -103,7 +103,7 @@ def read_model(tiny_config, monkeypatch):
         for key, name in (("depth", "double_blocks"), ("depth_single_blocks", "single_blocks")):
             tiny.unet_config[key] = len({n.split(".")[1] for n in catalogue.transformer if n.startswith(f"{name}.")})
         monkeypatch.setattr(comfy.model_detection, "model_config_from_unet", lambda *_: tiny)
-        model = build_flux(catalogue)
+        model = build_transformer(catalogue)
         materialise(model.diffusion_model)
         read = []
         fill(model, catalogue, read.append)

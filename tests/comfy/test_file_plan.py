@@ -15,7 +15,7 @@ from flux_nf4.checkpoints import load_transformer
 from flux_nf4.families import Family
 from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
 from flux_nf4.nf4_loader.checkpoint.require import require_transformer
-from flux_nf4.nf4_loader.models.transformers import block_groups, build_flux
+from flux_nf4.nf4_loader.models.transformers import block_groups, build_transformer
 from flux_nf4.offload.comfyui.modulation import modulation_in
 from flux_nf4.offload.plan import STAGING_BYTES, Residency
 from flux_nf4.offload.record import layout_of
@@ -79,7 +79,7 @@ def test_sizes_are_those_of_the_loaded_model(recipe, change, tmp_path, tiny_conf
         change(tensors)
         save_file(tensors, path)
     catalogue = read_catalogue(path)
-    model = build_flux(catalogue)
+    model = build_transformer(catalogue)
     dtype = model.diffusion_model.dtype
     assert in_no_order(block_sizes(catalogue, dtype)) == in_no_order(
         Streamer(block_groups(model), without=_modulation_of(model)).sizes()
@@ -87,7 +87,7 @@ def test_sizes_are_those_of_the_loaded_model(recipe, change, tmp_path, tiny_conf
 
 
 def test_sizes_of_a_real_file_are_those_of_comfyuis_model(full_size):
-    model = build_flux(full_size)
+    model = build_transformer(full_size)
     dtype = model.diffusion_model.dtype
     groups = block_groups(model)
     modulation = _modulation_of(model)

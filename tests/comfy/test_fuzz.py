@@ -26,11 +26,11 @@ from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
 from flux_nf4.nf4_loader.checkpoint.encoder_file import read_encoder_file
 from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
 from flux_nf4.nf4_loader.checkpoint.read_parts import DenseMemory, memory_of, read_parts
-from flux_nf4.nf4_loader.checkpoint.require import require_all_in_one, require_transformer
+from flux_nf4.nf4_loader.checkpoint.require import require_4bit, require_all_in_one, require_transformer
 from flux_nf4.nf4_loader.checkpoint.tensors import TransformerTensor, Weight4bit
 from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
-from flux_nf4.nf4_loader.models.streamed_encoders import require_4bit, require_type
-from flux_nf4.nf4_loader.models.transformers import build_flux
+from flux_nf4.nf4_loader.models.streamed_encoders import require_type
+from flux_nf4.nf4_loader.models.transformers import build_transformer
 from flux_nf4.nf4_loader.saving.quantise import QuantSettings, quantise
 from flux_nf4.page.encoder_plan import encoder_other_bytes, encoder_sizes
 from flux_nf4.page.file_plan import block_sizes
@@ -418,7 +418,7 @@ def test_mutated_shapes_become_a_model_or_are_refused(family, tmp_path, monkeypa
                 tensors[name] = ("BF16", shape, None)
         write_sparse(path, tensors)
         try:
-            messages.add(outcome(path, lambda path: build_flux(read_catalogue(path)))[:60])
+            messages.add(outcome(path, lambda path: build_transformer(read_catalogue(path)))[:60])
         except BaseException as error:
             raise AssertionError(f"seed {seed}") from error
     assert "" in messages

@@ -4,6 +4,7 @@ import asyncio
 import functools
 import json
 import re
+import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,6 +17,7 @@ import comfyui_version
 import describe
 import folder_paths
 import pytest
+import quantise
 import torch
 from bitsandbytes import functional as bnb
 from bitsandbytes.nn import Linear4bit as BnbLinear4bit
@@ -280,6 +282,13 @@ def test_the_two_models_of_ideogram_4_make_one_picture(quantised, monkeypatch, c
     assert torch.equal(latents(twins[0], ours[1]), wanted), "one of ours beside one of stock ComfyUI"
 
 
+def check_is_told(catalogue, patcher):
+    """The file says that its input pictures have timestep 0, and so does the model, if this ComfyUI has that."""
+    assert "__index_timestep_zero__" in catalogue.transformer
+    transformer = patcher.model.diffusion_model
+    assert getattr(transformer, "default_ref_method", "index_timestep_zero") == "index_timestep_zero"
+
+
 def test_what_only_the_config_says_of_qwen_image_edit_2511_is_known_and_saved(tmp_path, monkeypatch):
     """Its tensors are those of the other Qwen-Images; ComfyUI is told by an empty tensor."""
     small = replace(SMALL["Qwen-Image"], config=SMALL["Qwen-Image"].config | {"zero_cond_t": True})
@@ -289,12 +298,15 @@ def test_what_only_the_config_says_of_qwen_image_edit_2511_is_known_and_saved(tm
     _, model = load(tmp_path / "quantised")
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
     FluxNF4QuantiseSave().save(streamed(model, Residency(()), None), "saved", "output", "nf4", "fp32", "")
-    (path,) = tmp_path.glob("*.safetensors")
-    catalogue, again = load(path)
-    for transformer in (model.model.diffusion_model, again.model.diffusion_model):
-        knows = hasattr(transformer, "default_ref_method")
-        assert not knows or transformer.default_ref_method == "index_timestep_zero"
-        assert ("__index_timestep_zero__" in catalogue.transformer) == knows
+    (by_node,) = tmp_path.glob("*.safetensors")
+    by_command = tmp_path / "command.safetensors"
+    for folder in ("dense", "quantised"):
+        monkeypatch.setattr(sys, "argv", ["quantise", str(tmp_path / folder), str(by_command), "--force"])
+        quantise.main()
+        catalogue, again = load(by_command)
+        check_is_told(catalogue, again)
+    check_is_told(*load(by_node))
+    check_is_told(catalogue, model)
     (tmp_path / "quantised" / "config.json").write_text("[" * 100_000)
     key = tmp_path / "quantised" / "config.json"
     assert true_in_config(key.parent) == frozenset()

@@ -25,6 +25,8 @@ OLD_NODE = "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload"
 def test_a_missing_file_is_an_error_that_names_the_folder():
     with pytest.raises(FileNotFoundError, match=r"gone\.safetensors: there is no such file in the checkpoints folder"):
         nodes.NODE_CLASS_MAPPINGS[OLD_NODE]().load_checkpoint("gone.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"gone\.safetensors: there is no such file in the text_encoders"):
+        nodes.NODE_CLASS_MAPPINGS["FluxNF4DualCLIPLoader"]().load_clip("gone.safetensors", "gone.safetensors")
     assert folder_paths.get_folder_paths("checkpoints")
 
 

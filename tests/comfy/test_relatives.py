@@ -14,7 +14,7 @@ from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
 from flux_nf4.nf4_loader.checkpoint.require import require_transformer
 from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
 from flux_nf4.nf4_loader.models.fill import fill
-from flux_nf4.nf4_loader.models.transformers import build_flux, materialise
+from flux_nf4.nf4_loader.models.transformers import build_transformer, materialise
 from flux_nf4.nf4_loader.saving.quantise import QuantSettings, quantise
 
 COMMON = {
@@ -102,7 +102,7 @@ def test_a_relative_computes_what_its_dense_model_does(kind, config, channels, m
     monkeypatch.setattr(comfy.model_detection, "model_config_from_unet", lambda *_: detected)
     catalogue = read_catalogue(path)
     require_transformer(catalogue)
-    model = build_flux(catalogue)
+    model = build_transformer(catalogue)
     materialise(model.diffusion_model)
     fill(model, catalogue, lambda _: None)
     ours = model.diffusion_model

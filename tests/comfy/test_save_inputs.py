@@ -68,6 +68,11 @@ def test_the_end_of_a_name_may_be_in_capitals(tmp_path):
     check(save(tmp_path / "FLUX.GGUF", tmp_path / "made.safetensors"), expected)
 
 
+def test_a_gguf_that_cannot_be_read_is_refused_without_its_folder(tmp_path):
+    with pytest.raises(CheckpointError, match=r"^gone\.gguf: it is not readable as GGUF \(No such file[^/]*$"):
+        sources_of_file(tmp_path / "gone.gguf", all_in_one=False)
+
+
 def test_the_index_of_a_variant_is_taken(tmp_path):
     model = FluxTransformer2DModel(
         num_layers=1, num_single_layers=1, attention_head_dim=128, num_attention_heads=2, guidance_embeds=True

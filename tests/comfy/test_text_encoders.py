@@ -10,22 +10,18 @@ import comfy.sd
 import comfy.utils
 import pytest
 import torch
-from bitsandbytes import functional as bnb
-from bitsandbytes.nn import Linear4bit as BnbLinear4bit
 from comfy.model_patcher import ModelPatcher
 from comfy_extras.nodes_hooks import SetClipHooks
 from comfy_extras.nodes_model_merging import CLIPAdd, CLIPMergeSimple, CLIPSave, CLIPSubtract
-from packed_tensors import packed_tensors
+from encoders_of_flux import all_in_one, dense_reference
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from sparse_file import write_sparse
 from there_and_back import Copied, move
 from transformers import BitsAndBytesConfig, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from flux_nf4.checkpoints import load_all_in_one
 from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
 from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
-from flux_nf4.nf4_loader.checkpoint.read_parts import TORCH_DTYPES
 from flux_nf4.nf4_loader.checkpoint.require import require_all_in_one
 from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
 from flux_nf4.nf4_loader.models import text_encoders
@@ -88,21 +84,6 @@ def t5(tmp_path_factory):
         return model, min(folder.glob("*.safetensors"))
 
     return make
-
-
-def dense_reference(model):
-    """transformers' model with the weights that bitsandbytes dequantises, in fp32."""
-    dense = T5EncoderModel(model.config).float().eval()
-    state = {}
-    for name, tensor in model.state_dict().items():
-        if ".weight." not in name:
-            state[name] = tensor.float() if tensor.is_floating_point() else tensor
-    for name, module in model.named_modules():
-        if isinstance(module, BnbLinear4bit):
-            module.weight.quant_state.dtype = torch.float32
-            state[f"{name}.weight"] = bnb.dequantize_4bit(module.weight.data, module.weight.quant_state)
-    dense.load_state_dict(state)
-    return dense
 
 
 @pytest.mark.parametrize(
@@ -286,7 +267,7 @@ def test_text_encoders_and_vae_leave_a_device_without_copies(t5, clip_l, tmp_pat
     loaded = load_all_in_one(
         read_catalogue(all_in_one(tmp_path / "flux.safetensors", load_file(clip_l), load_file(path)))
     )
-    monkeypatch.setattr("folder_paths.get_full_path_or_raise", lambda _, name: str(name))
+    monkeypatch.setattr("folder_paths.get_full_path", lambda _, name: str(name))
     (from_two_files,) = NODE_CLASS_MAPPINGS["FluxNF4DualCLIPLoader"]().load_clip(str(clip_l), str(path))
     monkeypatch.setattr(torch.nn.Module, "to", move)
     pinned = []
@@ -310,25 +291,6 @@ def test_text_encoders_and_vae_leave_a_device_without_copies(t5, clip_l, tmp_pat
     move(loaded.clip.patcher.model, "meta")
     with pytest.raises(Copied):
         move(loaded.clip.patcher.model, "cpu")
-
-
-def all_in_one(path, clip_l, t5, vae_path=None):
-    """A file with these text encoders beside a transformer and a VAE (at ``vae_path``, if given) of the real layout,
-    which are holes."""
-    tensors = {}
-    for name, shape in layout.flux(1, 1, guidance=True).items():
-        name = f"model.diffusion_model.{name}"
-        tensors |= packed_tensors(name, shape, "nf4", 64) if len(shape) == 2 else {name: ("BF16", shape, None)}
-    vae = {f"vae.{name}": ("BF16", shape, None) for name, shape in layout.vae().items()}
-    names = {dtype: name for name, dtype in TORCH_DTYPES.items()} | {torch.uint8: "U8"}
-    for part, state in (("clip_l", clip_l), ("t5xxl", t5)):
-        for name, tensor in state.items():
-            raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-            tensors[f"text_encoders.{part}.transformer.{name}"] = (names[tensor.dtype], tuple(tensor.shape), raw)
-    if vae_path is not None:
-        write_sparse(vae_path, vae)
-    write_sparse(path, tensors if vae_path is not None else tensors | vae)
-    return path
 
 
 def test_an_all_in_one_file_may_be_in_shards(t5, clip_l, tmp_path):
@@ -368,8 +330,57 @@ def test_encoders_of_other_shapes_are_refused_with_the_files_name(t5, clip_l, tm
     state = load_file(clip_l)
     state["text_model.final_layer_norm.weight"] = torch.ones(32).half()
     catalogue = read_catalogue(all_in_one(tmp_path / "flux.safetensors", state, load_file(path)))
-    with pytest.raises(CheckpointError, match=r"(?s)^flux\.safetensors: ComfyUI does not take its .*VAE: .*\[32\]"):
+    with pytest.raises(CheckpointError, match=r"(?s)^flux\.safetensors: ComfyUI does not take its .*VAE .*\[32\]"):
         flux.load_clip_and_vae(catalogue, [])
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"decoder.conv_in.weight": (512,)}, r"ComfyUI does not take its text encoders or VAE \(IndexError: "),
+        ({"decoder.conv_in.weight": None}, r"ComfyUI does not recognise its VAE\. "),
+    ],
+    ids=["of another shape", "missing"],
+)
+def test_a_vae_that_comfyui_does_not_take_is_refused(changed, said, t5, clip_l, tmp_path, monkeypatch):
+    shapes = {name: shape for name, shape in (layout.vae() | changed).items() if shape is not None}
+    monkeypatch.setattr(layout, "vae", lambda: shapes)
+    catalogue = read_catalogue(all_in_one(tmp_path / "flux.safetensors", load_file(clip_l), load_file(t5()[1])))
+    with pytest.raises(CheckpointError, match=rf"^flux\.safetensors: {said}"):
+        flux.load_clip_and_vae(catalogue, [])
+
+
+def test_a_clip_l_that_comfyui_does_not_take_is_refused(t5, clip_l, tmp_path):
+    save_file(load_file(clip_l) | {"text_projection": torch.ones(4)}, tmp_path / "odd.safetensors")
+    with pytest.raises(CheckpointError, match=r"ComfyUI does not take it with odd\.safetensors \(IndexError: "):
+        load_dual_clip([tmp_path / "odd.safetensors", t5()[1]], [])
+
+
+@pytest.mark.parametrize("name", ["encoder.block.0.layer.1.DenseReluDense.wo.weight", "shared.weight"])
+@pytest.mark.parametrize("is_4bit", [True, False], ids=["nf4", "dense"])
+def test_a_t5_without_one_of_its_tensors_is_refused(name, is_4bit, t5, clip_l, tmp_path):
+    """ComfyUI computes with memory that nobody has filled."""
+    model, path = t5()
+    dense = dense_reference(model).half().state_dict()
+    state = load_file(path) if is_4bit else {name: tensor.clone() for name, tensor in dense.items()}
+    del state[name]
+    save_file(state, tmp_path / "t5.safetensors")
+    said = rf"tensors of the text encoder are missing \(1\): {name}\. The file is incomplete"
+    with pytest.raises(CheckpointError, match=rf"^t5\.safetensors: {said}"):
+        load_dual_clip([clip_l, tmp_path / "t5.safetensors"], [])
+    catalogue = read_catalogue(all_in_one(tmp_path / "flux.safetensors", load_file(clip_l), state))
+    with pytest.raises(CheckpointError, match=rf"^flux\.safetensors: {said}"):
+        flux.load_clip_and_vae(catalogue, [])
+
+
+def test_a_clip_l_without_one_of_its_tensors_is_refused(t5, clip_l, tmp_path):
+    """It may lack its projection, which Flux does not look at."""
+    state = load_file(clip_l)
+    assert not any("text_projection" in name for name in state)
+    state.pop("text_model.embeddings.position_embedding.weight")
+    save_file(state, tmp_path / "short.safetensors")
+    with pytest.raises(CheckpointError, match=r"^short\.safetensors: .*missing \(1\): .*position_embedding\.weight\."):
+        load_dual_clip([tmp_path / "short.safetensors", t5()[1]], [])
 
 
 class Vae:

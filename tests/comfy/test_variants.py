@@ -20,7 +20,7 @@ from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
 from flux_nf4.nf4_loader.checkpoint.quant_state import QuantState
 from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
 from flux_nf4.nf4_loader.models.fill import fill
-from flux_nf4.nf4_loader.models.transformers import build_flux, load_clip_and_vae, materialise
+from flux_nf4.nf4_loader.models.transformers import build_transformer, load_clip_and_vae, materialise
 
 PREFIX = "model.diffusion_model."
 
@@ -100,7 +100,7 @@ def check(model, shapes, packed=lambda _: True, **changed):
 )
 def test_a_variant_gets_the_model_that_comfyui_has_for_it(kind, options, changed, catalogue_of):
     shapes = dev(**options)
-    model = build_flux(catalogue_of(shapes))
+    model = build_transformer(catalogue_of(shapes))
     assert type(model).__name__ == "Flux"
     assert type(model.model_config).__name__ == kind
     check(model, shapes, **changed)
@@ -108,7 +108,7 @@ def test_a_variant_gets_the_model_that_comfyui_has_for_it(kind, options, changed
 
 @pytest.mark.parametrize(("in_channels", "added"), [(64, None), (128, 16), (384, 80)])
 def test_the_picture_or_mask_that_a_variant_takes_is_added_to_the_latent(in_channels, added, catalogue_of):
-    model = build_flux(catalogue_of(dev(in_channels=in_channels)))
+    model = build_transformer(catalogue_of(dev(in_channels=in_channels)))
     assert tuple(model.diffusion_model.img_in.weight.shape) == (3072, in_channels)
     condition = model.concat_cond(noise=torch.zeros(1, 16, 8, 8), device="cpu")
     assert added == (None if condition is None else condition.shape[1])
@@ -117,7 +117,7 @@ def test_the_picture_or_mask_that_a_variant_takes_is_added_to_the_latent(in_chan
 @pytest.mark.parametrize(("double", "single"), [(19, 38), (8, 38), (3, 2)])
 def test_the_depth_is_that_of_the_file(double, single, catalogue_of):
     shapes = dev(double, single)
-    model = build_flux(catalogue_of(shapes))
+    model = build_transformer(catalogue_of(shapes))
     check(model, shapes, depth=double, depth_single_blocks=single)
     packed = [module for module in model.diffusion_model.modules() if isinstance(module, Linear4bit)]
     in_the_rest = 2 + 3 * 2 + 2
@@ -130,14 +130,14 @@ def test_the_depth_is_that_of_the_file(double, single, catalogue_of):
 def test_every_way_of_naming_gives_the_same_model(prefix, norm, biases, catalogue_of):
     shapes = {name.replace("_norm.scale", f"_norm{norm}"): shape for name, shape in dev().items()}
     shapes = {name: shape for name, shape in shapes.items() if biases or not name.endswith(".bias")}
-    check(build_flux(catalogue_of(shapes, prefix=prefix)), shapes)
+    check(build_transformer(catalogue_of(shapes, prefix=prefix)), shapes)
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("blocksize", [32, 64, 128, 4096])
 def test_the_layers_know_how_they_are_packed(quant_type, blocksize, catalogue_of):
     shapes = dev()
-    model = build_flux(catalogue_of(shapes, quant_type=quant_type, blocksize=blocksize))
+    model = build_transformer(catalogue_of(shapes, quant_type=quant_type, blocksize=blocksize))
     check(model, shapes)
     linear = model.diffusion_model.double_blocks[0].img_attn.qkv
     assert linear.parts == (QuantState(quant_type, blocksize, (9216, 3072)),)
@@ -157,7 +157,7 @@ def test_the_layers_know_how_they_are_packed(quant_type, blocksize, catalogue_of
 )
 def test_what_is_dense_in_the_file_stays_a_layer_of_comfyui(packed, catalogue_of):
     shapes = dev()
-    model = build_flux(catalogue_of(shapes, packed=packed))
+    model = build_transformer(catalogue_of(shapes, packed=packed))
     check(model, shapes, packed)
     for module in model.diffusion_model.modules():
         if isinstance(module, torch.nn.Linear):
@@ -173,7 +173,7 @@ def test_a_missing_layer_is_named(layer, packed, catalogue_of):
     shapes = {name: shape for name, shape in dev().items() if not name.startswith(f"{layer}.")}
     catalogue = catalogue_of(shapes, packed=lambda name: packed(name) or name == "img_in.weight")
     with pytest.raises(CheckpointError, match=rf"flux\.safetensors: .* missing \(1\): {layer}\.weight\. "):
-        build_flux(catalogue)
+        build_transformer(catalogue)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_a_missing_layer_is_named(layer, packed, catalogue_of):
 def test_a_layer_of_another_shape_is_named_with_both_shapes(name, shape, wanted, packed, catalogue_of):
     catalogue = catalogue_of(dev() | {name: shape}, packed=packed)
     with pytest.raises(CheckpointError) as raised:
-        build_flux(catalogue)
+        build_transformer(catalogue)
     message = str(raised.value)
     assert message.startswith(f"flux.safetensors: {name}: ")
     assert str(shape) in message
@@ -201,14 +201,14 @@ def test_another_model_with_flux_names_is_refused(catalogue_of):
     shapes = dev() | {"distilled_guidance_layer.norms.0.scale": (5120,), "nerf_blocks.0.norm.scale": (64,)}
     shapes |= {"img_in_patch.weight": (3072, 3, 16, 16)}  # where newer versions read the size of its patches
     with pytest.raises(CheckpointError, match=r"ComfyUI sees 'chroma_radiance' in it\. This node loads only"):
-        build_flux(catalogue_of(shapes))
+        build_transformer(catalogue_of(shapes))
 
 
 def test_tensors_that_the_model_has_not_are_logged_and_left_out(catalogue_of, caplog):
     used_bytes = catalogue_of(dev()).transformer_bytes
     catalogue = catalogue_of(dev() | layout.linear("adapter", 8, 64))
     with caplog.at_level(logging.WARNING):
-        model = build_flux(catalogue)
+        model = build_transformer(catalogue)
     assert "2 tensors not used: adapter.bias, adapter.weight" in caplog.text
     materialise(model.diffusion_model)
     read = []
@@ -220,7 +220,7 @@ def test_nested_absmax_stays_so_and_is_expanded_as_bitsandbytes_does(tiny_config
     recipe = Recipe(nested=True, hidden=256, double_blocks=8, single_blocks=10, unet_only=True)
     make_checkpoint(tmp_path / "v1.safetensors", recipe)
     catalogue = read_catalogue(tmp_path / "v1.safetensors")
-    model = build_flux(catalogue)
+    model = build_transformer(catalogue)
     materialise(model.diffusion_model)
     read = []
     fill(model, catalogue, read.append)
@@ -239,7 +239,7 @@ def test_nested_absmax_stays_so_and_is_expanded_as_bitsandbytes_does(tiny_config
 
 def test_a_lora_finds_every_linear(catalogue_of):
     shapes = dev()
-    keys = comfy.lora.model_lora_keys_unet(build_flux(catalogue_of(shapes)), {})
+    keys = comfy.lora.model_lora_keys_unet(build_transformer(catalogue_of(shapes)), {})
     for name, shape in shapes.items():
         if is_weight(name, shape):
             assert keys[f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}"] == f"diffusion_model.{name}"

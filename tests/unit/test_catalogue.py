@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from flux_nf4.families.encoders import encoder_names
 from flux_nf4.nf4_loader.checkpoint.catalogue import TransformerTensor, Weight4bit, read_catalogue
 from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
 from flux_nf4.nf4_loader.checkpoint.quant_state import NestedAbsmax, QuantState
@@ -395,10 +396,10 @@ def test_scaled_fp8_beside_4bit_is_refused_and_not_taken_for_plain_fp8(make_tens
         ("model.diffusion_model.input_blocks.0", "a Stable Diffusion or SDXL model", "a loader for that model"),
         ("joint_blocks.0", "a Stable Diffusion 3 model", "a loader for that model"),
         ("transformer_blocks.0", "a model in the layout of diffusers", "a loader for that model"),
-        ("model.layers.0.self_attn", "a language model", "'Load 4-bit Text Encoder (streamed)'"),
-        ("model.language_model.layers.0.mlp", "a language model", "'Load 4-bit Text Encoder (streamed)'"),
+        ("model.layers.0.self_attn", "a language model", "a loader for that model"),
+        ("model.language_model.layers.0.mlp", "a language model", "a loader for that model"),
         ("text_model.encoder.layers.0.mlp", "a CLIP text encoder", "a loader for that model"),
-        ("encoder.block.0.layer.0.SelfAttention", "a T5 text encoder", "'Load Flux NF4 Dual CLIP'"),
+        ("encoder.block.0.layer.0.SelfAttention", "a T5 text encoder", "a loader for that model"),
     ],
 )
 def test_4bit_of_another_model_is_refused_with_what_it_is(make_tensors, refusal, name, kind, loader):
@@ -423,6 +424,7 @@ def test_a_4bit_text_encoder_is_refused_with_its_node(make_tensors, refusal, nam
     message = refusal(renamed(tensors, layer, name))
     assert "it is a text encoder in 4 bits, and no transformer" in message
     assert "models/text_encoders" in message
+    assert f"If it is {encoder_names()}" in message
     assert "'Load 4-bit Text Encoder (streamed)'" in message
 
 
@@ -586,7 +588,7 @@ class CountedFile(io.FileIO):
 def test_only_header_and_quant_states_are_read(make_tensors, save, monkeypatch):
     path = save(make_tensors(nested=True))
     monkeypatch.setattr(CountedFile, "bytes_read", 0)
-    monkeypatch.setattr(Path, "open", lambda self, mode: CountedFile(self, mode))
+    monkeypatch.setattr(Path, "open", lambda self, mode, **_: CountedFile(self, mode))
     entries = read_catalogue(path).header.tensors
     header_bytes = min(entry.offset for entry in entries.values())
     state_bytes = sum(entry.nbytes for name, entry in entries.items() if QUANT_STATE in name)

@@ -181,7 +181,7 @@ def test_a_file_that_has_shrunk_is_refused(path, content, kept):
 
 def test_a_file_that_is_gone_is_refused(path):
     path.unlink()
-    with pytest.raises(CheckpointError, match=r"^flux.safetensors: reading it failed \(.*No such file"):
+    with pytest.raises(CheckpointError, match=r"^flux.safetensors: reading it failed \(No such file[^/]*$"):
         read_slices([FileSlice(path, 0, torch.zeros(10))], ignore)
 
 
@@ -194,7 +194,7 @@ def test_a_disk_that_fails_is_reported(path, monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(Path, "open", failing)
-    with pytest.raises(CheckpointError, match=r"reading it failed \(.*Input/output error\)\. Check the disk"):
+    with pytest.raises(CheckpointError, match=r"reading it failed \(Input/output error\)\. Check the disk"):
         read_slices([FileSlice(path, 0, torch.zeros(1000))], ignore)
     assert no_reader_runs()
 

@@ -50,6 +50,27 @@ def test_the_names_of_shards_do_where_the_index_is_gone(folder, name):
     assert read_checkpoint_header(folder / name).tensors.keys() == {"a", "b"}
 
 
+def save_another_model(folder):
+    """Three shards that have the names of the first model's, but for their number."""
+    for number in (1, 2, 3):
+        save_file({f"c{number}": torch.ones(3)}, folder / f"model-0000{number}-of-00003.safetensors")
+
+
+@pytest.mark.parametrize("name", SHARDS)
+def test_a_shard_is_of_its_own_model_where_the_index_is_of_another(folder, name):
+    save_another_model(folder)
+    write_index(folder, {f"c{number}": f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)})
+    assert read_checkpoint_header(folder / name).tensors.keys() == {"a", "b"}
+    for other in ("model-00002-of-00003.safetensors", INDEX):
+        assert read_checkpoint_header(folder / other).tensors.keys() == {"c1", "c2", "c3"}
+
+
+def test_a_folder_with_shards_of_two_models_is_refused(folder):
+    (folder / INDEX).unlink()
+    save_another_model(folder)
+    assert "the folder should hold one model" in refusal(folder)
+
+
 def test_one_file_is_itself(tmp_path):
     save_file({"a": torch.ones(3)}, tmp_path / "flux.safetensors")
     save_file({"b": torch.ones(3)}, tmp_path / "other.safetensors")

@@ -1,7 +1,9 @@
 """Files made to do harm, or by tools that nobody knows: refused in few words, which no terminal and no page obeys."""
 
+import io
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from packed_tensors import packed_tensors
 from safetensors.torch import save_file
 from sparse_file import write_sparse
 
+from flux_nf4.nf4_loader.checkpoint import catalogue
 from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
 from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
 from flux_nf4.nf4_loader.checkpoint.header import natural_key, read_header
@@ -71,6 +74,32 @@ def test_no_error_names_a_folder(tmp_path):
         refusal(read_checkpoint_header, tmp_path / "a.safetensors"),
     ]
     assert not any(str(tmp_path) in message for message in messages)
+
+
+@pytest.mark.parametrize("fails", ["open", "read"])
+def test_a_disk_that_fails_at_a_quant_state_is_an_error_without_a_folder(fails, tmp_path, monkeypatch):
+    path = tmp_path / "flux.safetensors"
+    write_sparse(path, packed_tensors(QKV, (96, 64), "nf4", 64))
+    header = read_checkpoint_header(path)
+    monkeypatch.setattr(catalogue, "read_checkpoint_header", lambda _: header)
+    failing = FailingFile(path, "rb")
+
+    def opened(self, *_, **__):
+        if fails == "open":
+            raise OSError(5, "Input/output error", str(self))
+        return failing
+
+    monkeypatch.setattr(Path, "open", opened)
+    assert refusal(read_catalogue, path) == (
+        "flux.safetensors: reading it failed (Input/output error). Check the disk, then try again."
+    )
+
+
+class FailingFile(io.FileIO):
+    """A file on a disk that fails."""
+
+    def read(self, size=-1):
+        raise OSError(5, "Input/output error")
 
 
 def test_blocks_beyond_any_model_are_refused(tmp_path):
