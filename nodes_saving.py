@@ -115,6 +115,9 @@ class FluxNF4QuantiseSave:
                 f"all-in-one files are made of {FLUX1.name} only, and this is a {family.name} model. Disconnect CLIP "
                 "and VAE: its transformer is saved alone, and text encoder and VAE stay in files of their own.",
             )
+        if clip is not None:
+            _require_clip(path, clip)
+            _require_vae(path, vae, model.model.latent_format)
         device = comfy.model_management.get_torch_device()
         comfy.model_management.free_memory(GIB, device)  # first: tensors that sources hold cannot be moved any more
         sources = sources_of_model(model) + (sources_of_encoders(clip, vae) if clip is not None else [])
@@ -194,6 +197,37 @@ class QuantiseSaveTextEncoder:
             logger.info("NF4: saved %s (%.2f GiB)", path, path.stat().st_size / GIB)
             paths.append(str(path))
         return {"ui": {"text": paths}}
+
+
+def _require_clip(path: Path, clip: Any) -> None:
+    """Check that ``clip`` is the text encoders that an all-in-one file of Flux.1 holds.
+
+    Raises:
+        CheckpointError: it is not; it says what to connect.
+    """
+    encoders = {"clip_l": "CLIP-L", "t5xxl": "T5-XXL"}
+    missing = [name for part, name in encoders.items() if getattr(clip.cond_stage_model, part, None) is None]
+    if missing:
+        raise CheckpointError(
+            path,
+            f"the CLIP has no {' and no '.join(missing)}. An all-in-one file of {FLUX1.name} has both text encoders: "
+            "connect the CLIP of 'DualCLIPLoader' (type flux), or of a node that loads an all-in-one file.",
+        )
+
+
+def _require_vae(path: Path, vae: Any, latents: Any) -> None:
+    """Check that ``vae`` is for ``latents``, ComfyUI's description of what the model computes with.
+
+    Raises:
+        CheckpointError: it is not; it says what to connect.
+    """
+    found, expected = (vae.latent_channels, vae.latent_dim), (latents.latent_channels, latents.latent_dimensions)
+    if found != expected:
+        raise CheckpointError(
+            path,
+            f"the VAE makes latents of {found[0]} channels and {found[1]} dimensions; {FLUX1.name}'s have "
+            f"{expected[0]} and {expected[1]}. Connect 'Load VAE' with ae.safetensors.",
+        )
 
 
 def _new_path(prefix: str, folder: str) -> Path:

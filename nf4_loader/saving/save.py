@@ -37,7 +37,14 @@ _HEADER_ENTRY_BYTES = 140
 """Upper bound of what one tensor takes in the header, without its name."""
 
 _ENDS = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", f"{QUANT_STATE}nf4")
-_DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()} | {torch.uint8: "U8"}
+_DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()} | {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+}
 
 
 @dataclass(frozen=True)
