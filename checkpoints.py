@@ -171,7 +171,7 @@ def _read(model: comfy.model_base.BaseModel, catalogue: Catalogue, source: _Sour
         to_bring_in = sum(file.bytes_to_bring_in for file in files)
         is_room = to_bring_in <= free_ram()
         progress = comfy.utils.ProgressBar(
-            catalogue.transformer_bytes - _bytes_of(source.in_file) + (to_bring_in if is_room else 0)
+            catalogue.transformer_bytes - bytes_of(source.in_file) + (to_bring_in if is_room else 0)
         )
         for file in files if is_room else ():
             file.bring_in(progress.update)
@@ -227,16 +227,35 @@ def _source_for(model: comfy.model_base.BaseModel, catalogue: Catalogue, place: 
         logger.info("NF4: %s is in use on another device: both share its host memory", catalogue.path.name)
         return _Source(tensors_in_file(model, catalogue) if twin.streamer.file.nbytes else {}, others_bytes, twin)
     why_read = _why_read(catalogue, place[1])
-    in_file: InFile = {} if why_read else tensors_in_file(model, catalogue)
-    needed = catalogue.transformer_ram - _bytes_of(in_file) + others_bytes
-    free = _make_room(needed)
-    if needed > free and not in_file:
-        in_file = tensors_in_file(model, catalogue)
-        _say_that_ram_is_short(catalogue, needed, free, _bytes_of(in_file))
-        needed -= _bytes_of(in_file)
-    require_ram(catalogue.path, needed, free)
+    in_all = catalogue.transformer_ram + others_bytes
+    in_file, needed = kept_in_file(catalogue.path, tensors_in_file(model, catalogue), in_all, why_read)
     _say_where(catalogue, place[1], in_file, why_read)
     return _Source(in_file, needed)
+
+
+def kept_in_file(path: Path, in_file: InFile, needed: int, why_read: str) -> tuple[InFile, int]:
+    """Decide which tensors stay in the file ``path``, and make room in RAM for the others.
+
+    Args:
+        path: Of the file, for messages.
+        in_file: Those that can stay there.
+        needed: Bytes of RAM that it takes to read all tensors, these among them.
+        why_read: Why these have to be read, too, if RAM is not short; "" if they need not be.
+
+    Returns:
+        Those that stay, and the bytes of RAM that the others take.
+
+    Raises:
+        CheckpointError: the RAM does not hold the others.
+    """
+    rest = needed - bytes_of(in_file)
+    free = _make_room(needed if why_read else rest)
+    if why_read and needed <= free:
+        return {}, needed
+    if why_read and in_file:
+        _say_that_ram_is_short(path, needed, free, bytes_of(in_file))
+    require_ram(path, rest, free)
+    return in_file, rest
 
 
 def _make_room(needed: int) -> int:
@@ -287,13 +306,13 @@ def _entries(part: Weight4bit | TensorEntry) -> Sequence[TensorEntry]:
 
 
 def _say_where(catalogue: Catalogue, device: torch.device, in_file: InFile, why_read: str) -> None:
-    in_ram = (catalogue.transformer_ram - _bytes_of(in_file)) / GIB
+    in_ram = (catalogue.transformer_ram - bytes_of(in_file)) / GIB
     name = catalogue.path.name
     if in_file and not why_read:
         logger.info(
             "NF4: %.2f GiB of the transformer of %s stay in the file, from whose memory %s copies them; reading %.2f "
             "GiB",
-            _bytes_of(in_file) / GIB,
+            bytes_of(in_file) / GIB,
             name,
             device,
             in_ram,
@@ -302,12 +321,12 @@ def _say_where(catalogue: Catalogue, device: torch.device, in_file: InFile, why_
         logger.info("NF4: reading the transformer of %s, %.2f GiB, into RAM: %s", name, in_ram, why_read)
 
 
-def _say_that_ram_is_short(catalogue: Catalogue, needed: int, free: int, in_file: int) -> None:
+def _say_that_ram_is_short(path: Path, needed: int, free: int, in_file: int) -> None:
     logger.warning(
         "NF4: %s takes %.2f GiB of RAM and %.2f GiB are free, so %.2f GiB of packed weights stay in the file and "
-        "are read from there in every step. That is as slow as the disk where the system has no RAM left to keep "
-        "them. Close other programs, or keep more blocks in VRAM.",
-        catalogue.path.name,
+        "are read from there each time they are needed. That is as slow as the disk where the system has no RAM left "
+        "to keep them. Close other programs, or keep more of the model in VRAM.",
+        path.name,
         needed / GIB,
         free / GIB,
         in_file / GIB,
@@ -319,5 +338,6 @@ def free_ram() -> int:
     return min(int(comfy.model_management.get_free_memory(_CPU)), free_ram_bytes())
 
 
-def _bytes_of(in_file: InFile) -> int:
+def bytes_of(in_file: InFile) -> int:
+    """Bytes of all tensors in ``in_file``."""
     return sum(entry.nbytes for named in in_file.values() for entry in named.values())

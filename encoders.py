@@ -14,7 +14,7 @@ import folder_paths
 import torch
 from torch import nn
 
-from .checkpoints import free_ram, require_ram, why_read
+from .checkpoints import bytes_of, free_ram, kept_in_file, why_read
 from .memory import GIB
 from .nf4_loader.checkpoint.encoder_file import EncoderFile
 from .nf4_loader.checkpoint.errors import CheckpointError
@@ -99,7 +99,7 @@ def _read(files: Sequence[EncoderFile], built: BuiltEncoders) -> StreamedClip:
 def _fill(model: Any, built: BuiltEncoders, in_file: InFile) -> None:
     file = model.streaming.streamer.file
     to_bring_in = file.bytes_to_bring_in if file.bytes_to_bring_in <= free_ram() else 0
-    to_read = sum(part.nbytes for tensor in built.weights.values() for part in tensor.parts) - _bytes_of(in_file)
+    to_read = sum(part.nbytes for tensor in built.weights.values() for part in tensor.parts) - bytes_of(in_file)
     progress = comfy.utils.ProgressBar(to_read + to_bring_in)
     if to_bring_in:
         file.bring_in(progress.update)
@@ -112,10 +112,6 @@ def _fill(model: Any, built: BuiltEncoders, in_file: InFile) -> None:
         read_parts(wanted, progress.update)
 
 
-def _bytes_of(in_file: InFile) -> int:
-    return sum(entry.nbytes for named in in_file.values() for entry in named.values())
-
-
 def _in_file(
     files: Sequence[EncoderFile], built: BuiltEncoders, blocks: Sequence[nn.Module], device: torch.device
 ) -> InFile:
@@ -126,20 +122,16 @@ def _in_file(
     """
     in_blocks = {module for block in blocks for module in block.modules()}
     packed = {linear: tensor for linear, tensor in built.weights.items() if linear in in_blocks}
-    in_file: InFile = {linear: named for linear, tensor in packed.items() if (named := parts_in_file(linear, tensor))}
+    mappable: InFile = {linear: named for linear, tensor in packed.items() if (named := parts_in_file(linear, tensor))}
     why = why_read({entry.path for file in files for entry in file.header.tensors.values()}, device)
     needed = sum(tensor.ram_bytes for tensor in built.weights.values())
     needed += sum(tensor.nbytes for block in blocks for tensor in block.parameters() if not tensor.is_meta)
-    free = free_ram()
-    if why and needed <= free:
-        in_file = {}
-    needed -= _bytes_of(in_file)
-    require_ram(files[0].path, needed, free)
+    in_file, needed = kept_in_file(files[0].path, mappable, needed, why)
     logger.info(
         "NF4: text encoder %s: %.2f GiB of its layers stay in the file, %.2f GiB are read into RAM%s",
         ", ".join(file.path.name for file in files),
-        _bytes_of(in_file) / GIB,
+        bytes_of(in_file) / GIB,
         needed / GIB,
-        f" ({why})" if why else "",
+        f" ({why})" if why and not in_file else "",
     )
     return in_file

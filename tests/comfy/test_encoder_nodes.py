@@ -2,12 +2,15 @@
 
 import asyncio
 import json
+import logging
+from contextlib import nullcontext
 
 import comfy.sd
 import folder_paths
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from there_and_back import Copied, move
 from tiny_encoders import (
     CLIP_L,
     T5,
@@ -32,6 +35,7 @@ from flux_nf4.nf4_loader.saving.model_sources import sources_of_encoders
 from flux_nf4.nf4_loader.saving.quantise import QuantSettings
 from flux_nf4.nf4_loader.saving.save import save_quantised
 from flux_nf4.nodes import NODE_CLASS_MAPPINGS
+from flux_nf4.offload.host_memory import keep_host_memory
 from flux_nf4.offload.plan import Residency
 from flux_nf4.page.answers import answer_for
 from flux_nf4.page.encoder_plan import encoder_other_bytes, encoder_sizes
@@ -71,6 +75,12 @@ def test_the_node_reads_a_file_once_for_all_budgets(qwen3, load, clip_copies):
     second = load("model.safetensors", "lumina2", vram_budget_gb=first.patcher.model_size() / 2**30)
     assert second.cond_stage_model is first.cond_stage_model
     assert torch.equal(encoded(second, tokens_of(QWEN3.key)), wanted)
+
+
+def stock_of(model):
+    """ComfyUI's own CLIP of the dense twin of a Qwen3 4B."""
+    state = for_comfyui(QWEN3, dense_twin(model))
+    return comfy.sd.load_text_encoder_state_dicts([state], clip_type=comfy.sd.CLIPType.LUMINA2)
 
 
 @pytest.fixture
@@ -232,13 +242,35 @@ def test_the_page_plans_what_is_loaded(qwen3, clip_copies, monkeypatch):
     assert "'Load 4-bit Text Encoder (streamed)'" in refused["problem"]
 
 
+@pytest.mark.parametrize("is_short", [False, True])
+def test_where_ram_is_short_it_makes_room_and_stays_in_its_file(is_short, qwen3, load, clip_copies, free_ram, caplog):
+    kept = torch.nn.Linear(2, 2)  # of another encoder: its RAM is its own while it is on the device
+    keep_host_memory(kept)
+    move(kept, "meta")
+    free_ram(100_000 if is_short else 1 << 40)
+    with caplog.at_level(logging.INFO):
+        clip = load("model.safetensors", "lumina2")
+    with pytest.raises(Copied) if is_short else nullcontext():
+        move(kept, "cpu")
+    file = clip.patcher.model.streaming.streamer.file
+    said = [line for line in caplog.messages if "packed weights stay in the file" in line]
+    (where,) = [line for line in caplog.messages if "text encoder model.safetensors: " in line]
+    assert (len(said), bool(file.nbytes)) == (is_short, is_short)
+    assert where.endswith(")") == (not is_short), "the reason to read them"
+    assert torch.equal(encoded(clip, tokens_of(QWEN3.key)), encoded(stock_of(qwen3[1]), tokens_of(QWEN3.key)))
+
+
+def test_too_little_ram_for_what_has_to_be_read_is_an_error(qwen3, load, free_ram):
+    free_ram(100)
+    with pytest.raises(CheckpointError, match=r"^model\.safetensors: loading it takes .* of RAM; 0\.00 GiB are free"):
+        load("model.safetensors", "lumina2")
+
+
 @pytest.mark.parametrize("absmax", ["fp32", "nested"])
 def test_what_is_quantised_and_saved_is_loaded_again(absmax, qwen3, load, tmp_path, monkeypatch, clip_copies):
     _, model = qwen3
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
-    stock = comfy.sd.load_text_encoder_state_dicts(
-        [for_comfyui(QWEN3, dense_twin(model))], clip_type=comfy.sd.CLIPType.LUMINA2
-    )
+    stock = stock_of(model)
     wanted = encoded(stock, tokens_of(QWEN3.key))
     node = NODE_CLASS_MAPPINGS["QuantiseSaveTextEncoder"]()
     (path,) = node.save(stock, "text_encoders/saved", "output", "nf4", absmax, "")["ui"]["text"]
