@@ -13,7 +13,7 @@ import torch
 from .families import CHECKPOINT_PREFIX, FLUX1, family_of_model, names
 from .memory import GIB
 from .nf4_loader.checkpoint.catalogue import Catalogue
-from .nf4_loader.checkpoint.errors import CheckpointError
+from .nf4_loader.checkpoint.errors import CheckpointError, reason
 from .nf4_loader.checkpoint.quant_state import QuantType
 from .nf4_loader.saving.encoder_sources import sources_of_clip
 from .nf4_loader.saving.model_sources import sources_of_encoders, sources_of_model
@@ -234,7 +234,7 @@ def _new_path(prefix: str, folder: str) -> Path:
     """A file that is not there yet: ``prefix`` and a number, in the output folder or in the ``folder`` of models.
 
     Raises:
-        CheckpointError: ``prefix`` leads out of the folder, or nothing can be written there.
+        CheckpointError: ``prefix`` leads out of the folder, or its folders cannot be read or made.
     """
     if folder == "output":
         root = folder_paths.get_output_directory()
@@ -246,9 +246,12 @@ def _new_path(prefix: str, folder: str) -> Path:
         raise CheckpointError(Path(root), f"filename_prefix {prefix} leads out of this folder. Take a name within it.")
     try:
         place, name, counter, _, _ = folder_paths.get_save_image_path(prefix, root)
-    except PermissionError as error:
-        problem = f"ComfyUI may not write there ({error.strerror}). Pick another folder, or give it the permission."
-        raise CheckpointError(Path(root), problem) from error
+    except OSError as error:
+        raise CheckpointError(
+            Path(root),
+            f"filename_prefix {prefix} cannot be used there ({reason(error)}). Take another name or folder, or let "
+            "ComfyUI write there.",
+        ) from error
     return Path(place, f"{name}_{counter:05}_.safetensors")
 
 

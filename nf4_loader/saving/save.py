@@ -172,8 +172,8 @@ def _require_room(path: Path, sources: Sequence[Source], settings: QuantSettings
     if needed > free:
         raise CheckpointError(
             path,
-            f"the new file takes about {needed / GIB:.1f} GiB; {free / GIB:.1f} GiB are free in {path.parent}. "
-            "Make room, or save it elsewhere.",
+            f"the new file takes about {needed / GIB:.1f} GiB; {free / GIB:.1f} GiB are free on the disk that it goes "
+            "to. Make room there, or save it elsewhere.",
         )
 
 

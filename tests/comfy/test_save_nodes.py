@@ -1,5 +1,7 @@
 """What the node that saves models refuses before it has quantised anything, and what it says then."""
 
+import errno
+import os
 from types import SimpleNamespace
 
 import comfy.sd
@@ -34,8 +36,8 @@ def save(model, tmp_path, monkeypatch):
     monkeypatch.setattr(nodes_saving, "save_quantised", lambda path, *_, **__: saved.append(path) or path.touch())
     node = NODE_CLASS_MAPPINGS["FluxNF4QuantiseSave"]()
 
-    def run(clip, vae):
-        node.save(model, "made", "output", "nf4", "fp32", "", clip, vae)
+    def run(clip, vae, prefix="made"):
+        node.save(model, prefix, "output", "nf4", "fp32", "", clip, vae)
         return saved
 
     return run
@@ -87,3 +89,21 @@ def test_whole_numbers_are_saved_as_they_are(tmp_path):
     for name, tensor in state.items():
         assert made[name].dtype == tensor.dtype
         assert torch.equal(made[name], tensor)
+
+
+def test_a_file_where_a_folder_should_be_is_said(save, tmp_path):
+    (tmp_path / "taken").write_bytes(b"a file")
+    with pytest.raises(CheckpointError, match=r"taken/made cannot be used there \(Not a directory\)") as raised:
+        save(clip_of(*BOTH), vae_of(16, 2), "taken/made")
+    assert str(tmp_path) not in str(raised.value)
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES], ids=errno.errorcode.get)
+def test_a_folder_that_cannot_be_made_is_said(number, save, tmp_path, monkeypatch):
+    def refuse(path, *_, **__):
+        raise OSError(number, os.strerror(number), path)
+
+    monkeypatch.setattr(os, "makedirs", refuse)
+    with pytest.raises(CheckpointError, match=rf"cannot be used there \({os.strerror(number)}\)") as raised:
+        save(clip_of(*BOTH), vae_of(16, 2), "new/made")
+    assert str(tmp_path) not in str(raised.value)
