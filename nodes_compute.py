@@ -81,7 +81,7 @@ def _say(patcher: StreamedModelPatcher) -> None:
             _measure_largest(patcher)
         found = figures(patcher)
     except Exception:  # the picture is finished, and must not be lost because advice about it fails
-        logger.exception("int8: nothing could be measured")
+        logger.exception("NF4: the gain of int8 could not be measured")
         found = None
     if _said.get(patcher.load_device) != found and found is not None:
         _log(found, patcher.load_device)
