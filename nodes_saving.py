@@ -1,4 +1,4 @@
-"""The node that quantises a model and saves it."""
+"""The nodes that quantise a model or text encoders and save them."""
 
 import logging
 import os

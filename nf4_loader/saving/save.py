@@ -1,4 +1,4 @@
-"""Quantise a transformer and write it, layer by layer: a file appears whole, or not at all."""
+"""Quantises a transformer or a text encoder and writes it, layer by layer: a file appears whole, or not at all."""
 
 import fnmatch
 import json
@@ -56,7 +56,7 @@ class Source:
         shape: The logical shape.
         read: Gives its dense values, patches applied, in any float dtype, on a device.
         stored: The same values in a file, if there are any. What need not change is copied from there.
-        is_layer: Whether it is of the transformer, so that its weight may be quantised.
+        is_layer: Whether its weight may be quantised; of a transformer, all tensors, whose names get the prefix.
         is_embedding: Whether it is the weight of an embedding, which is never quantised.
     """
 
