@@ -28,7 +28,7 @@ from .nf4_loader.checkpoint.header import TensorEntry
 from .nf4_loader.checkpoint.tensors import Weight4bit
 from .nf4_loader.linear.kernels import warm_up
 from .nf4_loader.models.fill import There, fill
-from .nf4_loader.models.mapped import InFile, tensors_in_file
+from .nf4_loader.models.mapped import InFile, bytes_of, tensors_in_file
 from .nf4_loader.models.transformers import block_groups, build_flux, load_clip_and_vae, materialise
 from .offload import pinning_ahead
 from .offload.comfyui.encoders import leave_unpinned, leave_without_copies
@@ -336,8 +336,3 @@ def _say_that_ram_is_short(path: Path, needed: int, free: int, in_file: int) -> 
 def free_ram() -> int:
     """Bytes of RAM that ComfyUI and the system count as free."""
     return min(int(comfy.model_management.get_free_memory(_CPU)), free_ram_bytes())
-
-
-def bytes_of(in_file: InFile) -> int:
-    """Bytes of all tensors in ``in_file``."""
-    return sum(entry.nbytes for named in in_file.values() for entry in named.values())

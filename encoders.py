@@ -14,14 +14,14 @@ import folder_paths
 import torch
 from torch import nn
 
-from .checkpoints import bytes_of, free_ram, kept_in_file, why_read
+from .checkpoints import free_ram, kept_in_file, why_read
 from .memory import GIB
 from .nf4_loader.checkpoint.encoder_file import EncoderFile
 from .nf4_loader.checkpoint.errors import CheckpointError
 from .nf4_loader.checkpoint.read_parts import read_parts
 from .nf4_loader.linear.kernels import warm_up
 from .nf4_loader.models.fill import parts_to_read
-from .nf4_loader.models.mapped import InFile, parts_in_file
+from .nf4_loader.models.mapped import InFile, bytes_of, parts_in_file
 from .nf4_loader.models.streamed_encoders import BuiltEncoders, build_encoders
 from .nf4_loader.models.transformers import materialise
 from .offload.comfyui.block_lists import lists_of_encoders

@@ -16,6 +16,10 @@ InFile = Mapping[torch.nn.Module, Mapping[str, TensorEntry]]
 """Where the bytes of a tensor are, by its module, then by its name there."""
 
 
+def bytes_of(in_file: InFile) -> int:
+    return sum(entry.nbytes for named in in_file.values() for entry in named.values())
+
+
 def tensors_in_file(model: comfy.model_base.BaseModel, catalogue: Catalogue) -> InFile:
     """The weights of layers in the blocks of ``model`` that can be used from the file's memory, without reading them.
 

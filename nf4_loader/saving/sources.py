@@ -10,7 +10,7 @@ import torch
 
 from ... import families
 from ..checkpoint.catalogue import COMPANIONS, SCALES, Catalogue, is_of_transformer, read_catalogue
-from ..checkpoint.errors import CheckpointError, reason
+from ..checkpoint.errors import CheckpointError
 from ..checkpoint.header import TensorEntry
 from ..checkpoint.identify import of_another_kind, what_else_it_is
 from ..checkpoint.read_parts import TORCH_DTYPES
@@ -159,8 +159,7 @@ def _sources_of_gguf(path: Path) -> list[Source]:
     try:
         tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     except (OSError, ValueError, KeyError, IndexError) as error:
-        found_wrong = reason(error) if isinstance(error, OSError) else error
-        raise CheckpointError(path, f"it is not readable as GGUF ({found_wrong}). Download it again.") from error
+        raise CheckpointError(path, f"it is not readable as GGUF ({error}). Download it again.") from error
     found = families.detect(tensors)
     if found is None or found.layout is not found.family.native or not found.layout.is_read:
         raise CheckpointError(path, f"it holds no transformer of {families.names()} in the names of ComfyUI's model.")
