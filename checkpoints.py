@@ -227,16 +227,35 @@ def _source_for(model: comfy.model_base.BaseModel, catalogue: Catalogue, place: 
         logger.info("NF4: %s is in use on another device: both share its host memory", catalogue.path.name)
         return _Source(tensors_in_file(model, catalogue) if twin.streamer.file.nbytes else {}, others_bytes, twin)
     reason = why_read((entry.path for part in catalogue.parts for entry in _entries(part)), place[1])
-    in_file: InFile = {} if reason else tensors_in_file(model, catalogue)
-    needed = catalogue.transformer_ram - bytes_of(in_file) + others_bytes
-    free = _make_room(needed)
-    if needed > free and not in_file:
-        in_file = tensors_in_file(model, catalogue)
-        _say_that_ram_is_short(catalogue, needed, free, bytes_of(in_file))
-        needed -= bytes_of(in_file)
-    require_ram(catalogue.path, needed, free)
+    in_all = catalogue.transformer_ram + others_bytes
+    in_file, needed = kept_in_file(catalogue.path, tensors_in_file(model, catalogue), in_all, reason)
     _say_where(catalogue, place[1], in_file, reason)
     return _Source(in_file, needed)
+
+
+def kept_in_file(path: Path, in_file: InFile, needed: int, why_read: str) -> tuple[InFile, int]:
+    """Decide which tensors stay in the file ``path``, and make room in RAM for the others.
+
+    Args:
+        path: Of the file, for messages.
+        in_file: Those that can stay there.
+        needed: Bytes of RAM that it takes to read all tensors, these among them.
+        why_read: Why these have to be read, too, if RAM is not short; "" if they need not be.
+
+    Returns:
+        Those that stay, and the bytes of RAM that the others take.
+
+    Raises:
+        CheckpointError: the RAM does not hold the others.
+    """
+    rest = needed - bytes_of(in_file)
+    free = _make_room(needed if why_read else rest)
+    if why_read and needed <= free:
+        return {}, needed
+    if why_read and in_file:
+        _say_that_ram_is_short(path, needed, free, bytes_of(in_file))
+    require_ram(path, rest, free)
+    return in_file, rest
 
 
 def _make_room(needed: int) -> int:
@@ -298,12 +317,12 @@ def _say_where(catalogue: Catalogue, device: torch.device, in_file: InFile, reas
         logger.info("NF4: reading the transformer of %s, %.2f GiB, into RAM: %s", name, in_ram, reason)
 
 
-def _say_that_ram_is_short(catalogue: Catalogue, needed: int, free: int, in_file: int) -> None:
+def _say_that_ram_is_short(path: Path, needed: int, free: int, in_file: int) -> None:
     logger.warning(
         "NF4: %s takes %.2f GiB of RAM and %.2f GiB are free, so %.2f GiB of packed weights stay in the file and "
-        "are read from there in every step. That is as slow as the disk where the system has no RAM left to keep "
-        "them. Close other programs, or keep more blocks in VRAM.",
-        catalogue.path.name,
+        "are read from there each time they are needed. That is as slow as the disk where the system has no RAM left "
+        "to keep them. Close other programs, or keep more of the model in VRAM.",
+        path.name,
         needed / GIB,
         free / GIB,
         in_file / GIB,

@@ -14,7 +14,7 @@ import folder_paths
 import torch
 from torch import nn
 
-from .checkpoints import free_ram, require_ram, why_read
+from .checkpoints import free_ram, kept_in_file, why_read
 from .memory import GIB
 from .nf4_loader.checkpoint.encoder_file import EncoderFile
 from .nf4_loader.checkpoint.errors import CheckpointError
@@ -122,20 +122,16 @@ def _in_file(
     """
     in_blocks = {module for block in blocks for module in block.modules()}
     packed = {linear: tensor for linear, tensor in built.weights.items() if linear in in_blocks}
-    in_file: InFile = {linear: named for linear, tensor in packed.items() if (named := parts_in_file(linear, tensor))}
+    mappable: InFile = {linear: named for linear, tensor in packed.items() if (named := parts_in_file(linear, tensor))}
     why = why_read({entry.path for file in files for entry in file.header.tensors.values()}, device)
     needed = sum(tensor.ram_bytes for tensor in built.weights.values())
     needed += sum(tensor.nbytes for block in blocks for tensor in block.parameters() if not tensor.is_meta)
-    free = free_ram()
-    if why and needed <= free:
-        in_file = {}
-    needed -= bytes_of(in_file)
-    require_ram(files[0].path, needed, free)
+    in_file, needed = kept_in_file(files[0].path, mappable, needed, why)
     logger.info(
         "NF4: text encoder %s: %.2f GiB of its layers stay in the file, %.2f GiB are read into RAM%s",
         ", ".join(file.path.name for file in files),
         bytes_of(in_file) / GIB,
         needed / GIB,
-        f" ({why})" if why else "",
+        f" ({why})" if why and not in_file else "",
     )
     return in_file

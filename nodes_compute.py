@@ -81,7 +81,7 @@ def _say(patcher: StreamedModelPatcher) -> None:
             _measure_largest(patcher)
         found = figures(patcher)
     except Exception:  # the picture is finished, and must not be lost because advice about it fails
-        logger.exception("int8: nothing could be measured")
+        logger.exception("NF4: the gain of int8 could not be measured")
         found = None
     if _said.get(patcher.load_device) != found and found is not None:
         _log(found, patcher.load_device)
@@ -119,7 +119,7 @@ def _measure_largest(patcher: StreamedModelPatcher) -> None:
     shape = max(fitting, key=lambda shape: shape[0] * shape[1])
     try:
         by_kernel = int8_weight.takes(shape) and int8_weight.works_on(device, dtype)
-        measured.int8_is_faster(shape, _ROWS_AT_1024, dtype, device, by_kernel)
+        measured.timing_of(measured.Case(shape, _ROWS_AT_1024, dtype, device, by_kernel))
     except Exception as error:
         if not is_out_of_memory(error):
             raise

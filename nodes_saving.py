@@ -1,4 +1,4 @@
-"""The node that quantises a model and saves it."""
+"""The nodes that quantise a model or text encoders and save them."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ import torch
 from .families import CHECKPOINT_PREFIX, FLUX1, family_of_model, names
 from .memory import GIB
 from .nf4_loader.checkpoint.catalogue import Catalogue
-from .nf4_loader.checkpoint.errors import CheckpointError
+from .nf4_loader.checkpoint.errors import CheckpointError, reason
 from .nf4_loader.checkpoint.quant_state import QuantType
 from .nf4_loader.saving.encoder_sources import sources_of_clip
 from .nf4_loader.saving.model_sources import sources_of_encoders, sources_of_model
@@ -115,6 +115,9 @@ class FluxNF4QuantiseSave:
                 f"all-in-one files are made of {FLUX1.name} only, and this is a {family.name} model. Disconnect CLIP "
                 "and VAE: its transformer is saved alone, and text encoder and VAE stay in files of their own.",
             )
+        if clip is not None:
+            _require_clip(path, clip)
+            _require_vae(path, vae, model.model.latent_format)
         device = comfy.model_management.get_torch_device()
         comfy.model_management.free_memory(GIB, device)  # first: tensors that sources hold cannot be moved any more
         sources = sources_of_model(model) + (sources_of_encoders(clip, vae) if clip is not None else [])
@@ -196,11 +199,42 @@ class QuantiseSaveTextEncoder:
         return {"ui": {"text": paths}}
 
 
+def _require_clip(path: Path, clip: Any) -> None:
+    """Check that ``clip`` is the text encoders that an all-in-one file of Flux.1 holds.
+
+    Raises:
+        CheckpointError: it is not; it says what to connect.
+    """
+    encoders = {"clip_l": "CLIP-L", "t5xxl": "T5-XXL"}
+    missing = [name for part, name in encoders.items() if getattr(clip.cond_stage_model, part, None) is None]
+    if missing:
+        raise CheckpointError(
+            path,
+            f"the CLIP has no {' and no '.join(missing)}. An all-in-one file of {FLUX1.name} has both text encoders: "
+            "connect the CLIP of 'DualCLIPLoader' (type flux), or of a node that loads an all-in-one file.",
+        )
+
+
+def _require_vae(path: Path, vae: Any, latents: Any) -> None:
+    """Check that ``vae`` is for ``latents``, ComfyUI's description of what the model computes with.
+
+    Raises:
+        CheckpointError: it is not; it says what to connect.
+    """
+    found, expected = (vae.latent_channels, vae.latent_dim), (latents.latent_channels, latents.latent_dimensions)
+    if found != expected:
+        raise CheckpointError(
+            path,
+            f"the VAE makes latents of {found[0]} channels and {found[1]} dimensions; {FLUX1.name}'s have "
+            f"{expected[0]} and {expected[1]}. Connect 'Load VAE' with ae.safetensors.",
+        )
+
+
 def _new_path(prefix: str, folder: str) -> Path:
     """A file that is not there yet: ``prefix`` and a number, in the output folder or in the ``folder`` of models.
 
     Raises:
-        CheckpointError: ``prefix`` leads out of the folder, or nothing can be written there.
+        CheckpointError: ``prefix`` leads out of the folder, or its folders cannot be read or made.
     """
     if folder == "output":
         root = folder_paths.get_output_directory()
@@ -212,9 +246,12 @@ def _new_path(prefix: str, folder: str) -> Path:
         raise CheckpointError(Path(root), f"filename_prefix {prefix} leads out of this folder. Take a name within it.")
     try:
         place, name, counter, _, _ = folder_paths.get_save_image_path(prefix, root)
-    except PermissionError as error:
-        problem = f"ComfyUI may not write there ({error.strerror}). Pick another folder, or give it the permission."
-        raise CheckpointError(Path(root), problem) from error
+    except OSError as error:
+        raise CheckpointError(
+            Path(root),
+            f"filename_prefix {prefix} cannot be used there ({reason(error)}). Take another name or folder, or let "
+            "ComfyUI write there.",
+        ) from error
     return Path(place, f"{name}_{counter:05}_.safetensors")
 
 

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 import folder_paths
 
 from .encoders import key_of_encoders, load_encoders, streamed_clip
+from .families.encoders import encoders_by_type
 from .nf4_loader.checkpoint.encoder_file import read_encoder_file
 from .nf4_loader.checkpoint.require import require_4bit
 from .nf4_loader.models.streamed_encoders import supported_types
@@ -37,9 +38,8 @@ class Load4BitTextEncoderStreamed(Loader):
                 "type": (
                     supported_types(),
                     {
-                        "tooltip": "The model that the prompt is for. flux2: Mistral 3 (dev), Qwen3 4B or 8B (klein). "
-                        "flux: T5-XXL and CLIP-L. qwen_image: Qwen2.5-VL. ideogram4 and krea2: Qwen3-VL. lumina2: "
-                        "Qwen3 4B (Z-Image)."
+                        "tooltip": f"The model that the prompt is for, and its text encoders. {encoders_by_type()} "
+                        "Z-Image takes lumina2."
                     },
                 ),
             },

@@ -167,6 +167,14 @@ def encoder_types() -> tuple[str, ...]:
     return tuple(dict.fromkeys(kind for encoder in ENCODERS for kind in encoder.types))
 
 
+def encoders_by_type() -> str:
+    """The encoders of each CLIP type, for a tooltip: sentences such as "flux, sd3: T5-XXL, CLIP-L."."""
+    types: dict[str, list[str]] = {}
+    for kind in encoder_types():
+        types.setdefault(", ".join(encoder.name for encoder in ENCODERS if kind in encoder.types), []).append(kind)
+    return " ".join(f"{', '.join(kinds)}: {names}." for names, kinds in types.items())
+
+
 def encoder_names() -> str:
     """The names of all encoders in the table, for messages."""
     *others, last = (encoder.name for encoder in ENCODERS)

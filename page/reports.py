@@ -25,14 +25,14 @@ class Reports:
     _by_node: dict[str, tuple[StreamingReport, Int8Figures | None]] = field(default_factory=dict)
     _measured: dict[_Run, Measured] = field(default_factory=dict)
 
-    def add(self, report: StreamingReport, device: str, file: Path | None, int8: Int8Figures | None = None) -> None:
+    def add(self, report: StreamingReport, device: str, file: Path | None, int8: Int8Figures | None) -> None:
         """Keep a report.
 
         Args:
             report: Of a running model.
             device: That it runs on.
             file: That it was loaded from; None if this package did not load it.
-            int8: What int8 was measured to gain on the device.
+            int8: What int8 was measured to gain on the device; None if it was not measured there, or gains nothing.
         """
         if report.node_id is not None:
             self._by_node[report.node_id] = report, int8
@@ -55,7 +55,7 @@ class Reports:
         return {name: report_as_json(*report) for name, report in self._by_node.copy().items()}
 
 
-def report_as_json(report: StreamingReport, int8: Int8Figures | None = None) -> dict[str, Any]:
+def report_as_json(report: StreamingReport, int8: Int8Figures | None) -> dict[str, Any]:
     """The report for the page, with advice for nodes that have no plan from a file."""
     advice = advise_next(report)
     more = {

@@ -161,7 +161,7 @@ def works_on(device: torch.device, dtype: torch.dtype) -> bool:
     """
     problem = problem_on(device, dtype)
     if problem is not None:
-        log_problem(problem, "int8: weights take longer to prepare")
+        log_problem(problem, "int8 weights take longer to prepare")
     return problem is None
 
 

@@ -110,7 +110,7 @@ def works_on(device: torch.device, dtype: torch.dtype) -> bool:
     """
     problem = problem_on(device, dtype)
     if problem is not None:
-        logger.warning("int8: %s, so everything is computed exactly", problem)
+        logger.warning("NF4: int8 cannot be used here (%s), so everything is computed exactly", problem)
     return problem is None
 
 

@@ -70,11 +70,17 @@ def int8_is_faster(
     if timing is None:
         if is_captured(device):
             return False  # nothing can be measured, and what is captured has run before
-        with _measuring:
-            timing = timings.get(case)
-            if timing is None:
-                timing = timings[case] = measure(case)
+        timing = timing_of(case)
     return timing.int8_is_faster
+
+
+def timing_of(case: Case) -> Timing:
+    """How long both ways take. The first call for a case measures it."""
+    with _measuring:
+        timing = timings.get(case)
+        if timing is None:
+            timing = timings[case] = measure(case)
+    return timing
 
 
 def is_captured(device: torch.device) -> bool:

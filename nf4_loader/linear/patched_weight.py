@@ -82,7 +82,7 @@ def works_on(device: torch.device, dtype: torch.dtype) -> bool:
     """
     problem = problem_on(device, dtype)
     if problem is not None:
-        log_problem(problem, "LoRA: it takes a few percent longer")
+        log_problem(problem, "LoRA takes a few percent longer")
     return problem is None
 
 

@@ -46,7 +46,7 @@ def problem_with(kernel: object | None, trial: Trial, device: torch.device, dtyp
 
 
 def log_problem(problem: str, consequence: str) -> None:
-    logger.info("%s, because Triton cannot be used here (%s)", consequence, problem)
+    logger.info("NF4: %s, because Triton cannot be used here (%s)", consequence, problem)
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:

@@ -75,8 +75,10 @@ def _remove_unless_in_use(partial: Path) -> None:
 def _sync_folder(folder: Path) -> None:
     """Have the new name on disk, too; Windows does that by itself and cannot open a folder."""
     if sys.platform != "win32":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        # Some network file systems refuse it. The file is whole and has its name, so this is no error.
+        with contextlib.suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)

@@ -1,8 +1,6 @@
 """The tensors of the text encoders of a CLIP, each to be saved in a file of its own: patches (LoRAs) are merged."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import comfy.sd
 import comfy.sd1_clip
@@ -13,7 +11,7 @@ from ...families.encoders import detect_encoder, encoder_name, encoder_names
 from ..checkpoint.catalogue import COMPANIONS
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.tensors import TransformerTensor
-from .model_sources import key_patches_of, require_values, source_of, stored_as_it_is
+from .model_sources import key_patches_of, packed_in_files, require_values, source_of, stored_as_it_is
 from .save import Source
 
 
@@ -40,7 +38,7 @@ def sources_of_clip(clip: comfy.sd.CLIP) -> dict[str, list[Source]]:
 
 def _sources_of(clip: comfy.sd.CLIP, part: str) -> list[Source]:
     model, prefix = clip.cond_stage_model, f"{part}.transformer."
-    packed = _packed_in_files(model)
+    packed = packed_in_files(model)
     sources: list[Source] = []
     for key, (original, *patches) in key_patches_of(clip.patcher, prefix).items():
         if key.endswith(COMPANIONS):
@@ -50,7 +48,7 @@ def _sources_of(clip: comfy.sd.CLIP, part: str) -> list[Source]:
             continue
         require_values(model, key, original[0])
         is_layer = isinstance(model.get_submodule(key.rpartition(".")[0]), nn.Linear) and _is_in_a_list(name)
-        stored = packed.get(name) if not patches else None
+        stored = TransformerTensor((packed[name],)) if name in packed and not patches else None
         sources.append(source_of(name, key, original, patches, is_layer=is_layer, stored=stored))
     encoder = detect_encoder({source.name: source.shape for source in sources})
     if encoder is None:
@@ -58,11 +56,6 @@ def _sources_of(clip: comfy.sd.CLIP, part: str) -> list[Source]:
             Path(type(model).__name__), f"only {encoder_names()} can be saved in 4 bits: no node would load it."
         )
     return [source for source in sources if encoder.is_read(source.name)]
-
-
-def _packed_in_files(model: Any) -> Mapping[str, TransformerTensor]:
-    files = getattr(model, "nf4_files", ())
-    return {name: TransformerTensor((weight,)) for file in files for name, weight in file.packed.items()}
 
 
 def _is_in_a_list(name: str) -> bool:

@@ -17,7 +17,7 @@ from ..checkpoint.catalogue import COMPANIONS, Catalogue
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.header import TensorEntry
 from ..checkpoint.read_parts import TORCH_DTYPES
-from ..checkpoint.tensors import TransformerTensor
+from ..checkpoint.tensors import TransformerTensor, Weight4bit
 from .save import Source
 from .sources import dequantised_gguf, sources_of_catalogue, sources_of_entries
 
@@ -51,7 +51,8 @@ def sources_of_model(patcher: comfy.model_patcher.ModelPatcher) -> list[Source]:
 
 def sources_of_encoders(clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> list[Source]:
     """The tensors of CLIP and VAE, by their names in an all-in-one file. If this package has loaded them from a file,
-    tensors without a patch are copied from the file. Weights that have a scale are saved as dense ones.
+    tensors without a patch are copied from the file; of text encoders that it streams, those in 4 bits. Weights that
+    have a scale are saved as dense ones.
 
     Raises:
         CheckpointError: a tensor is in a form whose values are not known here.
@@ -60,6 +61,7 @@ def sources_of_encoders(clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> list[Source]:
     if clip.patcher.patches and any(name.endswith(COMPANIONS) for name in entries):
         entries = {}  # a weight that is patched has its scale in it
     encoders = {source.name: source for source in sources_of_entries(entries)}
+    in_4_bits = packed_in_files(clip.cond_stage_model)
     found = key_patches_of(clip.patcher, "")
     for key, (original, *patches) in found.items():
         if key.endswith(COMPANIONS) or (entries and not patches):
@@ -68,6 +70,11 @@ def sources_of_encoders(clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> list[Source]:
         name = f"text_encoders.{key}"
         for packed in [other for other in encoders if other.startswith(f"{name}.")]:
             del encoders[packed]  # absmax and the like, if it was in 4 bits: merged, it is dense
+        stored = in_4_bits.get(key.partition(".transformer.")[2])
+        if stored is not None and not patches:
+            copied = {name + entry.name.removeprefix(stored.name): entry for entry in stored.entries}
+            encoders |= {source.name: source for source in sources_of_entries(copied)}
+            continue
         is_scaled = f"{key.removesuffix('weight')}scale_weight" in found
         as_it_is = _is_fp8(original[0]) and not is_scaled and not patches
         encoders[name] = (
@@ -78,6 +85,12 @@ def sources_of_encoders(clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> list[Source]:
     if vae_entries:
         return sources + sources_of_entries(vae_entries)
     return sources + [stored_as_it_is(f"vae.{name}", tensor) for name, tensor in vae.get_sd().items()]
+
+
+def packed_in_files(model: torch.nn.Module) -> dict[str, Weight4bit]:
+    """The 4-bit weights in the files of ``model``, if it is text encoders that this package streams, by their names in
+    the transformer of their text encoder. No two text encoders that go together have the same names."""
+    return {name: weight for file in getattr(model, "nf4_files", ()) for name, weight in file.packed.items()}
 
 
 _Original = tuple[torch.Tensor, Callable[..., torch.Tensor]]

@@ -1,4 +1,4 @@
-"""Quantise a transformer and write it, layer by layer: a file appears whole, or not at all."""
+"""Quantises a transformer or a text encoder and writes it, layer by layer: a file appears whole, or not at all."""
 
 import fnmatch
 import json
@@ -37,7 +37,14 @@ _HEADER_ENTRY_BYTES = 140
 """Upper bound of what one tensor takes in the header, without its name."""
 
 _ENDS = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", f"{QUANT_STATE}nf4")
-_DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()} | {torch.uint8: "U8"}
+_DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()} | {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class Source:
         shape: The logical shape.
         read: Gives its dense values, patches applied, in any float dtype, on a device.
         stored: The same values in a file, if there are any. What need not change is copied from there.
-        is_layer: Whether it is of the transformer, so that its weight may be quantised.
+        is_layer: Whether its weight may be quantised; of a transformer, all tensors, whose names get the prefix.
         is_embedding: Whether it is the weight of an embedding, which is never quantised.
     """
 
@@ -165,8 +172,8 @@ def _require_room(path: Path, sources: Sequence[Source], settings: QuantSettings
     if needed > free:
         raise CheckpointError(
             path,
-            f"the new file takes about {needed / GIB:.1f} GiB; {free / GIB:.1f} GiB are free in {path.parent}. "
-            "Make room, or save it elsewhere.",
+            f"the new file takes about {needed / GIB:.1f} GiB; {free / GIB:.1f} GiB are free on the disk that it goes "
+            "to. Make room there, or save it elsewhere.",
         )
 
 

@@ -3,6 +3,7 @@
 import comfy.model_detection
 import comfy.model_management
 import comfy.sample
+import psutil
 import pytest
 import torch
 from make_checkpoint import Recipe, make_checkpoint
@@ -131,6 +132,21 @@ def clip_copies(copies, monkeypatch):
     monkeypatch.setattr(large_layers, "LARGE_BYTES", 50_000)
     monkeypatch.setattr(StreamedModelPatcher, "staging_bytes", 100_000)
     return copies
+
+
+@pytest.fixture
+def free_ram(monkeypatch):
+    """A function: has ComfyUI see this much free RAM (bytes), and no swap."""
+    real = comfy.model_management.get_free_memory
+
+    def set_to(nbytes):
+        def get_free_memory(dev=None, torch_free_too=False):
+            return real(dev, torch_free_too) if torch_free_too or dev != torch.device("cpu") else nbytes
+
+        monkeypatch.setattr(comfy.model_management, "get_free_memory", get_free_memory)
+
+    monkeypatch.setattr(psutil, "swap_memory", lambda: type("Swap", (), {"free": 0}))
+    return set_to
 
 
 def sample(patcher, seed=1, steps=2, cfg=1.0, sampler="euler", positive=None, negative=None, latent=None, **options):

@@ -2,12 +2,15 @@
 
 import asyncio
 import json
+import logging
+from contextlib import nullcontext
 
 import comfy.sd
 import folder_paths
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from there_and_back import Copied, move
 from tiny_encoders import (
     CLIP_L,
     T5,
@@ -28,7 +31,11 @@ from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
 from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
 from flux_nf4.nf4_loader.models import streamed_encoders
 from flux_nf4.nf4_loader.models.tokenizers import tokenizer_tensors
+from flux_nf4.nf4_loader.saving.model_sources import sources_of_encoders
+from flux_nf4.nf4_loader.saving.quantise import QuantSettings
+from flux_nf4.nf4_loader.saving.save import save_quantised
 from flux_nf4.nodes import NODE_CLASS_MAPPINGS
+from flux_nf4.offload.host_memory import keep_host_memory
 from flux_nf4.offload.plan import Residency
 from flux_nf4.page.answers import answer_for
 from flux_nf4.page.encoder_plan import encoder_other_bytes, encoder_sizes
@@ -70,17 +77,29 @@ def test_the_node_reads_a_file_once_for_all_budgets(qwen3, load, clip_copies):
     assert torch.equal(encoded(second, tokens_of(QWEN3.key)), wanted)
 
 
-def test_t5_and_clip_l_of_two_files_are_loaded_in_either_order(tmp_path, monkeypatch, load, clip_copies):
+def stock_of(model):
+    """ComfyUI's own CLIP of the dense twin of a Qwen3 4B."""
+    state = for_comfyui(QWEN3, dense_twin(model))
+    return comfy.sd.load_text_encoder_state_dicts([state], clip_type=comfy.sd.CLIPType.LUMINA2)
+
+
+@pytest.fixture
+def dual(tmp_path, monkeypatch):
+    """The files of a T5 in NF4 and a dense CLIP-L; transformers' T5, and ComfyUI's options for both."""
     monkeypatch.setattr("comfy.model_management.text_encoder_dtype", lambda *_, **__: torch.float32)
     monkeypatch.setattr(folder_paths, "get_full_path", lambda _, name: str(tmp_path / name))
     small = {"t5xxl_model_config": dict(T5, num_layers=2), "model_config": dict(CLIP_L)}
     small["clip_l_model_config"] = dict(CLIP_L)
     made = streamed_encoders.options_for
     monkeypatch.setattr(streamed_encoders, "options_for", lambda files: made(files) | small)
-    clip_l, t5 = save_clip_l(tmp_path), dense_twin(save_t5(tmp_path))
-    stock = comfy.sd.load_text_encoder_state_dicts(
-        [load_file(clip_l), t5], clip_type=comfy.sd.CLIPType.FLUX, model_options=small
-    )
+    save_clip_l(tmp_path)
+    return save_t5(tmp_path), small
+
+
+def test_t5_and_clip_l_of_two_files_are_loaded_in_either_order(dual, tmp_path, load, clip_copies):
+    model, small = dual
+    clip_l, t5 = load_file(tmp_path / "clip_l.safetensors"), dense_twin(model)
+    stock = comfy.sd.load_text_encoder_state_dicts([clip_l, t5], clip_type=comfy.sd.CLIPType.FLUX, model_options=small)
     wanted = encoded(stock, DUAL)
     for names in (("t5/model.safetensors", "clip_l.safetensors"), ("clip_l.safetensors", "t5/model.safetensors")):
         clip = load(names[0], "flux", names[1])
@@ -92,6 +111,32 @@ def test_t5_and_clip_l_of_two_files_are_loaded_in_either_order(tmp_path, monkeyp
         load("t5/model.safetensors", "chroma", "t5/model.safetensors")
     with pytest.raises(CheckpointError, match="the same text encoder"):
         load("t5/model.safetensors", "flux", "t5/model.safetensors")
+
+
+class Vae:
+    first_stage_model = torch.nn.Module()
+
+    def get_sd(self):
+        return {}
+
+
+def test_what_is_in_4_bits_in_two_files_stays_so_in_an_all_in_one_file(dual, load, tmp_path, clip_copies):
+    """All that bitsandbytes wrote is copied. A patched weight is saved as a dense one."""
+    files = [load_file(tmp_path / name) for name in ("t5/model.safetensors", "clip_l.safetensors")]
+    query, key = (f"encoder.block.1.layer.0.SelfAttention.{part}.weight" for part in "qk")
+    clip, prefix = load("t5/model.safetensors", "flux", "clip_l.safetensors"), "text_encoders.t5xxl.transformer."
+    assert clip.patcher.add_patches({f"t5xxl.transformer.{query}": ("diff", (torch.ones(128, 128),))})
+    save_quantised(tmp_path / "made.safetensors", sources_of_encoders(clip, Vae()), QuantSettings())
+    made = load_file(tmp_path / "made.safetensors")
+    packed = {name for name in files[0] if ".weight." in name} | {key}
+    assert len(packed) > 30
+    for name in packed:
+        if not name.startswith(query):
+            assert torch.equal(made[prefix + name], files[0][name]), name
+    assert [name for name in made if name.startswith(prefix + query)] == [prefix + query]
+    assert made[prefix + query].shape == (128, 128)
+    fc1 = "text_model.encoder.layers.0.mlp.fc1.weight"
+    assert torch.equal(made[f"text_encoders.clip_l.transformer.{fc1}"].float(), files[1][fc1].float())
 
 
 def changed(path, change):
@@ -197,13 +242,35 @@ def test_the_page_plans_what_is_loaded(qwen3, clip_copies, monkeypatch):
     assert "'Load 4-bit Text Encoder (streamed)'" in refused["problem"]
 
 
+@pytest.mark.parametrize("is_short", [False, True])
+def test_where_ram_is_short_it_makes_room_and_stays_in_its_file(is_short, qwen3, load, clip_copies, free_ram, caplog):
+    kept = torch.nn.Linear(2, 2)  # of another encoder: its RAM is its own while it is on the device
+    keep_host_memory(kept)
+    move(kept, "meta")
+    free_ram(100_000 if is_short else 1 << 40)
+    with caplog.at_level(logging.INFO):
+        clip = load("model.safetensors", "lumina2")
+    with pytest.raises(Copied) if is_short else nullcontext():
+        move(kept, "cpu")
+    file = clip.patcher.model.streaming.streamer.file
+    said = [line for line in caplog.messages if "packed weights stay in the file" in line]
+    (where,) = [line for line in caplog.messages if "text encoder model.safetensors: " in line]
+    assert (len(said), bool(file.nbytes)) == (is_short, is_short)
+    assert where.endswith(")") == (not is_short), "the reason to read them"
+    assert torch.equal(encoded(clip, tokens_of(QWEN3.key)), encoded(stock_of(qwen3[1]), tokens_of(QWEN3.key)))
+
+
+def test_too_little_ram_for_what_has_to_be_read_is_an_error(qwen3, load, free_ram):
+    free_ram(100)
+    with pytest.raises(CheckpointError, match=r"^model\.safetensors: loading it takes .* of RAM; 0\.00 GiB are free"):
+        load("model.safetensors", "lumina2")
+
+
 @pytest.mark.parametrize("absmax", ["fp32", "nested"])
 def test_what_is_quantised_and_saved_is_loaded_again(absmax, qwen3, load, tmp_path, monkeypatch, clip_copies):
     _, model = qwen3
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
-    stock = comfy.sd.load_text_encoder_state_dicts(
-        [for_comfyui(QWEN3, dense_twin(model))], clip_type=comfy.sd.CLIPType.LUMINA2
-    )
+    stock = stock_of(model)
     wanted = encoded(stock, tokens_of(QWEN3.key))
     node = NODE_CLASS_MAPPINGS["QuantiseSaveTextEncoder"]()
     (path,) = node.save(stock, "text_encoders/saved", "output", "nf4", absmax, "")["ui"]["text"]

@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import comfy.model_management
-import psutil
 import pytest
 import torch
 from fake_registrar import FakeRegistrar
@@ -43,21 +42,6 @@ def own_file(tmp_path):
     path = tmp_path / "own.safetensors"
     make_checkpoint(path, RECIPE)
     return path
-
-
-@pytest.fixture
-def free_ram(monkeypatch):
-    """A function: has ComfyUI see this much free RAM (bytes), and no swap."""
-    real = comfy.model_management.get_free_memory
-
-    def set_to(nbytes):
-        def get_free_memory(dev=None, torch_free_too=False):
-            return real(dev, torch_free_too) if torch_free_too or dev != torch.device("cpu") else nbytes
-
-        monkeypatch.setattr(comfy.model_management, "get_free_memory", get_free_memory)
-
-    monkeypatch.setattr(psutil, "swap_memory", lambda: type("Swap", (), {"free": 0}))
-    return set_to
 
 
 @pytest.fixture

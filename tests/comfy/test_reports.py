@@ -50,9 +50,9 @@ def test_a_run_tells_the_size_of_its_picture(load, sample, copies):
     for height, width, steps in ((8, 12, 2), (16, 8, 8)):  # each eighth forward is timed
         sample(patcher, steps=steps, latent=torch.zeros(1, 16, height, width))
         assert patcher.report().cost.picture == (8 * width, 8 * height)
-        assert report_as_json(patcher.report())["cost"]["picture"] == (8 * width, 8 * height)
+        assert report_as_json(patcher.report(), None)["cost"]["picture"] == (8 * width, 8 * height)
 
 
 def test_the_page_gets_it_with_the_report():
-    assert report_as_json(report())["advice"]["code"] == "more_vram"
-    assert report_as_json(report(total_ms=None))["advice"] is None
+    assert report_as_json(report(), None)["advice"]["code"] == "more_vram"
+    assert report_as_json(report(total_ms=None), None)["advice"] is None

@@ -116,10 +116,10 @@ def report(node, total_ms=64.0, stall_ms=10.0, gbps=50.0, picture=None):
 
 def test_what_was_measured_is_of_its_device_file_and_node():
     reports, file = Reports(), Path("flux.safetensors")
-    reports.add(report("1", 64.0), "cuda:0", file)
-    reports.add(report("2", 170.0), "cuda:0", file)
-    reports.add(report("3", 900.0, gbps=6.0), "cuda:1", file)
-    reports.add(report("4", 1.0), "cuda:0", None)
+    reports.add(report("1", 64.0), "cuda:0", file, None)
+    reports.add(report("2", 170.0), "cuda:0", file, None)
+    reports.add(report("3", 900.0, gbps=6.0), "cuda:1", file, None)
+    reports.add(report("4", 1.0), "cuda:0", None, None)
     assert reports.measured("cuda:0", file, "1").compute_ms == 27.0
     assert reports.measured("cuda:0", file, "2").compute_ms == 80.0
     assert reports.measured("cuda:0", file, "9").compute_ms == 80.0, "the last of that file"
@@ -130,8 +130,8 @@ def test_what_was_measured_is_of_its_device_file_and_node():
 def test_what_was_measured_is_of_its_size_of_picture_first():
     reports, file = Reports(), Path("flux.safetensors")
     large, small, other = (1024, 1024), (512, 512), (768, 768)
-    reports.add(report("1", 170.0, picture=large), "cuda:0", file)
-    reports.add(report("2", 64.0, picture=small), "cuda:0", file)
+    reports.add(report("1", 170.0, picture=large), "cuda:0", file, None)
+    reports.add(report("2", 64.0, picture=small), "cuda:0", file, None)
 
     def compute_ms(node, picture=None):
         return reports.measured("cuda:0", file, node, picture).compute_ms
@@ -140,7 +140,7 @@ def test_what_was_measured_is_of_its_size_of_picture_first():
     assert (compute_ms("1", small), compute_ms("2", large)) == (27.0, 80.0), "another node's, of that size"
     assert compute_ms("9") == 27.0, "the last of that file"
     assert reports.measured("cuda:0", file, "1", other).picture == large, "it says what it is of"
-    reports.add(report("1", 70.0, picture=small), "cuda:0", file)
+    reports.add(report("1", 70.0, picture=small), "cuda:0", file, None)
     assert (compute_ms("1"), compute_ms("1", large)) == (30.0, 80.0)
 
 
@@ -162,7 +162,7 @@ def test_reports_are_read_while_the_sampler_adds_to_them():
     def add():
         number = 0
         while not stop.is_set():
-            reports.add(report(str(number)), "cpu", None)
+            reports.add(report(str(number)), "cpu", None, None)
             number += 1
 
     with ThreadPoolExecutor(1) as sampler:

@@ -7,6 +7,7 @@ import english_locale
 import environment
 import pytest
 
+from flux_nf4.families.encoders import ENCODERS, encoders_by_type
 from flux_nf4.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 
 NAMES = sorted(NODE_CLASS_MAPPINGS)
@@ -39,6 +40,21 @@ def test_the_node_for_any_model_names_every_format(kind):
     tooltips = [inputs_of("StreamModelBlocks")["model"][1], TRANSLATED["StreamModelBlocks"]["inputs"]["model"]]
     assert [text for text in (*texts, *(said["tooltip"] for said in tooltips)) if kind not in text] == []
     assert kind in ("bf16", "fp16") or set(kind.lower().split()) <= set(node.SEARCH_ALIASES)
+
+
+def test_the_node_for_text_encoders_names_those_of_each_type_in_every_language():
+    name, marks = "Load4BitTextEncoderStreamed", str.maketrans({"：": ": ", "、": ", ", "。": ". "})
+    for tooltip in (inputs_of(name)["type"][1]["tooltip"], TRANSLATED[name]["inputs"]["type"]["tooltip"]):
+        assert encoders_by_type() in tooltip.translate(marks)
+    for language in ("en", "zh"):
+        page = (environment.ROOT / "web/docs" / name / f"{language}.md").read_text("utf-8")
+        rows = [line.split("|")[1:3] for line in page.splitlines() if line.startswith("| ")]
+        for encoder in ENCODERS:
+            for kind in encoder.types:
+                assert any(encoder.name in names and f"`{kind}`" in types for names, types in rows), (
+                    encoder.name,
+                    kind,
+                )
 
 
 def test_the_readmes_have_a_row_for_each_node_of_today():

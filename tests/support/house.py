@@ -76,6 +76,21 @@ def too_long(root: Path, beside: Iterable[str] = ()) -> list[str]:
     return sorted(f"{path.relative_to(root)}: {lines}" for path, lines in lengths.items() if lines > limits[path])
 
 
+def unnamed(texts: Mapping[str, str]) -> list[str]:
+    """Modules that their package's docstring leaves out, where it names others."""
+    missing = []
+    for package, text in texts.items():
+        of_package = [name for name in texts if name.rpartition(".")[0] == package and not _is_package(name, texts)]
+        said = ast.get_docstring(ast.parse(text)) or ""
+        named = {name for name in of_package if f"``{name.rpartition('.')[2]}``" in said}
+        missing += sorted({*of_package} - named) if named else []
+    return missing
+
+
+def _is_package(name: str, texts: Mapping[str, str]) -> bool:
+    return any(other.startswith(f"{name}.") for other in texts)
+
+
 def _name(path: Path) -> str:
     parts = path.with_suffix("").parts
     return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
@@ -83,8 +98,7 @@ def _name(path: Path) -> str:
 
 def _imports(name: str, text: str, texts: Mapping[str, str]) -> Imports:
     found = Imports()
-    is_package = any(other.startswith(f"{name}.") for other in texts)
-    package = name.split(".") if is_package else name.split(".")[:-1]
+    package = name.split(".") if _is_package(name, texts) else name.split(".")[:-1]
     tree = ast.parse(text)
     for_types = {
         id(node)

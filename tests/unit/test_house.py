@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from house import broken_import_rules, sources, too_long
+from house import broken_import_rules, sources, too_long, unnamed
 
 ROOT = Path(__file__).parents[2]
 
@@ -100,3 +100,12 @@ def test_a_file_that_is_too_long_is_noticed(tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.write_text("x = 1\n" * lines)
     assert too_long(tmp_path, ["tests"]) == ["pack/long.py: 351", "tests/long.py: 601", "top.py: 351"]
+
+
+def test_a_package_that_names_its_modules_names_all():
+    assert unnamed(sources(ROOT)) == []
+
+
+def test_a_module_that_is_not_named_is_noticed():
+    texts = {"pack": '"""With ``one``."""', "pack.one": "", "pack.two": "", "pack.room": "", "pack.room.three": ""}
+    assert unnamed(texts) == ["pack.two"]

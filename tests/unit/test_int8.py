@@ -412,8 +412,9 @@ def test_it_is_said_once_why_it_is_not_used(gpu, caplog, layer_of, owner, name, 
         assert layer.compute_by(FASTER, GPU, DTYPE) == 0
         assert layer.int8 is None
     (line,) = caplog.messages
+    assert line.startswith("NF4: int8 cannot be used here (")
     assert said in line
-    assert line.endswith("so everything is computed exactly")
+    assert line.endswith("), so everything is computed exactly")
 
 
 @pytest.mark.parametrize(("device", "dtype"), [(CPU, DTYPE), (GPU, torch.float32)])

@@ -1,9 +1,11 @@
 """Files that appear whole or not at all, and what is left of those that never did."""
 
+import errno
 import logging
 import multiprocessing
 import os
 import signal
+import stat
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,27 @@ def test_its_bytes_are_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
         file.write(b"new")
     assert seen[0] == (3, False)
     assert seen[1][1]  # then the folder's
+
+
+@pytest.mark.parametrize("refused", ["open", "fsync"])
+def test_a_file_system_that_syncs_no_folders_is_no_error(refused, tmp_path, monkeypatch):
+    """The file has its name by then: an error would say that nothing was changed."""
+    real, path = getattr(os, refused), tmp_path / "model.safetensors"
+    path.write_bytes(b"old")
+    refusals = []
+
+    def refuse_folders(file, *arguments):
+        if file == tmp_path if refused == "open" else stat.S_ISDIR(os.fstat(file).st_mode):
+            refusals.append(file)
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(file, *arguments)
+
+    monkeypatch.setattr(os, refused, refuse_folders)
+    with whole_file(path) as file:
+        file.write(b"new")
+    assert len(refusals) == 1
+    assert path.read_bytes() == b"new"
+    assert names(tmp_path) == [path.name]
 
 
 @pytest.fixture
