@@ -6,6 +6,11 @@ MIB = 1 << 20
 GIB = 1 << 30
 
 
+def is_out_of_ram(error: BaseException) -> bool:
+    """Whether the system gave no memory: Python's own error, or that of torch's allocator."""
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device had too little memory.
 

@@ -206,11 +206,14 @@ def _require_clip(path: Path, clip: Any) -> None:
         CheckpointError: it is not; it says what to connect.
     """
     encoders = {"clip_l": "CLIP-L", "t5xxl": "T5-XXL"}
-    missing = [name for part, name in encoders.items() if getattr(clip.cond_stage_model, part, None) is None]
-    if missing:
+    parts = [part for part, _ in clip.cond_stage_model.named_children()]
+    missing = [name for part, name in encoders.items() if part not in parts]
+    others = [part for part in parts if part not in encoders]
+    if missing or others:
+        found = f"has no {' and no '.join(missing)}" if missing else f"has {' and '.join(others)}, too"
         raise CheckpointError(
             path,
-            f"the CLIP has no {' and no '.join(missing)}. An all-in-one file of {FLUX1.name} has both text encoders: "
+            f"the CLIP {found}. An all-in-one file of {FLUX1.name} has both text encoders: "
             "connect the CLIP of 'DualCLIPLoader' (type flux), or of a node that loads an all-in-one file.",
         )
 
@@ -221,7 +224,8 @@ def _require_vae(path: Path, vae: Any, latents: Any) -> None:
     Raises:
         CheckpointError: it is not; it says what to connect.
     """
-    found, expected = (vae.latent_channels, vae.latent_dim), (latents.latent_channels, latents.latent_dimensions)
+    expected = (latents.latent_channels, latents.latent_dimensions)
+    found = (getattr(vae, "latent_channels", expected[0]), getattr(vae, "latent_dim", expected[1]))
     if found != expected:
         raise CheckpointError(
             path,

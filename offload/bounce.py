@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -90,6 +90,14 @@ class _Buffer:
     emptied: Any
 
 
+class _Step(NamedTuple):
+    """One copy to the lane."""
+
+    destination: torch.Tensor
+    source: torch.Tensor
+    is_pinned: bool
+
+
 class _Bounce:
     """The worker's side: submits one copy after the other to the lane."""
 
@@ -102,16 +110,18 @@ class _Bounce:
         with torch.inference_mode():
             steps = [step for pair in job.take() for step in self._steps(*pair)]
             begun = job.begun
-            for i, (destination, source) in enumerate(steps):
+            for i, step in enumerate(steps):
                 done = job.done if i == len(steps) - 1 else self._lane.event()
-                filled = source if self._lane.is_pinned(source) else self._fill(source, emptied=done)
-                self._lane.copy([(destination, filled)], after=job.after, done=done, begun=begun)
+                filled = step.source if step.is_pinned else self._fill(step.source, emptied=done)
+                self._lane.copy([(step.destination, filled)], after=job.after, done=done, begun=begun)
                 begun = None
 
-    def _steps(self, destination: torch.Tensor, source: torch.Tensor) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    def _steps(self, destination: torch.Tensor, source: torch.Tensor) -> Iterable[_Step]:
         """The copy as it is where ``source`` is pinned, else in parts that fit into a buffer."""
-        nbytes = source.nbytes if self._lane.is_pinned(source) else self._buffers[0].memory.nbytes
-        return zip(destination.split(nbytes), source.split(nbytes), strict=True)
+        is_pinned = self._lane.is_pinned(source)
+        nbytes = source.nbytes if is_pinned else self._buffers[0].memory.nbytes
+        for target, part in zip(destination.split(nbytes), source.split(nbytes), strict=True):
+            yield _Step(target, part, is_pinned)
 
     def _fill(self, source: torch.Tensor, emptied: Any) -> torch.Tensor:
         """``source`` in a buffer, whose bytes will have left it when ``emptied`` passes."""

@@ -161,7 +161,9 @@ def _opened(path: Path) -> MappedFile:
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
     except OSError as error:
-        raise FileMapError(path, f"it cannot be opened ({error.strerror}). Check the disk, then try again.") from error
+        raise FileMapError(
+            path, f"it cannot be opened ({error.strerror or type(error).__name__}). Check the disk, then try again."
+        ) from error
     identity = _identity(descriptor)
     file = _files.get(identity)
     if file is not None:

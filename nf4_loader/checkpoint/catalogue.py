@@ -22,7 +22,7 @@ from .quant_state import (
     QuantState,
     parse_quant_state,
 )
-from .read import opened
+from .read import opened, read_into
 from .shards import read_checkpoint_header
 from .tensors import TransformerTensor, Weight4bit
 
@@ -165,8 +165,9 @@ def _read_all(path: Path, states: Mapping[str, TensorEntry]) -> dict[str, bytes]
                 if entry.nbytes > MAX_QUANT_STATE_BYTES:
                     problem = f"{entry.name}: {entry.nbytes:,} bytes are no quant state. {DAMAGED}"
                     raise CheckpointError(path, problem)
-                file.seek(entry.offset)
-                read[weight] = file.read(entry.nbytes)
+                raw = bytearray(entry.nbytes)
+                read_into(file, source, entry.offset, memoryview(raw))
+                read[weight] = bytes(raw)
     return read
 
 

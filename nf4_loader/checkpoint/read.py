@@ -60,7 +60,7 @@ def read_small(slices: Sequence[FileSlice]) -> None:
     for path, items in itertools.groupby(slices, key=lambda item: item.path):
         with opened(path) as file:
             for item in items:
-                _read_into(file, path, item.offset, _bytes_of(item.destination))
+                read_into(file, path, item.offset, _bytes_of(item.destination))
 
 
 Chunk = tuple[Path, int, memoryview, Callable[[], None] | None]
@@ -97,7 +97,7 @@ def _read_batch(batch: Sequence[Chunk]) -> int:
     path = batch[0][0]
     with opened(path) as file:
         for _, offset, view, then in batch:
-            _read_into(file, path, offset, view)
+            read_into(file, path, offset, view)
             if then is not None:
                 then()
     return sum(view.nbytes for _, _, view, _ in batch)
@@ -117,7 +117,12 @@ def opened(path: Path) -> Iterator[io.FileIO]:
         raise CheckpointError(path, f"reading it failed ({reason(error)}). Check the disk, then try again.") from error
 
 
-def _read_into(file: io.FileIO, path: Path, offset: int, view: memoryview) -> None:
+def read_into(file: io.FileIO, path: Path, offset: int, view: memoryview) -> None:
+    """Fill ``view`` with the bytes of ``file`` from ``offset``, in as many reads as that takes.
+
+    Raises:
+        CheckpointError: the file ends before that.
+    """
     done = 0
     file.seek(offset)
     while done < view.nbytes and (count := file.readinto(view[done:])):

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ...families.encoders import ENCODERS, Encoder, encoder_types
+from ...memory import is_out_of_memory, is_out_of_ram
 from ..checkpoint.catalogue import COMPANIONS
 from ..checkpoint.encoder_file import EncoderFile
 from ..checkpoint.errors import CheckpointError
@@ -157,6 +158,8 @@ def build_encoders(files: Sequence[EncoderFile], clip_type: str, embedding_direc
             **_WITHOUT_DYNAMIC,
         )
     except Exception as error:  # ComfyUI's code looks at shapes that nobody has checked, and raises whatever comes
+        if is_out_of_ram(error) or is_out_of_memory(error):
+            raise
         names = " with ".join(file.path.name for file in files[1:])
         beside = f" with {names}" if names else ""
         raise CheckpointError(
@@ -211,8 +214,7 @@ def _state(file: EncoderFile, clip_type: str, sources: dict[int, Weight4bit]) ->
     for ours, weight in file.packed.items():
         state[names(ours)] = torch.empty(weight.shape, device="meta")
         sources[id(state[names(ours)])] = weight
-    if file.encoder.name == "T5-XXL" and "encoder.embed_tokens.weight" in state:
-        state.setdefault("shared.weight", state.pop("encoder.embed_tokens.weight"))
+    text_encoders.name_embedding(state)
     return state | tokenizer_tensors(file, state)
 
 

@@ -14,6 +14,7 @@ import comfy.utils
 import torch
 from torch import nn
 
+from ...memory import is_out_of_memory, is_out_of_ram
 from ..checkpoint.catalogue import COMPANIONS, group_4bit
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.header import Header, TensorEntry
@@ -39,6 +40,8 @@ _READ_BY_ALL = "bf16, fp16 or plain fp8 (t5xxl_fp8_e4m3fn.safetensors)"
 
 _OPTIONAL = ("text_projection.weight", "logit_scale", "lm_head.weight", "position_ids", *COMPANIONS)
 """Ends of names without which a prompt is encoded all the same."""
+
+_EMBEDDING = "encoder.embed_tokens.weight"
 
 State = dict[str, torch.Tensor]
 
@@ -158,6 +161,8 @@ def load_dual_clip(paths: Sequence[Path], embedding_directory: Sequence[str]) ->
             model_options=options_for(weights, layers),
         )
     except Exception as error:  # ComfyUI's code looks at shapes that nobody has checked, and raises whatever comes
+        if is_out_of_ram(error) or is_out_of_memory(error):
+            raise
         other = encoders["clip_l"].path.name
         raise CheckpointError(
             t5.path, f"ComfyUI does not take it with {other} ({type(error).__name__}: {error})."
@@ -207,7 +212,14 @@ def read_encoders(path: Path, tensors: Mapping[str, TensorEntry]) -> tuple[State
     weights = {name: part for name, part in grouped.items() if isinstance(part, Weight4bit)}
     state = {name: torch.empty(weight.shape, device="meta") for name, weight in weights.items()}
     state |= read_entries([part for part in grouped.values() if isinstance(part, TensorEntry)])
+    name_embedding(state)
     return state, weights
+
+
+def name_embedding(state: State) -> None:
+    """Call a T5's embedding as ComfyUI does. It has two names in transformers, and a file may have either or both."""
+    for name in [name for name in state if name.endswith(_EMBEDDING)]:
+        state.setdefault(name.removesuffix(_EMBEDDING) + "shared.weight", state.pop(name))
 
 
 def _in_comfyuis_format(state: State, metadata: Mapping[str, str]) -> State:

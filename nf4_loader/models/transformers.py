@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional
 
 from ... import families
+from ...memory import is_out_of_memory, is_out_of_ram
 from ..checkpoint.catalogue import TEXT_ENCODERS_PREFIX, Catalogue
 from ..checkpoint.config import told_by_config
 from ..checkpoint.errors import DAMAGED, CheckpointError
@@ -275,6 +276,8 @@ def load_clip_and_vae(catalogue: Catalogue, embedding_directory: Sequence[str]) 
             te_model_options=options_for(weights, catalogue.t5_layers),
         )
     except Exception as error:  # ComfyUI's code looks at shapes that nobody has checked, and raises whatever comes
+        if is_out_of_ram(error) or is_out_of_memory(error):
+            raise
         raise CheckpointError(
             catalogue.path,
             f"ComfyUI does not take its text encoders or VAE ({type(error).__name__}: {error}). {DAMAGED}",

@@ -30,26 +30,31 @@ class SharedState:
     device: torch.device | None = None
     loaded_bytes: int = 0
     _patched: "weakref.ref[nn.Module] | None" = None
+    _patcher: "weakref.ref[SharedModulesPatcher] | None" = None
     _originals: dict[str, Any] = field(default_factory=dict)
 
-    def use(self, model: nn.Module, originals: dict[str, Any]) -> None:
-        """``model`` is to be patched, with ``originals`` for what its object patches replace. Object patches of other
-        patchers are taken back: in part they are on modules that this model has as well."""
+    def use(self, patcher: "SharedModulesPatcher") -> None:
+        """The model of ``patcher`` is to be patched. Object patches of other patchers are taken back: in part they are
+        on modules that this model has as well."""
+        originals = patcher.object_patches_backup
         if self._originals is not originals:
-            self.restore(model)
-        self._patched, self._originals = weakref.ref(model), originals
+            self.restore(patcher.model)
+        self._patched, self._patcher, self._originals = weakref.ref(patcher.model), weakref.ref(patcher), originals
 
-    def require_in_effect(self, model: nn.Module) -> None:
+    def require_in_effect(self, model: Any) -> None:
         """
         Raises:
             RuntimeError: the layers have the patches of another model, so ``model`` would compute with those.
         """
-        in_effect = self._patched() if self._patched is not None else None
-        if in_effect is not None and in_effect is not model:
+        patched = self._patched() if self._patched is not None else None
+        if patched is None or patched is model:
+            return
+        wanted, in_effect = model.current_patcher, self._patcher() if self._patcher is not None else None
+        if wanted is None or in_effect is None or not wanted.computes_like(in_effect):
             raise RuntimeError(
-                "two MODELs of one file cannot take turns within a sampling: they share their weights in memory, and "
-                "the patches (LoRA and the like) are those of the one that was loaded last. Load one of them from a "
-                "copy of the file under another name."
+                "two MODELs of one file with other patches (LoRA and the like) cannot take turns within a sampling: "
+                "they share their weights in memory, and the patches are those of the one that was loaded last. Load "
+                "one of them from a copy of the file under another name."
             )
 
     def restore(self, model: nn.Module) -> None:
@@ -94,9 +99,13 @@ class SharedModulesPatcher(comfy.model_patcher.ModelPatcher):
         """ComfyUI's: where the model is now."""
         return self._shared.device if self._shared.device is not None else self.model.device
 
+    def computes_like(self, other: "SharedModulesPatcher") -> bool:
+        """Whether a forward of its model is the same while what ``other`` asks for is in effect on the layers."""
+        return self.patches_uuid == other.patches_uuid and not self.object_patches and not other.object_patches
+
     def patch_model(self, *args: Any, **kwargs: Any) -> Any:
         """ComfyUI's."""
-        self._shared.use(self.model, self.object_patches_backup)
+        self._shared.use(self)
         root = self
         while isinstance(root.parent, SharedModulesPatcher) and root.parent.is_clone(self):
             root = root.parent

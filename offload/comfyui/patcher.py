@@ -80,6 +80,10 @@ class StreamedModelPatcher(ReadPatcher):
             setattr(other, name, getattr(self, name))
         return other
 
+    def computes_like(self, other: Any) -> bool:
+        """See `SharedModulesPatcher.computes_like`."""
+        return super().computes_like(other) and self.compute == other.compute
+
     @property
     def plan(self) -> ResidencyPlan:
         """The plan that this patcher's settings ask for."""

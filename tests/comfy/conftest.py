@@ -1,5 +1,7 @@
 """A tiny Flux in an NF4 file, loaded and sampled by ComfyUI in process."""
 
+import functools
+
 import comfy.model_detection
 import comfy.model_management
 import comfy.sample
@@ -8,11 +10,15 @@ import pytest
 import torch
 from make_checkpoint import Recipe, make_checkpoint
 from prompts import prompt
+from safetensors.torch import save_file
+from tiny_encoders import CLIP_L, LAYERS, T5
 from tiny_flux import HIDDEN, detection_of
 
 from flux_nf4.checkpoints import load_transformer, streamed
 from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
 from flux_nf4.nf4_loader.checkpoint.require import require_transformer
+from flux_nf4.nf4_loader.models import text_encoders
+from flux_nf4.nf4_loader.models import transformers as transformers_of_comfyui
 from flux_nf4.nf4_loader.models.fill import fill
 from flux_nf4.nf4_loader.models.transformers import build_transformer, materialise
 from flux_nf4.offload import record
@@ -169,3 +175,57 @@ def conditioning():
 @pytest.fixture(name="sample")
 def sample_fixture():
     return sample
+
+
+@pytest.fixture
+def tiny_encoders(monkeypatch):
+    """ComfyUI's text encoders are as small as those of `clip_l` and `t5`."""
+
+    def options(weights, layers, made=text_encoders.options_for):
+        found = made(weights, layers)
+        found["t5xxl_model_config"] |= T5
+        return found | {"model_config": dict(CLIP_L), "clip_l_model_config": dict(CLIP_L)}
+
+    for module in (text_encoders, transformers_of_comfyui):
+        monkeypatch.setattr(module, "options_for", options)
+
+
+@pytest.fixture(scope="module")
+def clip_l(tmp_path_factory):
+    """A file of transformers' CLIP-L."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("clip_l") / "clip_l.safetensors"
+    state = CLIPTextModel(CLIPTextConfig(**CLIP_L)).half().state_dict()
+    if not any(name.startswith("text_model.") for name in state):
+        state = {f"text_model.{name}": tensor for name, tensor in state.items()}
+    save_file(state, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    """A function: transformers' own quantised T5 and the file that transformers saved."""
+    from transformers import BitsAndBytesConfig, T5Config, T5EncoderModel
+
+    @functools.cache
+    def make(quant_type="nf4", double_quant=False, skip=("wo",), shards="1GB"):
+        torch.manual_seed(0)
+        dense = tmp_path_factory.mktemp("dense")
+        config = T5Config(**T5, num_layers=LAYERS, feed_forward_proj="gated-gelu", is_encoder_decoder=False)
+        T5EncoderModel(config).bfloat16().save_pretrained(dense)
+        quantisation = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quant_type,
+            bnb_4bit_use_double_quant=double_quant,
+            llm_int8_skip_modules=list(skip),
+        )
+        model = T5EncoderModel.from_pretrained(
+            dense, quantization_config=quantisation, dtype=torch.bfloat16, device_map={"": "cpu"}
+        )
+        folder = tmp_path_factory.mktemp("t5")
+        model.save_pretrained(folder, max_shard_size=shards)
+        return model, min(folder.glob("*.safetensors"))
+
+    return make

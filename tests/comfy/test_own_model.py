@@ -10,6 +10,7 @@ import torch
 from comfy.ldm.flux.layers import DoubleStreamBlock
 from comfy.ldm.flux.model import Flux
 from prompts import prompt
+from tiny_flux import HIDDEN
 
 from flux_nf4.offload.comfyui.adopt import stream_model
 from flux_nf4.offload.plan import Residency
@@ -98,9 +99,15 @@ def test_nor_have_they_what_was_made_of_transformer_and_blocks(loaded, sample, c
     assert all(block.calls for block in patched.model.diffusion_model.double_blocks)
 
 
-def test_two_of_one_file_that_take_turns_within_a_sampling_are_refused(loaded, copies):
+@pytest.mark.parametrize("differs", ["weights", "schedule", "nothing"])
+def test_two_of_one_file_take_turns_within_a_sampling_only_if_they_are_alike(differs, loaded, copies):
     """ComfyUI's guider of two models loads both, then runs a forward of each in every step."""
     one, other = loaded(1, 1), loaded(2, 2)
+    if differs == "weights":
+        patch = ("diff", (torch.ones(3 * HIDDEN, HIDDEN),))
+        assert other.add_patches({"diffusion_model.double_blocks.1.img_attn.qkv.weight": patch})
+    if differs == "schedule":
+        other = shifted(other)
 
     def forward(patcher):
         context, extra = prompt()[0]
@@ -110,14 +117,21 @@ def test_two_of_one_file_that_take_turns_within_a_sampling_are_refused(loaded, c
                 torch.ones(1, 16, 8, 8), torch.tensor([0.5]), transformer_options={"wrappers": one.wrappers}, **inputs
             )
 
-    comfy.model_management.load_models_gpu([other])
-    expected = forward(other)
+    expected = []
+    for patcher in (one, other):
+        comfy.model_management.load_models_gpu([patcher])
+        patcher.pre_run()
+        expected.append(forward(patcher))
+    assert torch.equal(*expected) is (differs != "weights")
     comfy.model_management.load_models_gpu([one])
-    with pytest.raises(RuntimeError, match="two MODELs of one file cannot take turns within a sampling"):
-        forward(other)
-    assert torch.equal(forward(one), expected)
+    if differs == "nothing":
+        assert torch.equal(forward(other), expected[1])
+    else:
+        with pytest.raises(RuntimeError, match=r"two MODELs of one file with other patches .* cannot take turns"):
+            forward(other)
+    assert torch.equal(forward(one), expected[0])
     comfy.model_management.load_models_gpu([other])
-    assert torch.equal(forward(other), expected)
+    assert torch.equal(forward(other), expected[1])
 
 
 def test_the_layers_are_the_same_objects_and_what_is_above_them_stays_in_place(loaded, copies):

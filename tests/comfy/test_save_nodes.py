@@ -4,6 +4,7 @@ import errno
 import os
 from types import SimpleNamespace
 
+import checkpoint_layout
 import comfy.sd
 import folder_paths
 import pytest
@@ -59,13 +60,16 @@ def test_the_parts_of_flux_are_taken(save):
 
 
 @pytest.mark.parametrize(
-    ("parts", "missing"),
-    [(("qwen3_4b",), "CLIP-L and no T5-XXL"), (("clip_l",), "T5-XXL"), (("t5xxl",), "CLIP-L")],
+    ("parts", "found"),
+    [
+        (("qwen3_4b",), "has no CLIP-L and no T5-XXL"),
+        (("clip_l",), "has no T5-XXL"),
+        (("t5xxl",), "has no CLIP-L"),
+        (("clip_l", "clip_g", "t5xxl"), "has clip_g, too"),
+    ],
 )
-def test_a_clip_of_another_model_is_refused_before_anything_is_quantised(parts, missing, save):
-    with pytest.raises(
-        CheckpointError, match=rf"^made_\d+_\.safetensors: the CLIP has no {missing}\. .*DualCLIPLoader"
-    ):
+def test_a_clip_of_another_model_is_refused_before_anything_is_quantised(parts, found, save):
+    with pytest.raises(CheckpointError, match=rf"^made_\d+_\.safetensors: the CLIP {found}\. .*DualCLIPLoader"):
         save(clip_of(*parts), vae_of(16, 2))
 
 
@@ -74,6 +78,11 @@ def test_a_vae_of_another_model_is_refused_before_anything_is_quantised(channels
     found = rf"latents of {channels} channels and {dimensions} dimensions; Flux\.1's have 16 and 2"
     with pytest.raises(CheckpointError, match=rf"the VAE makes {found}\. .*ae\.safetensors"):
         save(clip_of(*BOTH), vae_of(channels, dimensions))
+
+
+def test_the_vae_of_a_flux_file_is_taken(save):
+    state = {name: torch.zeros(shape) for name, shape in checkpoint_layout.vae().items()}
+    assert len(save(clip_of(*BOTH), comfy.sd.VAE(sd=state))) == 1
 
 
 def test_whole_numbers_are_saved_as_they_are(tmp_path):

@@ -1,9 +1,7 @@
 """A T5 in 4 bits, quantised and saved by transformers, through ComfyUI's own T5."""
 
-import functools
 import json
 
-import checkpoint_layout as layout
 import comfy.hooks
 import comfy.model_management
 import comfy.sd
@@ -17,7 +15,8 @@ from encoders_of_flux import all_in_one, dense_reference
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from there_and_back import Copied, move
-from transformers import BitsAndBytesConfig, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from tiny_encoders import CLIP_L, LAYERS, T5
+from transformers import T5Config, T5EncoderModel
 
 from flux_nf4.checkpoints import load_all_in_one
 from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
@@ -31,59 +30,8 @@ from flux_nf4.nf4_loader.saving.model_sources import sources_of_encoders
 from flux_nf4.nodes import NODE_CLASS_MAPPINGS
 
 CPU = torch.device("cpu")
-LAYERS = 2
-T5 = {"d_model": 128, "d_ff": 256, "d_kv": 32, "num_heads": 4, "vocab_size": 500}
-CLIP_L = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2}
 
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    """ComfyUI's text encoders are as small as these."""
-
-    def options(weights, layers, made=text_encoders.options_for):
-        found = made(weights, layers)
-        found["t5xxl_model_config"] |= T5
-        return found | {"model_config": dict(CLIP_L), "clip_l_model_config": dict(CLIP_L)}
-
-    for module in (text_encoders, flux):
-        monkeypatch.setattr(module, "options_for", options)
-
-
-@pytest.fixture(scope="module")
-def clip_l(tmp_path_factory):
-    torch.manual_seed(1)
-    path = tmp_path_factory.mktemp("clip_l") / "clip_l.safetensors"
-    state = CLIPTextModel(CLIPTextConfig(**CLIP_L)).half().state_dict()
-    if not any(name.startswith("text_model.") for name in state):
-        state = {f"text_model.{name}": tensor for name, tensor in state.items()}
-    save_file(state, path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def t5(tmp_path_factory):
-    """A function: transformers' own quantised T5 and the file that transformers saved."""
-
-    @functools.cache
-    def make(quant_type="nf4", double_quant=False, skip=("wo",), shards="1GB"):
-        torch.manual_seed(0)
-        dense = tmp_path_factory.mktemp("dense")
-        config = T5Config(**T5, num_layers=LAYERS, feed_forward_proj="gated-gelu", is_encoder_decoder=False)
-        T5EncoderModel(config).bfloat16().save_pretrained(dense)
-        quantisation = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quant_type,
-            bnb_4bit_use_double_quant=double_quant,
-            llm_int8_skip_modules=list(skip),
-        )
-        model = T5EncoderModel.from_pretrained(
-            dense, quantization_config=quantisation, dtype=torch.bfloat16, device_map={"": "cpu"}
-        )
-        folder = tmp_path_factory.mktemp("t5")
-        model.save_pretrained(folder, max_shard_size=shards)
-        return model, min(folder.glob("*.safetensors"))
-
-    return make
+pytestmark = pytest.mark.usefixtures("tiny_encoders")
 
 
 @pytest.mark.parametrize(
@@ -325,64 +273,6 @@ def test_a_t5_inside_an_all_in_one_file_encodes_as_its_dense_twin(options, t5, c
     assert torch.equal(pooled, wanted_pooled)
 
 
-def test_encoders_of_other_shapes_are_refused_with_the_files_name(t5, clip_l, tmp_path):
-    _, path = t5()
-    state = load_file(clip_l)
-    state["text_model.final_layer_norm.weight"] = torch.ones(32).half()
-    catalogue = read_catalogue(all_in_one(tmp_path / "flux.safetensors", state, load_file(path)))
-    with pytest.raises(CheckpointError, match=r"(?s)^flux\.safetensors: ComfyUI does not take its .*VAE .*\[32\]"):
-        flux.load_clip_and_vae(catalogue, [])
-
-
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        ({"decoder.conv_in.weight": (512,)}, r"ComfyUI does not take its text encoders or VAE \(IndexError: "),
-        ({"decoder.conv_in.weight": None}, r"ComfyUI does not recognise its VAE\. "),
-    ],
-    ids=["of another shape", "missing"],
-)
-def test_a_vae_that_comfyui_does_not_take_is_refused(changed, said, t5, clip_l, tmp_path, monkeypatch):
-    shapes = {name: shape for name, shape in (layout.vae() | changed).items() if shape is not None}
-    monkeypatch.setattr(layout, "vae", lambda: shapes)
-    catalogue = read_catalogue(all_in_one(tmp_path / "flux.safetensors", load_file(clip_l), load_file(t5()[1])))
-    with pytest.raises(CheckpointError, match=rf"^flux\.safetensors: {said}"):
-        flux.load_clip_and_vae(catalogue, [])
-
-
-def test_a_clip_l_that_comfyui_does_not_take_is_refused(t5, clip_l, tmp_path):
-    save_file(load_file(clip_l) | {"text_projection": torch.ones(4)}, tmp_path / "odd.safetensors")
-    with pytest.raises(CheckpointError, match=r"ComfyUI does not take it with odd\.safetensors \(IndexError: "):
-        load_dual_clip([tmp_path / "odd.safetensors", t5()[1]], [])
-
-
-@pytest.mark.parametrize("name", ["encoder.block.0.layer.1.DenseReluDense.wo.weight", "shared.weight"])
-@pytest.mark.parametrize("is_4bit", [True, False], ids=["nf4", "dense"])
-def test_a_t5_without_one_of_its_tensors_is_refused(name, is_4bit, t5, clip_l, tmp_path):
-    """ComfyUI computes with memory that nobody has filled."""
-    model, path = t5()
-    dense = dense_reference(model).half().state_dict()
-    state = load_file(path) if is_4bit else {name: tensor.clone() for name, tensor in dense.items()}
-    del state[name]
-    save_file(state, tmp_path / "t5.safetensors")
-    said = rf"tensors of the text encoder are missing \(1\): {name}\. The file is incomplete"
-    with pytest.raises(CheckpointError, match=rf"^t5\.safetensors: {said}"):
-        load_dual_clip([clip_l, tmp_path / "t5.safetensors"], [])
-    catalogue = read_catalogue(all_in_one(tmp_path / "flux.safetensors", load_file(clip_l), state))
-    with pytest.raises(CheckpointError, match=rf"^flux\.safetensors: {said}"):
-        flux.load_clip_and_vae(catalogue, [])
-
-
-def test_a_clip_l_without_one_of_its_tensors_is_refused(t5, clip_l, tmp_path):
-    """It may lack its projection, which Flux does not look at."""
-    state = load_file(clip_l)
-    assert not any("text_projection" in name for name in state)
-    state.pop("text_model.embeddings.position_embedding.weight")
-    save_file(state, tmp_path / "short.safetensors")
-    with pytest.raises(CheckpointError, match=r"^short\.safetensors: .*missing \(1\): .*position_embedding\.weight\."):
-        load_dual_clip([tmp_path / "short.safetensors", t5()[1]], [])
-
-
 class Vae:
     first_stage_model = torch.nn.Module()
 
@@ -475,20 +365,6 @@ def test_a_stock_t5_in_plain_fp8_is_saved_as_it_is(scaled_t5, stock_clip):
         assert saved.dtype == held.dtype
         assert torch.equal(saved.float(), tensor.float())
     assert saved.dtype == torch.float8_e4m3fn
-
-
-def test_two_files_of_one_kind_are_refused(t5, clip_l):
-    with pytest.raises(
-        CheckpointError,
-        match=r"same kind \(clip_l\) as clip_l\.safetensors in the other input: pick CLIP-L",
-    ):
-        load_dual_clip([clip_l, clip_l], [])
-
-
-def test_a_file_that_is_no_text_encoder_is_refused(clip_l, tmp_path):
-    save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match=r"^other\.safetensors: it is neither CLIP-L .* nor T5"):
-        load_dual_clip([clip_l, tmp_path / "other.safetensors"], [])
 
 
 # ComfyUI's nodes on a CLIP whose T5 is in 4 bits, against its dense twin

@@ -98,7 +98,7 @@ def test_a_disk_that_fails_at_a_quant_state_is_an_error_without_a_folder(fails, 
 class FailingFile(io.FileIO):
     """A file on a disk that fails."""
 
-    def read(self, size=-1):
+    def readinto(self, buffer):
         raise OSError(5, "Input/output error")
 
 
