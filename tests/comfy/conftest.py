@@ -8,10 +8,10 @@ import comfy.sample
 import psutil
 import pytest
 import torch
+from encoder_sizes import CLIP_L, LAYERS, T5
 from make_checkpoint import Recipe, make_checkpoint
 from prompts import prompt
 from safetensors.torch import save_file
-from tiny_encoders import CLIP_L, LAYERS, T5
 from tiny_flux import HIDDEN, detection_of
 
 from flux_nf4.checkpoints import load_transformer, streamed

@@ -11,11 +11,11 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_extras.nodes_hooks import SetClipHooks
 from comfy_extras.nodes_model_merging import CLIPAdd, CLIPMergeSimple, CLIPSave, CLIPSubtract
+from encoder_sizes import CLIP_L, LAYERS, T5
 from encoders_of_flux import all_in_one, dense_reference
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from there_and_back import Copied, move
-from tiny_encoders import CLIP_L, LAYERS, T5
 from transformers import T5Config, T5EncoderModel
 
 from flux_nf4.checkpoints import load_all_in_one
