@@ -73,6 +73,8 @@ class SharedModulesPatcher(comfy.model_patcher.ModelPatcher):
 
     model: Any
     object_patches_backup: dict[str, Any]
+    compute: str | None = None
+    """How layers compute that have more than one way; None: the exact one."""
     keeps: nn.Module | None = None
     """The object that was loaded last. Without it, ComfyUI takes what it has on the device for gone."""
 
@@ -101,7 +103,8 @@ class SharedModulesPatcher(comfy.model_patcher.ModelPatcher):
 
     def computes_like(self, other: "SharedModulesPatcher") -> bool:
         """Whether a forward of its model is the same while what ``other`` asks for is in effect on the layers."""
-        return self.patches_uuid == other.patches_uuid and not self.object_patches and not other.object_patches
+        on_layers = (self.patches_uuid, self.compute) == (other.patches_uuid, other.compute)
+        return on_layers and not self.object_patches and not other.object_patches
 
     def patch_model(self, *args: Any, **kwargs: Any) -> Any:
         """ComfyUI's."""

@@ -48,7 +48,6 @@ class StreamedModelPatcher(ReadPatcher):
     residency = Residency()
     staging_bytes: int = STAGING_BYTES
     whole_blocks: bool = False
-    compute: str | None = None
     node_id: str | None = None
     patch_run = PatchRun()
     advice = OF_MODELS
@@ -79,10 +78,6 @@ class StreamedModelPatcher(ReadPatcher):
         for name in _SETTINGS:
             setattr(other, name, getattr(self, name))
         return other
-
-    def computes_like(self, other: Any) -> bool:
-        """See `SharedModulesPatcher.computes_like`."""
-        return super().computes_like(other) and self.compute == other.compute
 
     @property
     def plan(self) -> ResidencyPlan:
