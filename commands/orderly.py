@@ -49,6 +49,9 @@ def run(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except KeyboardInterrupt as error:
+        # Python's own end comes now: a signal there would be another line, or end the process with another status.
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
         _say("interrupted")
         raise SystemExit(128 + getattr(error, "number", signal.SIGINT)) from None
     except BrokenPipeError:  # whoever reads what this prints, such as head, has read enough

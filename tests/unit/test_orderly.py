@@ -64,6 +64,29 @@ def test_a_second_signal_waits_for_the_cleaning_up():
     assert error.split() == [*("ending:", "a", "moment") * 2, "interrupted"]
 
 
+ENDS_SLOWLY = """
+import atexit, os, signal
+
+class UntilTheEnd:
+    def __del__(self, kill=os.kill, of=os.getpid(), number=signal.SIGINT):
+        kill(of, number)
+
+sys.until_the_end = UntilTheEnd()  # after the handlers of signals
+atexit.register(os.kill, os.getpid(), signal.SIGINT)  # before
+
+def main():
+    os.kill(os.getpid(), signal.SIGINT)
+
+orderly.run(main)
+"""
+
+
+def test_a_second_signal_at_the_end_of_the_process_changes_nothing():
+    process = start(ENDS_SLOWLY)
+    assert process.communicate(timeout=20) == ("", "\ninterrupted\n")
+    assert process.returncode == 130
+
+
 @pytest.mark.parametrize(
     ("number", "said"),
     [(errno.ENOSPC, "the disk is full"), (errno.EACCES, "no permission"), (errno.EROFS, "nothing can be written")],
