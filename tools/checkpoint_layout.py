@@ -11,12 +11,20 @@ def linear(name: str, out: int, inp: int) -> Shapes:
 
 
 def flux(
-    double_blocks: int, single_blocks: int, *, guidance: bool, in_channels: int = 64, hidden: int = 3072
+    double_blocks: int,
+    single_blocks: int,
+    *,
+    guidance: bool,
+    in_channels: int = 64,
+    hidden: int = 3072,
+    t5: int = 4096,
+    clip_l: int = 768,
 ) -> Shapes:
-    """The transformer in Black Forest Labs' names. ``guidance`` tells dev from schnell."""
+    """The transformer in Black Forest Labs' names. ``guidance`` tells dev from schnell, ``t5`` and ``clip_l`` are the
+    widths of its text encoders."""
     mlp, head = 4 * hidden, 128
-    shapes = linear("img_in", hidden, in_channels) | linear("txt_in", hidden, 4096)
-    embedders = {"time_in": 256, "vector_in": 768} | ({"guidance_in": 256} if guidance else {})
+    shapes = linear("img_in", hidden, in_channels) | linear("txt_in", hidden, t5)
+    embedders = {"time_in": 256, "vector_in": clip_l} | ({"guidance_in": 256} if guidance else {})
     for name, size in embedders.items():
         shapes |= linear(f"{name}.in_layer", hidden, size) | linear(f"{name}.out_layer", hidden, hidden)
     for i in range(double_blocks):
@@ -98,33 +106,34 @@ def language_model(
     return shapes
 
 
-def clip_l() -> Shapes:
+def clip_l(width: int = 768) -> Shapes:
     shapes: Shapes = {
-        "transformer.text_model.embeddings.token_embedding.weight": (49408, 768),
-        "transformer.text_model.embeddings.position_embedding.weight": (77, 768),
+        "transformer.text_model.embeddings.token_embedding.weight": (49408, width),
+        "transformer.text_model.embeddings.position_embedding.weight": (77, width),
     }
     for i in range(12):
         layer = f"transformer.text_model.encoder.layers.{i}"
         for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            shapes |= linear(f"{layer}.self_attn.{part}", 768, 768)
-        shapes |= linear(f"{layer}.mlp.fc1", 3072, 768) | linear(f"{layer}.mlp.fc2", 768, 3072)
-        shapes |= _norm(f"{layer}.layer_norm1", 768) | _norm(f"{layer}.layer_norm2", 768)
-    shapes |= _norm("transformer.text_model.final_layer_norm", 768)
-    return shapes | {"transformer.text_projection.weight": (768, 768)}
+            shapes |= linear(f"{layer}.self_attn.{part}", width, width)
+        shapes |= linear(f"{layer}.mlp.fc1", 4 * width, width) | linear(f"{layer}.mlp.fc2", width, 4 * width)
+        shapes |= _norm(f"{layer}.layer_norm1", width) | _norm(f"{layer}.layer_norm2", width)
+    shapes |= _norm("transformer.text_model.final_layer_norm", width)
+    return shapes | {"transformer.text_projection.weight": (width, width)}
 
 
-def t5_xxl(layers: int) -> Shapes:
+def t5_xxl(layers: int, width: int = 4096) -> Shapes:
+    mlp, heads = width * 5 // 2, width // 64
     shapes: Shapes = {
-        "transformer.shared.weight": (32128, 4096),
-        "transformer.encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (32, 64),
-        "transformer.encoder.final_layer_norm.weight": (4096,),
+        "transformer.shared.weight": (32128, width),
+        "transformer.encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (32, heads),
+        "transformer.encoder.final_layer_norm.weight": (width,),
     }
     for i in range(layers):
         block = f"transformer.encoder.block.{i}"
-        shapes |= {f"{block}.layer.0.SelfAttention.{part}.weight": (4096, 4096) for part in "qkvo"}
-        shapes |= {f"{block}.layer.1.DenseReluDense.{part}.weight": (10240, 4096) for part in ("wi_0", "wi_1")}
-        shapes |= {f"{block}.layer.1.DenseReluDense.wo.weight": (4096, 10240)}
-        shapes |= {f"{block}.layer.{part}.layer_norm.weight": (4096,) for part in (0, 1)}
+        shapes |= {f"{block}.layer.0.SelfAttention.{part}.weight": (width, width) for part in "qkvo"}
+        shapes |= {f"{block}.layer.1.DenseReluDense.{part}.weight": (mlp, width) for part in ("wi_0", "wi_1")}
+        shapes |= {f"{block}.layer.1.DenseReluDense.wo.weight": (width, mlp)}
+        shapes |= {f"{block}.layer.{part}.layer_norm.weight": (width,) for part in (0, 1)}
     return shapes
 
 

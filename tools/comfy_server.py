@@ -24,7 +24,9 @@ import aiohttp
 Workflow = Mapping[str, Mapping[str, Any]]
 Message = Mapping[str, Any]
 
-_START_SECONDS = 180.0
+_START_SECONDS = 300.0
+_ANSWER_SECONDS = 180.0
+"""How long an answer may take while a prompt has Python's lock and others the processors."""
 
 _SMALL_WORKFLOW: Workflow = {
     "1": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0}},
@@ -44,7 +46,11 @@ class ComfyServer:
 
     def __init__(self, comfyui: Path, base: Path, arguments: tuple[str, ...] = ()) -> None:
         self.comfyui, self.base, self.arguments = comfyui, base, arguments
-        self.port = _free_port()
+        # Bound until the server ends, so that nobody else is given this port before it listens there.
+        self._kept = socket.socket()
+        self._kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._kept.bind(("127.0.0.1", 0))
+        self.port: int = self._kept.getsockname()[1]
         self.log = base / "server.log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -76,6 +82,7 @@ class ComfyServer:
 
     def stop(self) -> None:
         """End the server and everything it started. Idempotent."""
+        self._kept.close()
         process, self._process = self._process, None
         if process is None:
             return
@@ -92,7 +99,8 @@ class ComfyServer:
         return self._process.pid
 
     def get(self, path: str, **query: str) -> bytes:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}?{urlencode(query)}", timeout=60) as answer:
+        address = f"http://127.0.0.1:{self.port}{path}?{urlencode(query)}"
+        with urllib.request.urlopen(address, timeout=_ANSWER_SECONDS) as answer:
             return bytes(answer.read())
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
@@ -101,7 +109,7 @@ class ComfyServer:
             f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS) as answer:
                 text = answer.read()
         except urllib.error.HTTPError as error:
             raise ServerError(f"{path}: {error.code}: {error.read().decode()}") from None
@@ -149,7 +157,7 @@ class ComfyServer:
         return self._history(prompt)
 
     def _history(self, prompt: str) -> dict[str, Any]:
-        for _ in range(100):
+        for _ in range(1000):
             history: dict[str, dict[str, Any]] = json.loads(self.get(f"/history/{prompt}"))
             if prompt in history:
                 return history[prompt]
@@ -187,10 +195,3 @@ def link_model(file: Path, base: Path, folder: str) -> None:
     target = base / "models" / folder / file.name
     target.parent.mkdir(parents=True, exist_ok=True)
     target.symlink_to(file.resolve())
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -45,6 +45,10 @@ class Recipe:
     t5_layers: int = 1
     in_channels: int = 64
     hidden: int = 3072
+    t5: int = 4096
+    """The width of T5."""
+    clip_l: int = 768
+    """The width of CLIP-L."""
     unet_only: bool = False
     prefix: str = TRANSFORMER
     seed: int = 0
@@ -152,8 +156,8 @@ def forget_weights() -> None:
 def text_encoders_and_vae(recipe: Recipe) -> Tensors:
     """CLIP-L in fp16, T5 in fp8 e4m3, VAE in bf16, as in lllyasviel's files."""
     parts = (
-        ("text_encoders.clip_l.", layout.clip_l(), torch.float16),
-        ("text_encoders.t5xxl.", layout.t5_xxl(recipe.t5_layers), torch.float8_e4m3fn),
+        ("text_encoders.clip_l.", layout.clip_l(recipe.clip_l), torch.float16),
+        ("text_encoders.t5xxl.", layout.t5_xxl(recipe.t5_layers, recipe.t5), torch.float8_e4m3fn),
         ("vae.", layout.vae(), torch.bfloat16),
     )
     return {
@@ -171,6 +175,8 @@ def _transformer_shapes(recipe: Recipe) -> layout.Shapes:
         guidance=guidance,
         in_channels=recipe.in_channels,
         hidden=recipe.hidden,
+        t5=recipe.t5,
+        clip_l=recipe.clip_l,
     )
 
 

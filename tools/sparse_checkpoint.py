@@ -17,16 +17,22 @@ def make_sparse_checkpoint(
     double_blocks: int = 19,
     single_blocks: int = 38,
     t5_layers: int = 24,
+    hidden: int = 3072,
+    t5: int = 4096,
+    clip_l: int = 768,
     is_all_in_one: bool = True,
     is_4bit: bool = True,
 ) -> None:
-    """Write a Flux.1-dev in the v2 layout, or in dense bf16; without ``is_all_in_one`` its transformer only."""
-    transformer = layout.flux(double_blocks, single_blocks, guidance=True)
+    """Write a Flux.1-dev in the v2 layout, or in dense bf16; without ``is_all_in_one`` its transformer only.
+
+    ``hidden``, ``t5`` and ``clip_l`` are the widths of transformer and text encoders.
+    """
+    transformer = layout.flux(double_blocks, single_blocks, guidance=True, hidden=hidden, t5=t5, clip_l=clip_l)
     prefix = "model.diffusion_model."
     tensors = _in_4bit(prefix, transformer) if is_4bit else _dense(prefix, transformer, "BF16")
     if is_all_in_one:
-        tensors |= _dense("text_encoders.clip_l.", layout.clip_l(), "F16")
-        tensors |= _dense("text_encoders.t5xxl.", layout.t5_xxl(t5_layers), "F8_E4M3")
+        tensors |= _dense("text_encoders.clip_l.", layout.clip_l(clip_l), "F16")
+        tensors |= _dense("text_encoders.t5xxl.", layout.t5_xxl(t5_layers, t5), "F8_E4M3")
         tensors |= _dense("vae.", layout.vae(), "BF16")
     write_sparse(path, tensors)
 
@@ -61,11 +67,21 @@ def _dense(prefix: str, shapes: layout.Shapes, dtype: str) -> dict[str, Tensor]:
     return {prefix + name: (dtype, shape, None) for name, shape in shapes.items()}
 
 
-def make_sparse_int8(path: Path, *, double_blocks: int = 19, single_blocks: int = 38) -> None:
+def make_sparse_int8(
+    path: Path,
+    *,
+    double_blocks: int = 19,
+    single_blocks: int = 38,
+    hidden: int = 3072,
+    t5: int = 4096,
+    clip_l: int = 768,
+) -> None:
     """Write the transformer of a Flux.1-dev in ComfyUI's INT8 ConvRot: the blocks' matrices, the rest in bf16."""
     said = json.dumps({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 256}).encode()
     tensors: dict[str, Tensor] = {}
-    for name, shape in layout.flux(double_blocks, single_blocks, guidance=True).items():
+    for name, shape in layout.flux(
+        double_blocks, single_blocks, guidance=True, hidden=hidden, t5=t5, clip_l=clip_l
+    ).items():
         if len(shape) != 2 or "_blocks." not in name:
             tensors[name] = ("BF16", shape, None)
             continue

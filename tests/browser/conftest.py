@@ -1,4 +1,7 @@
-"""Debian's Chromium before a ComfyUI server with the package dropped in, with the frontend of 0.3.75 and the newest."""
+"""Debian's Chromium before a ComfyUI server with the package dropped in, with the frontend of 0.3.75 and the newest.
+
+Both end with the tests of this package: they need 2 GB of RAM.
+"""
 
 import json
 import shutil
@@ -10,25 +13,28 @@ import environment
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from comfy_server import ComfyServer, drop_package, link_model
-from make_checkpoint import Recipe, cached_checkpoint
+from make_checkpoint import cached_checkpoint
 from PIL import Image
 from playwright.sync_api import TimeoutError, sync_playwright
+from small_recipe import small_recipe
 from sparse_checkpoint import make_sparse_checkpoint
 
 OLD_NODE = "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload"
 FULL_SIZE = "flux1-dev-bnb-nf4-v2.safetensors"
 KONTEXT = "flux1-kontext-dev-nf4.safetensors"
 UNET_ONLY = "flux1-dev-nf4-unet.safetensors"
+SECONDS = 120
+"""How long the page may take for anything: on a slow machine that has other things to do, its first opening is long."""
 PICTURES = environment.CACHE / "pictures" / "browser"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def checkpoint():
-    """A checkpoint with blocks of each kind, which can be run. All are larger than the ring: else none is streamed."""
-    return cached_checkpoint(environment.CACHE / "checkpoints", Recipe(double_blocks=2))
+    """A small checkpoint with blocks of each kind, which can be run."""
+    return cached_checkpoint(environment.CACHE / "checkpoints", small_recipe(double_blocks=2))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def models(tmp_path_factory, checkpoint):
     """Checkpoints of the real size for their headers, one that can be run, one that the node cannot load."""
     folder = tmp_path_factory.mktemp("models")
@@ -38,11 +44,12 @@ def models(tmp_path_factory, checkpoint):
     return [folder / FULL_SIZE, folder / KONTEXT, folder / UNET_ONLY, checkpoint]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(tmp_path_factory, comfyui, models):
     base = tmp_path_factory.mktemp("comfyui")
     drop_package(environment.ROOT, base)
-    shutil.copy(Path(__file__).parent / "streams_on_cpu.py", base / "custom_nodes" / "zz_streams_on_cpu.py")
+    for nodes in (Path(__file__).parent / "streams_on_cpu.py", environment.ROOT / "tests/support/small_flux.py"):
+        shutil.copy(nodes, base / "custom_nodes")
     for model in models:
         link_model(model, base, "checkpoints")
     (base / "input").mkdir()
@@ -51,7 +58,7 @@ def server(tmp_path_factory, comfyui, models):
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def chromium():
     with sync_playwright() as playwright:
         # A page that `serve_from` answers for comes from no address, so Chromium would not let it reach 127.0.0.1.
@@ -61,15 +68,16 @@ def chromium():
         browser.close()
 
 
-@pytest.fixture(scope="session", params=["frontend-of-0.3.75", "newest-frontend"])
+@pytest.fixture(scope="package", params=["frontend-of-0.3.75", "newest-frontend"])
 def frontend(request):
     return request.param
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def opened(server, chromium, frontend):
     """ComfyUI's page, opened once for all tests of a frontend."""
     page = Page(server, chromium.new_page(viewport={"width": 1400, "height": 900}))
+    page.page.set_default_timeout(SECONDS * 1000)
     if frontend == "newest-frontend":
         serve_from(page.page, environment.new_frontend())
     page.open()
@@ -86,7 +94,7 @@ def serve_from(page, folder):
     page.route(lambda url: file_of(url).is_file(), lambda route: route.fulfill(path=file_of(route.request.url)))
 
 
-@pytest.fixture(scope="session", params=["canvas", "vue"])
+@pytest.fixture(scope="package", params=["canvas", "vue"])
 def renderer(request):
     return request.param
 
@@ -195,7 +203,7 @@ class Page:
         """What says ``text`` in the page, but for the bar: a toast."""
         return self.page.get_by_text(text).and_(self.page.locator(":not(.flux-nf4-content *)"))
 
-    def wait_for_bar(self, text, seconds=30):
+    def wait_for_bar(self, text, seconds=SECONDS):
         """Wait until the bar says ``text``; returns all that it says, on one line."""
         says = "document.querySelector('.flux-nf4-content')?.innerText.replace(/\\s+/g, ' ')"
         found = f"(text) => {{ const said = {says}; return said?.includes(text) && said; }}"

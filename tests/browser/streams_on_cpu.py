@@ -6,15 +6,29 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from server import PromptServer
 
-
-def stream_on_cpu(prompt):
-    """Before the first prompt, when all packages are there, in whatever order they were found."""
-    (patcher,) = [module for name, module in sys.modules.items() if name.endswith("offload.comfyui.patcher")]
-    patcher.StreamedModelPatcher._computes_from_host = False
-    return prompt
+RING_BYTES = 600_000
+"""Of the small model, whose blocks would fit into the real ring: then none is streamed."""
 
 
-PromptServer.instance.add_on_prompt_handler(stream_on_cpu)
+async def stream_on_cpu(app):
+    """Before the server answers, when all packages are there, in whatever order they were found."""
+    patcher, plans = module("offload.comfyui.patcher").StreamedModelPatcher, module("page.file_plan")
+    patcher._computes_from_host, patcher.staging_bytes = False, RING_BYTES
+    plan_by_budget = plans.plan_by_budget
+
+    def plan(blocks, *args, **kwargs):
+        is_small = sum(block.nbytes for block in blocks) < 100e6
+        return plan_by_budget(blocks, *args, **kwargs, **({"staging_bytes": RING_BYTES} if is_small else {}))
+
+    plans.plan_by_budget = plan
+
+
+def module(name):
+    (found,) = [module for full, module in sys.modules.items() if full.endswith(name)]
+    return found
+
+
+PromptServer.instance.app.on_startup.append(stream_on_cpu)
 
 
 class OutOfMemoryTwice:

@@ -1,6 +1,7 @@
-"""One ComfyUI server for all tests of this folder, with the package dropped in and small checkpoints."""
+"""One ComfyUI server for the tests of this folder, with the package dropped in and a small Flux.1."""
 
 import copy
+import functools
 import io
 import json
 import shutil
@@ -9,8 +10,9 @@ from pathlib import Path
 import environment
 import pytest
 from comfy_server import ComfyServer, drop_package, link_model
-from make_checkpoint import Recipe, cached_checkpoint
+from make_checkpoint import cached_checkpoint
 from PIL import Image
+from small_recipe import small_recipe
 
 OLD_NODE = "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload"
 WORKFLOW = json.loads((environment.ROOT / "tests/support/old_prompt.json").read_text("utf-8"))
@@ -18,17 +20,27 @@ WORKFLOW = json.loads((environment.ROOT / "tests/support/old_prompt.json").read_
 
 @pytest.fixture(scope="session")
 def checkpoint():
-    """A v2 dev checkpoint with one block of each kind."""
-    return cached_checkpoint(environment.CACHE / "checkpoints", Recipe())
+    """A small v2 dev checkpoint with one block of each kind."""
+    return cached_checkpoint(environment.CACHE / "checkpoints", small_recipe())
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory, comfyui, checkpoint):
-    base = tmp_path_factory.mktemp("comfyui")
-    drop_package(environment.ROOT, base)
-    shutil.copy(Path(__file__).parent / "helper_nodes.py", base / "custom_nodes")
-    link_model(checkpoint, base, "checkpoints")
-    with ComfyServer(comfyui, base, ("--cpu",)) as server:
+def dropped(checkpoint):
+    """A function: give a server's folder the package, the checkpoint, and what the tests need inside the server."""
+
+    def drop(base):
+        drop_package(environment.ROOT, base)
+        for nodes in (Path(__file__).parent / "helper_nodes.py", environment.ROOT / "tests/support/small_flux.py"):
+            shutil.copy(nodes, base / "custom_nodes")
+        link_model(checkpoint, base, "checkpoints")
+        return base
+
+    return drop
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory, comfyui, dropped):
+    with ComfyServer(comfyui, dropped(tmp_path_factory.mktemp("comfyui")), ("--cpu",)) as server:
         yield server
 
 
@@ -36,7 +48,7 @@ def server(tmp_path_factory, comfyui, checkpoint):
 def workflow(checkpoint):
     """A function: text to image with the old node, small, as a fresh dict, with the loader's inputs replaced.
 
-    The text is not padded to 256 tokens, for quick steps, unless asked for.
+    The picture is small and the text not padded to 256 tokens, unless asked for: steps and the VAE are quick.
     """
 
     def make(seed=1, steps=2, text="a lighthouse", *, padded=False, **loader):
@@ -44,7 +56,7 @@ def workflow(checkpoint):
         inputs = {node["class_type"]: node["inputs"] for node in made.values()}
         inputs[OLD_NODE] |= {"ckpt_name": checkpoint.name} | loader
         inputs["CLIPTextEncode"]["text"] = text
-        inputs["EmptySD3LatentImage"] |= {"width": 128, "height": 64}
+        inputs["EmptySD3LatentImage"] |= {"width": 48, "height": 32}
         inputs["KSampler"] |= {"seed": seed, "steps": steps}
         if not padded:
             options = {"clip": inputs["CLIPTextEncode"]["clip"], "min_padding": 0, "min_length": 0}
@@ -56,10 +68,25 @@ def workflow(checkpoint):
 
 
 @pytest.fixture(scope="session")
-def picture(server):
-    """A function: run a workflow, which must succeed, and return its picture as (height, width, bytes)."""
+def stock():
+    """A function: a workflow with the stock loader of a dense twin, of its transformer or of all that is in it."""
 
-    def run(workflow, on_message=lambda _: None):
+    def change(workflow, twin, is_whole=False):
+        if is_whole:
+            workflow["1"] = {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": twin}}
+        else:
+            workflow["9"] = {"class_type": "UNETLoader", "inputs": {"unet_name": twin, "weight_dtype": "default"}}
+            workflow["6"]["inputs"]["model"] = ["9", 0]
+        return workflow
+
+    return change
+
+
+@pytest.fixture(scope="session")
+def picture_of():
+    """A function: have a server run a workflow, which must succeed; returns its picture as (height, width, bytes)."""
+
+    def run(server, workflow, on_message=lambda _: None):
         history = server.run(workflow, on_message)
         assert history["status"]["status_str"] == "success", history["status"]
         (png,) = server.images(history)
@@ -67,6 +94,12 @@ def picture(server):
         return image.height, image.width, image.tobytes()
 
     return run
+
+
+@pytest.fixture(scope="session")
+def picture(server, picture_of):
+    """A function: `picture_of` a workflow in the server of the tests."""
+    return functools.partial(picture_of, server)
 
 
 @pytest.fixture(scope="session")

@@ -63,6 +63,7 @@ class StreamOnCpu:
     """
 
     computes_from_host = None
+    sizes = ()
     nbytes = 0
     observers = ()
 
@@ -77,9 +78,10 @@ class StreamOnCpu:
 
     def run(self, is_on):
         own, of_copies = StreamOnCpu, module("offload.copies").InlineCopies
-        patcher = module("offload.comfyui.patcher").StreamedModelPatcher
+        patcher, record = module("offload.comfyui.patcher").StreamedModelPatcher, module("offload.record")
         if own.computes_from_host is None:
             own.computes_from_host, copy = patcher._computes_from_host, of_copies.copy
+            own.sizes = record.SMALL_BYTES, patcher.staging_bytes
 
             def counted(copies, pairs, **events):
                 own.nbytes += sum(source.nbytes for _, source in pairs)
@@ -87,6 +89,8 @@ class StreamOnCpu:
 
             of_copies.copy = counted
         patcher._computes_from_host = False if is_on else own.computes_from_host
+        # As many tiles for the small model as for the real one, and a ring that is smaller than its blocks.
+        record.SMALL_BYTES, patcher.staging_bytes = (2048, 600_000) if is_on else own.sizes
         observers = module("offload.comfyui.streaming").observers
         if is_on:
             own.observers, observers[:] = observers[:], ()

@@ -1,6 +1,7 @@
 """Whatever ends the demo or the tests, their ComfyUI server ends with them."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -41,24 +42,58 @@ def start(comfyui, tmp_path):
             process = subprocess.Popen(
                 [sys.executable, *command], env=os.environ | variables, stdout=log, stderr=log, cwd=environment.ROOT
             )
-        end = time.monotonic() + 120
-        while not (servers := servers_of(process.pid)):
-            assert process.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()  # noqa: PT018
-            time.sleep(0.1)
-        return process, servers[0]
+        wait_until(lambda: process.poll() is not None or (servers_of(process.pid) and not has_open(process.pid)))
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        return process, servers_of(process.pid)[0]
 
     return run
 
 
+def wait_until(holds):
+    end = time.monotonic() + 300
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def has_open(pid):
+    """Whether a process has its server's log open: until it knows the server that it starts."""
+    try:
+        return any(link.readlink().name == "server.log" for link in Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return True  # it is opening or closing files
+
+
+def is_stopped(pid):
+    """Whether all threads are: one that still runs would let the process end."""
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    return all((thread / "stat").read_text().rpartition(")")[2].split()[0] == "T" for thread in threads)
+
+
+def is_told_to_end(pid):
+    """Whether a process that is stopped has been sent SIGTERM."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    pending = int(re.search(r"ShdPnd:\s*(\w+)", status)[1], 16)
+    return bool(pending & 1 << signal.SIGTERM - 1)
+
+
 @pytest.mark.parametrize(
-    "signals", [(signal.SIGHUP,), (signal.SIGINT, signal.SIGINT)], ids=["a closed terminal", "Ctrl-C twice"]
+    ("number", "is_sent_again"),
+    [(signal.SIGHUP, False), (signal.SIGINT, True)],
+    ids=["a closed terminal", "Ctrl-C twice"],
 )
-def test_the_demo_leaves_nothing(signals, start, checkpoint, tmp_path):
+def test_the_demo_leaves_nothing(number, is_sent_again, start, checkpoint, tmp_path):
     process, server = start("tools/demo.py", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "pictures"))
-    for number in signals:
+    if is_sent_again:
+        os.kill(server, signal.SIGSTOP)  # else it may have ended, and the demo, too, when the second comes
+        wait_until(lambda: is_stopped(server))
+    process.send_signal(number)
+    if is_sent_again:
+        wait_until(lambda: is_told_to_end(server))
         process.send_signal(number)
-        time.sleep(0.3)
-    assert process.wait(30) == 128 + signals[0]
+        wait_until(lambda: "ending: a moment" in (tmp_path / "log").read_text())
+        os.kill(server, signal.SIGCONT)
+    assert process.wait(120) == 128 + number
     assert is_gone(server)
     assert list(tmp_path.glob("flux-nf4-*")) == []
     log = (tmp_path / "log").read_text()
@@ -69,7 +104,7 @@ def test_the_demo_leaves_nothing(signals, start, checkpoint, tmp_path):
 def test_tests_that_are_ended_leave_no_server(start):
     process, server = start("-m", "pytest", "tests/server/test_node.py", "-q", "-p", "no:cacheprovider")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 2
+    assert process.wait(120) == 2
     assert is_gone(server)
 
 
@@ -86,7 +121,7 @@ def test_tests_that_are_ended_leave_no_server(start):
 )
 def test_wrong_arguments_are_refused_before_anything_starts(arguments, said):
     command = [sys.executable, "tools/demo.py", *arguments]
-    ended = subprocess.run(command, cwd=environment.ROOT, capture_output=True, text=True, timeout=20, check=False)
+    ended = subprocess.run(command, cwd=environment.ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 2
     assert said in ended.stderr
     assert ended.stdout == ""

@@ -9,6 +9,7 @@ from comfy_server import link_model
 from native_files import has_formats
 from PIL import Image
 from safetensors.torch import save_file
+from small_recipe import WIDTHS
 from sparse_checkpoint import make_sparse_checkpoint, make_sparse_int8
 
 EXAMPLES = environment.ROOT / "example_workflows"
@@ -35,25 +36,25 @@ def small(server, checkpoint, tmp_path_factory):
     layer = "lora_unet_double_blocks_0_img_attn_proj"
     save_file(
         {
-            f"{layer}.lora_down.weight": torch.randn(4, 3072, generator=generator) / 50,
-            f"{layer}.lora_up.weight": torch.randn(3072, 4, generator=generator) / 50,
+            f"{layer}.lora_down.weight": torch.randn(4, WIDTHS["hidden"], generator=generator) / 5,
+            f"{layer}.lora_up.weight": torch.randn(WIDTHS["hidden"], 4, generator=generator) / 5,
         },
         lora,
     )
     link_model(lora, server.base, "loras")
-    Image.new("RGB", (64, 64), "teal").save(server.base / "input" / "small.png")
+    Image.new("RGB", (32, 32), "teal").save(server.base / "input" / "small.png")
     dense = tmp_path_factory.mktemp("dense") / "dense.safetensors"
-    make_sparse_checkpoint(dense, double_blocks=1, single_blocks=1, is_all_in_one=False, is_4bit=False)
+    make_sparse_checkpoint(dense, double_blocks=1, single_blocks=1, is_all_in_one=False, is_4bit=False, **WIDTHS)
     link_model(dense, server.base, "diffusion_models")
     int8 = dense.with_name("int8.safetensors")
-    make_sparse_int8(int8, double_blocks=1, single_blocks=1)
+    make_sparse_int8(int8, double_blocks=1, single_blocks=1, **WIDTHS)
     link_model(int8, server.base, "diffusion_models")
     loaders = ("MZ_Flux1CheckpointLoaderNF4_cpuDynOffload", "FluxNF4CheckpointLoaderStreamed")
     return {
         **{loader: {"ckpt_name": checkpoint.name} for loader in loaders},
         "UNETLoader": {"unet_name": dense.name},
         "LoraLoaderModelOnly": {"lora_name": lora.name},
-        "EmptySD3LatentImage": {"width": 64, "height": 64},
+        "EmptySD3LatentImage": {"width": 32, "height": 32},
         "LoadImage": {"image": "small.png"},
         "KSampler": {"steps": 1},
         "Flux2Scheduler": {"steps": 1},
@@ -71,7 +72,7 @@ def example(small, checkpoint):
             if node["class_type"] == "UNETLoader" and "int8" in name and has_formats():
                 node["inputs"]["unet_name"] = "int8.safetensors"
             if node["class_type"] == "FluxKontextImageScale":  # to a megapixel
-                scale = {"upscale_method": "area", "width": 64, "height": 64, "crop": "disabled"}
+                scale = {"upscale_method": "area", "width": 32, "height": 32, "crop": "disabled"}
                 node |= {"class_type": "ImageScale", "inputs": node["inputs"] | scale}
             if node["class_type"] == "EmptyFlux2LatentImage":  # of the small model, which is a Flux.1
                 node |= {"class_type": "EmptySD3LatentImage", "inputs": node["inputs"] | small["EmptySD3LatentImage"]}
@@ -101,7 +102,7 @@ def test_it_makes_a_picture(name, example, picture, server):
     if missing := (used & OF_FLUX2) - json.loads(server.get("/object_info")).keys():
         pytest.skip(f"this ComfyUI has no {missing.pop()}")
     height, width, pixels = picture(workflow)
-    assert (height, width) == (64, 64)
+    assert (height, width) == (32, 32)
     if "LoraLoaderModelOnly" in {node["class_type"] for node in workflow.values()}:
         for node in workflow.values():
             if node["class_type"] == "LoraLoaderModelOnly":
@@ -112,5 +113,7 @@ def test_it_makes_a_picture(name, example, picture, server):
 def test_it_saves_a_file_that_our_loader_lists(server, example):
     history = server.run(example("flux_quantise_and_save"))
     assert history["status"]["status_str"] == "success", history["status"]
+    (saved,) = server.base.rglob("flux1-dev-nf4_00001_.safetensors")
     info = json.loads(server.get("/object_info/FluxNF4UNETLoaderStreamed"))["FluxNF4UNETLoaderStreamed"]
-    assert "flux1-dev-nf4_00001_.safetensors" in info["input"]["required"]["unet_name"][0]
+    assert saved.name in info["input"]["required"]["unet_name"][0]
+    saved.unlink()

@@ -7,13 +7,15 @@ import pytest
 import torch
 from comfy_server import link_model
 from safetensors.torch import save_file
+from small_recipe import WIDTHS
 
+WIDTH = WIDTHS["hidden"]
 SHAPES = {
-    "double_blocks.0.img_attn.qkv": (9216, 3072),
-    "double_blocks.0.img_mlp.0": (12288, 3072),
-    "double_blocks.0.txt_mod.lin": (18432, 3072),
-    "single_blocks.0.linear1": (21504, 3072),
-    "single_blocks.0.linear2": (3072, 15360),
+    "double_blocks.0.img_attn.qkv": (3 * WIDTH, WIDTH),
+    "double_blocks.0.img_mlp.0": (4 * WIDTH, WIDTH),
+    "double_blocks.0.txt_mod.lin": (6 * WIDTH, WIDTH),
+    "single_blocks.0.linear1": (7 * WIDTH, WIDTH),
+    "single_blocks.0.linear2": (WIDTH, 5 * WIDTH),
 }
 
 
@@ -36,8 +38,8 @@ def put(server, tmp_path_factory):
 def names(put):
     """Three LoRA files; the last is for a text encoder too."""
     encoder = {
-        "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": loras.random("up", 3072, 4),
-        "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": loras.random("down", 4, 768),
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": loras.random("up", 4 * WIDTHS["clip_l"], 4),
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": loras.random("down", 4, WIDTHS["clip_l"]),
     }
     files = [loras.kohya(SHAPES, rank, alpha=float(rank), seed=str(rank)) for rank in (4, 16, 8)]
     return [put(f"lora-{index}", file) for index, file in enumerate([*files[:2], files[2] | encoder])]

@@ -35,22 +35,6 @@ def test_every_file_of_the_checkpoints_folder_is_listed(server, checkpoint):
     assert checkpoint.name in info["input"]["required"]["ckpt_name"][0]
 
 
-def test_the_progress_bar_moves_while_the_file_is_read(server, workflow):
-    server.free()
-    seen = []
-
-    def on_message(message):
-        if message["type"] == "progress" and message["data"]["node"] == "1":
-            seen.append((message["data"]["value"], message["data"]["max"]))
-
-    history = server.run(workflow(double_blocks_cuda_size=2), on_message)
-    assert history["status"]["status_str"] == "success"
-    values = [value for value, _ in seen]
-    assert values == sorted(values)
-    assert values[-1] == seen[-1][1]
-    assert len(set(values)) > 1, "newer ComfyUI sends a message a tenth of a second, no more"
-
-
 def test_a_second_run_and_other_block_counts_give_the_same_picture(workflow, picture):
     first = picture(workflow(seed=5))
     assert picture(workflow(seed=6)) != first
@@ -74,7 +58,7 @@ def test_an_interrupted_prompt_leaves_the_next_picture_right(server, workflow, p
         if message["type"] == "progress" and message["data"]["node"] == "6":
             server.post("/interrupt", {})
 
-    history = server.run(workflow(seed=8, steps=30), interrupt)
+    history = server.run(workflow(seed=8, steps=10_000), interrupt)
     kinds = [kind for kind, _ in history["status"]["messages"]]
     assert "execution_interrupted" in kinds
     server.free(models=False)  # forgets cached outputs

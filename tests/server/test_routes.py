@@ -16,7 +16,7 @@ OLD_NODE = "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload"
 
 def ask(server, method, path, body=None):
     """Status and body of a request that is sent as it is written."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
     connection.request(method, path, body)
     answer = connection.getresponse()
     return answer.status, answer.read()
@@ -138,8 +138,9 @@ def test_translations_and_help_are_where_the_page_looks(server):
 
 
 def test_a_thousand_questions_cost_the_server_little(server, full_size):
-    """It computes with the same processors as the prompt that may be running: 2 % of a minute is 1.2 s."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    """It answers from what it has read of the file, in a millisecond. An answer that is made from the header each time
+    takes 12 to 60 ms of the processors that a running prompt computes with."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
     plan(server, file=full_size)  # reads the header
     before = cpu_seconds(server.pid)
     for question in range(1000):  # each another, as while a budget is dragged
@@ -147,7 +148,7 @@ def test_a_thousand_questions_cost_the_server_little(server, full_size):
         answer = connection.getresponse()
         assert answer.status == 200
         answer.read()
-    assert cpu_seconds(server.pid) - before < 1.2 * slowness()
+    assert cpu_seconds(server.pid) - before < 4 * slowness()
 
 
 def cpu_seconds(pid):

@@ -29,14 +29,24 @@ def saving(workflow):
     return make
 
 
-def saved(server, workflow):
-    history = server.run(workflow)
-    assert history["status"]["status_str"] == "success", history["status"]
-    return history["outputs"]["90"]["text"][0]
+@pytest.fixture
+def saved(server):
+    """A function: run a workflow that saves a file, which is gone after the test; returns its path."""
+    paths = []
+
+    def run(workflow):
+        history = server.run(workflow)
+        assert history["status"]["status_str"] == "success", history["status"]
+        paths.append(Path(history["outputs"]["90"]["text"][0]))
+        return paths[-1]
+
+    yield run
+    for path in paths:
+        path.unlink()
 
 
-def test_an_all_in_one_file_is_saved_as_it_was_loaded(server, checkpoint, saving):
-    path = saved(server, saving(all_in_one=True))
+def test_an_all_in_one_file_is_saved_as_it_was_loaded(saved, checkpoint, saving):
+    path = saved(saving(all_in_one=True))
     with safe_open(checkpoint, "pt") as before, safe_open(path, "pt") as after:
         assert set(before.keys()) == set(after.keys())
         for name in list(before.keys()):
@@ -46,8 +56,8 @@ def test_an_all_in_one_file_is_saved_as_it_was_loaded(server, checkpoint, saving
         assert after.metadata()["flux_nf4.source"] == checkpoint.name
 
 
-def test_the_transformer_alone_is_saved_without_prefix_and_under_a_new_name_each_time(server, checkpoint, saving):
-    paths = [saved(server, saving(all_in_one=False, absmax=absmax)) for absmax in ("fp32", "nested")]
+def test_the_transformer_alone_is_saved_without_prefix_and_under_a_new_name_each_time(saved, saving):
+    paths = [saved(saving(all_in_one=False, absmax=absmax)) for absmax in ("fp32", "nested")]
     assert paths[0] != paths[1]
     for path, nested in zip(paths, (False, True), strict=True):
         with safe_open(path, "pt") as file:
@@ -56,10 +66,10 @@ def test_the_transformer_alone_is_saved_without_prefix_and_under_a_new_name_each
             assert not any(name.startswith(("text_encoders.", "vae.", "model.")) for name in list(file.keys()))
 
 
-def test_a_file_for_a_models_folder_is_where_its_name_says(server, saving):
+def test_a_file_for_a_models_folder_is_where_its_name_says(server, saved, saving):
     """Its first place has an older name; and the default prefix, for the output folder, begins with the folder's."""
     inputs = {"folder": "diffusion_models", "filename_prefix": "diffusion_models/flux1-nf4"}
-    path = Path(saved(server, saving(all_in_one=False, **inputs)))
+    path = saved(saving(all_in_one=False, **inputs))
     assert path == server.base / "models" / "diffusion_models" / "flux1-nf4_00001_.safetensors"
 
 

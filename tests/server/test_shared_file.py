@@ -1,12 +1,10 @@
 """Two servers on one machine that use the same file: the system has its weights in RAM once."""
 
-import shutil
 import sys
 from pathlib import Path
 
-import environment
 import pytest
-from comfy_server import ComfyServer, drop_package, link_model
+from comfy_server import ComfyServer
 
 from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
 
@@ -29,16 +27,13 @@ def set_free_ram(server, nbytes):
     server.run({"1": {"class_type": "TestSetFreeRam", "inputs": {"nbytes": nbytes}}})
 
 
-def test_two_servers_have_the_weights_of_a_file_in_ram_once(server, comfyui, checkpoint, workflow, tmp_path):
-    drop_package(environment.ROOT, tmp_path)
-    shutil.copy(Path(__file__).parent / "helper_nodes.py", tmp_path / "custom_nodes")
-    link_model(checkpoint, tmp_path, "checkpoints")
+def test_two_servers_have_the_weights_of_a_file_in_ram_once(server, comfyui, checkpoint, workflow, dropped, tmp_path):
     catalogue = read_catalogue(checkpoint)
     others = [entry for part in (catalogue.text_encoders, catalogue.vae) for entry in part.values()]
     too_little = catalogue.transformer_ram + sum(entry.nbytes for entry in others) - 1
     packed = sum(part.nbytes for part in catalogue.parts)
     server.free()
-    with ComfyServer(comfyui, tmp_path, ("--cpu",)) as second:
+    with ComfyServer(comfyui, dropped(tmp_path), ("--cpu",)) as second:
         pictures = []
         for each in (server, second):
             # There is no GPU that could copy from the file; with too little RAM, the CPU computes from it.

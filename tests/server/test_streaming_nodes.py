@@ -6,7 +6,8 @@ import json
 import pytest
 import torch
 from comfy_server import link_model
-from make_checkpoint import Recipe, make_twin
+from make_checkpoint import make_twin
+from small_recipe import small_recipe
 
 OLD_NODE = "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload"
 READ = "NF4: reading the transformer of"
@@ -16,7 +17,7 @@ READ = "NF4: reading the transformer of"
 def twin(server, tmp_path_factory):
     """The dense twin of the server's checkpoint, transformer only: a file for stock ComfyUI."""
     path = tmp_path_factory.mktemp("twin") / "twin.safetensors"
-    make_twin(path, Recipe(unet_only=True), torch.float32)
+    make_twin(path, small_recipe(unet_only=True), torch.float32)
     link_model(path, server.base, "diffusion_models")
     yield path.name
     path.unlink()
@@ -69,7 +70,7 @@ def test_after_free_the_file_is_read_again_and_the_picture_is_the_same(server, w
 
 def test_the_budget_that_is_too_small_says_the_least(server, workflow, checkpoint):
     small = {"class_type": "FluxNF4CheckpointLoaderStreamed", "inputs": {"ckpt_name": checkpoint.name}}
-    small["inputs"]["vram_budget_gb"] = 0.01
+    small["inputs"]["vram_budget_gb"] = 0.0001
     history = server.run(with_model(workflow(seed=24), small))
     (data,) = [data for kind, data in history["status"]["messages"] if kind == "execution_error"]
     assert "is too small: with every block streamed this model takes" in data["exception_message"]
