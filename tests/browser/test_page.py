@@ -59,8 +59,11 @@ def test_an_error_shows_its_advice(page):
     advice.first.wait_for()
 
 
-def test_fifty_bars_cost_less_than_a_millisecond_a_frame(page, frontend, renderer):
-    """While the canvas is panned and a node is dragged; one widget changes, so that our code does run."""
+def test_fifty_bars_cost_less_than_half_a_millisecond_a_frame(page, frontend, renderer):
+    """While the canvas is panned and a node is dragged; one widget changes, so that our code does run.
+
+    It takes 60 to 150 us, and a millisecond where the height of each bar is measured at each frame.
+    """
     page.page.evaluate(
         """([type, file]) => {
           for (let i = 0; i < 50; i++) {
@@ -110,7 +113,7 @@ def test_fifty_bars_cost_less_than_a_millisecond_a_frame(page, frontend, rendere
     print(f"{frontend} {renderer}: {frames} frames, {calls} calls, {spent / frames:.1f} us of ours in each")
     assert frames > 10
     assert calls > 0
-    assert spent / frames < 1000 * slowness()
+    assert spent / frames < 500 * slowness()
 
 
 def test_the_info_button_opens_the_help_page(page):

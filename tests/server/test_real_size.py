@@ -46,9 +46,11 @@ def run(comfyui, files, workflow, stock, picture_of, tmp_path_factory):
             progress.append((message["data"]["value"], message["data"]["max"]))
 
     with ComfyServer(comfyui, base, ("--cpu",)) as server:
-        ours = picture_of(server, workflow(ckpt_name=nf4.name, padded=True), on_message)
+        ours = picture_of(server, workflow(ckpt_name=nf4.name, steps=1, padded=True), on_message)
         server.free()  # else both models are in RAM
-        dense = picture_of(server, stock(workflow(ckpt_name=nf4.name, padded=True), twin.name, T5_LAYERS == 24))
+        dense = picture_of(
+            server, stock(workflow(ckpt_name=nf4.name, steps=1, padded=True), twin.name, T5_LAYERS == 24)
+        )
     return SimpleNamespace(ours=ours, dense=dense, progress=progress)
 
 
