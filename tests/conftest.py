@@ -4,6 +4,7 @@
 ``gpu`` are asked for.
 """
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -12,8 +13,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# A busy machine is slow at making inputs, too: that says nothing of the package.
-settings.register_profile("busy", suppress_health_check=[HealthCheck.too_slow])
+# A busy machine is slow, at making inputs, too: that says nothing of the package.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +38,12 @@ def _only_gpu_tests_are_asked_for(arguments: list[str]) -> bool:
     given = [Path(argument.split("::")[0]).resolve() for argument in arguments]
     tests = [path for path in given if path.is_relative_to(ROOT / "tests") and path.exists()]
     return bool(tests) and all(path.is_relative_to(ROOT / "tests" / "gpu") for path in tests)
+
+
+def pytest_collection_finish():
+    """What is imported stays: from now on, no garbage collection looks through it. Tests ask for hundreds of them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

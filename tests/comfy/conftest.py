@@ -1,6 +1,8 @@
 """A tiny Flux in an NF4 file, loaded and sampled by ComfyUI in process."""
 
+import copy
 import functools
+from pathlib import Path
 
 import comfy.model_detection
 import comfy.model_management
@@ -12,7 +14,9 @@ from encoder_sizes import CLIP_L, LAYERS, T5
 from make_checkpoint import Recipe, make_checkpoint
 from prompts import prompt
 from safetensors.torch import save_file
+from tiny_blocks import DOUBLES, SINGLES
 from tiny_flux import HIDDEN, detection_of
+from transformers import PreTrainedTokenizerBase
 
 from flux_nf4.checkpoints import load_transformer, streamed
 from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
@@ -21,14 +25,13 @@ from flux_nf4.nf4_loader.models import text_encoders
 from flux_nf4.nf4_loader.models import transformers as transformers_of_comfyui
 from flux_nf4.nf4_loader.models.fill import fill
 from flux_nf4.nf4_loader.models.transformers import build_transformer, materialise
-from flux_nf4.offload import record
+from flux_nf4.offload import file_arena, host_memory, record
 from flux_nf4.offload.comfyui import large_layers
 from flux_nf4.offload.comfyui import streaming as streaming_module
 from flux_nf4.offload.comfyui.patcher import StreamedModelPatcher
 from flux_nf4.offload.copies import InlineCopies
 from flux_nf4.offload.plan import Residency
 
-DOUBLES, SINGLES = 8, 10
 CPU = torch.device("cpu")
 
 
@@ -49,6 +52,33 @@ def _nothing_is_loaded():
     """ComfyUI's list of loaded models is as empty as when it starts."""
     yield
     comfy.model_management.current_loaded_models.clear()
+
+
+@pytest.fixture(autouse=True)
+def _ram_is_plenty(monkeypatch):
+    """The models are tiny: what this machine has free is no matter. Where RAM is to be short, `free_ram` says so."""
+    monkeypatch.setattr(host_memory, "SPARE_BYTES", 0)
+    monkeypatch.setattr(file_arena, "_room_for_pins", lambda: 1 << 40)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tokenizers_of_comfyui_are_read_once(comfyui):
+    """One has 150,000 words, which take half a second of each test that makes a CLIP."""
+    read = PreTrainedTokenizerBase.from_pretrained.__func__
+
+    @functools.cache
+    def read_once(kind, path):
+        tokenizer = read(kind, path)
+        tokenizer.get_vocab = functools.cache(tokenizer.get_vocab)
+        return tokenizer
+
+    def from_pretrained(kind, path, **options):
+        is_comfyuis = Path(path).resolve().is_relative_to(comfyui.resolve()) and not options
+        return read_once(kind, path) if is_comfyuis else read(kind, path, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerBase, "from_pretrained", classmethod(from_pretrained))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -84,19 +114,26 @@ def load(tiny_file, tiny_config):
     return make
 
 
-@pytest.fixture
-def dense(load):
-    """A stock patcher of a dense model with random weights, in the tiny model's shape."""
-    config = load().model.model_config
-    made = type(config)(dict(config.unet_config))
-    made.set_inference_dtype(torch.float32, None)
+@pytest.fixture(scope="session")
+def random_model(flux_config):
+    """A dense model in stock ComfyUI with random weights, in the tiny model's shape."""
+    config = flux_config(DOUBLES, SINGLES)
+    config.set_inference_dtype(torch.float32, None)
     torch.manual_seed(0)
-    model = made.get_model({}, "")
+    model = config.get_model({}, "")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.02)
-    cpu = torch.device("cpu")
-    return comfy.model_patcher.ModelPatcher(model, cpu, cpu)
+    return model
+
+
+@pytest.fixture
+def dense(random_model, flux_config):
+    """A stock patcher of a copy of it, with a configuration of its own."""
+    config = flux_config(DOUBLES, SINGLES)
+    config.set_inference_dtype(torch.float32, None)
+    model = copy.deepcopy(random_model, {id(random_model.model_config): config})
+    return comfy.model_patcher.ModelPatcher(model, CPU, CPU)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import comfy.supported_models
 import pytest
 import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
+from tiny_blocks import DOUBLES, SINGLES
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -326,7 +327,7 @@ def with_more_residents(load, copies, sample, monkeypatch):
     def run(tell):
         empty = copies.empty
         monkeypatch.setattr(copies, "empty", lambda nbytes: tell(nbytes) or empty(nbytes))
-        patcher = load(8, 10)
+        patcher = load(DOUBLES, SINGLES)
         sample(patcher, steps=1)
         patcher.partially_unload(CPU, patcher.loaded_size() // 2)
         sample(patcher, steps=1)
@@ -339,7 +340,7 @@ def test_it_holds_where_comfyui_runs_nodes(dense, sample):
     with torch.inference_mode():
         for _ in range(2):
             expected = sample(dense)
-            streamed = stream_model(dense, Residency((("double", 7), ("single", 7))), None)
+            streamed = stream_model(dense, Residency((("double", 3), ("single", 4))), None)
             for patcher in (streamed, dense, streamed, dense):
                 assert torch.equal(sample(patcher), expected)
         comfy.model_management.unload_all_models()

@@ -10,6 +10,7 @@ from counted import plan_by_counts
 from make_checkpoint import Recipe, make_checkpoint
 from safetensors.torch import load_file, save_file
 from sparse_checkpoint import make_sparse_checkpoint, make_sparse_shards
+from tiny_blocks import DOUBLES, SINGLES
 
 from flux_nf4.checkpoints import load_transformer
 from flux_nf4.families import Family
@@ -73,7 +74,7 @@ def dense_layer(tensors):
 )
 def test_sizes_are_those_of_the_loaded_model(recipe, change, tmp_path, tiny_config):
     path = tmp_path / "flux.safetensors"
-    make_checkpoint(path, Recipe(double_blocks=8, single_blocks=10, hidden=256, unet_only=True, **recipe))
+    make_checkpoint(path, Recipe(double_blocks=DOUBLES, single_blocks=SINGLES, hidden=256, unet_only=True, **recipe))
     if change:
         tensors = load_file(path)
         change(tensors)
@@ -114,7 +115,7 @@ def _modulation_of(model):
 @pytest.mark.parametrize("recipe", [{}, {"nested": True}, {"prefix": ""}], ids=["v2", "v1", "no prefix"])
 def test_the_plan_of_a_file_is_that_of_the_patcher(recipe, tmp_path, tiny_config, copies):
     path = tmp_path / "flux.safetensors"
-    make_checkpoint(path, Recipe(double_blocks=8, single_blocks=10, hidden=256, unet_only=True, **recipe))
+    make_checkpoint(path, Recipe(double_blocks=DOUBLES, single_blocks=SINGLES, hidden=256, unet_only=True, **recipe))
     catalogue = read_catalogue(path)
     patcher = load_transformer(catalogue).clone()
     streaming, dtype = patcher.model.streaming, patcher.model.get_dtype()

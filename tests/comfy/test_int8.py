@@ -8,12 +8,12 @@ import loras
 import pytest
 import torch
 from int8_on_cpu import int8_on_cpu
+from tiny_blocks import DOUBLES, SINGLES
 
 from flux_nf4 import nodes_compute
 from flux_nf4.nf4_loader.linear import kitchen, measured
 from flux_nf4.nodes_compute import EXACT, choose
 
-DOUBLES, SINGLES = 8, 10
 FASTER = "int8 where faster"
 
 

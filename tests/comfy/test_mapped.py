@@ -15,6 +15,7 @@ from fake_registrar import FakeRegistrar
 from file_parts import maps_of, open_files
 from make_checkpoint import Recipe, make_checkpoint
 from there_and_back import Copied, move
+from tiny_blocks import DOUBLES, SINGLES
 from tiny_flux import HIDDEN
 
 from flux_nf4 import checkpoints
@@ -26,7 +27,7 @@ from flux_nf4.offload.file_map import FileMapError
 from flux_nf4.offload.host_memory import keep_host_memory
 from flux_nf4.offload.plan import Residency
 
-RECIPE = Recipe(double_blocks=8, single_blocks=10, hidden=HIDDEN, unet_only=True)
+RECIPE = Recipe(double_blocks=DOUBLES, single_blocks=SINGLES, hidden=HIDDEN, unet_only=True)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["v2", "v1"])
@@ -69,7 +70,7 @@ def in_arena(file, monkeypatch, sample, *counts):
     return expected
 
 
-@pytest.mark.parametrize("counts", [(0, 0), (3, 4), (19, 38)])
+@pytest.mark.parametrize("counts", [(0, 0), (2, 3), (19, 38)])
 def test_a_device_copies_from_the_files_memory(
     file, counts, tiny_config, copies, registrar, sample, monkeypatch, caplog
 ):
@@ -101,7 +102,7 @@ class SlowRegistrar(FakeRegistrar):
         return super().register(*arguments, **options)
 
 
-@pytest.mark.parametrize("counts", [(0, 0), (3, 4), (19, 38)])
+@pytest.mark.parametrize("counts", [(0, 0), (2, 3), (19, 38)])
 def test_a_slow_driver_is_waited_for_block_by_block_and_the_log_tells_the_end_of_it(
     file, counts, tiny_config, copies, sample, monkeypatch, caplog
 ):
@@ -275,7 +276,7 @@ def test_a_second_device_shares_an_arena_that_was_read(file, tiny_config, copies
     assert torch.equal(sample(first), expected)
 
 
-@pytest.mark.parametrize("counts", [(0, 0), (3, 4), (19, 38)])
+@pytest.mark.parametrize("counts", [(0, 0), (2, 3), (19, 38)])
 def test_short_ram_gives_the_same_picture(file, counts, tiny_config, copies, free_ram, sample, caplog):
     expected = sample(load(file, *counts))
     comfy.model_management.unload_all_models()

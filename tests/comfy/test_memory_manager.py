@@ -416,7 +416,6 @@ class Machine(RuleBasedStateMachine):
 Machine.TestCase.settings = settings(
     max_examples=100 if LONG else 8,
     stateful_step_count=40 if LONG else 20,
-    deadline=None,
     phases=[Phase.reuse, Phase.generate],
     suppress_health_check=list(HealthCheck),
 )

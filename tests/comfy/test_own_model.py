@@ -10,6 +10,7 @@ import torch
 from comfy.ldm.flux.layers import DoubleStreamBlock
 from comfy.ldm.flux.model import Flux
 from prompts import prompt
+from tiny_blocks import DOUBLES, SINGLES
 from tiny_flux import HIDDEN
 
 from flux_nf4.offload.comfyui.adopt import stream_model
@@ -44,7 +45,7 @@ def test_other_settings_are_as_a_model_that_was_read_anew(loaded, sample, copies
     first = loaded(2, 2)
     expected = sample(shifted(first))
     assert not torch.equal(expected, plain)
-    for counts in ((2, 2), (0, 0), (5, 1)):
+    for counts in ((2, 2), (0, 0), (3, 1)):
         other = loaded(*counts)
         assert torch.equal(sample(shifted(other)), expected)
         assert not hasattr(loaded(*counts).model, "_shifted_by")
@@ -86,7 +87,7 @@ def test_nor_have_they_what_was_made_of_transformer_and_blocks(loaded, sample, c
     patched = louder(loaded(2, 2))
     expected = sample(patched)
     assert not torch.equal(expected, plain)
-    for counts in ((2, 2), (0, 0), (5, 1)):
+    for counts in ((2, 2), (0, 0), (3, 1)):
         other = loaded(*counts)
         transformer = other.model.diffusion_model
         assert type(transformer) is Flux
@@ -149,7 +150,7 @@ def test_the_layers_are_the_same_objects_and_what_is_above_them_stays_in_place(l
 
 @pytest.mark.parametrize("whole_blocks", [False, True])
 def test_hooks_that_stream_are_those_of_all_the_models(whole_blocks, loaded, sample, copies):
-    plain = sample(loaded(9, 9))
+    plain = sample(loaded(DOUBLES, SINGLES - 1))
     for counts in ((0, 0), (1, 2)):
         patcher = loaded(*counts)
         patcher.whole_blocks = whole_blocks
@@ -203,7 +204,7 @@ def test_models_in_turn_have_their_own_object_patches(loaded, sample, copies):
 
 
 def test_comfyui_has_one_entry_and_knows_what_is_on_the_device(loaded, sample, copies):
-    one, two = loaded(1, 1), loaded(4, 4)
+    one, two = loaded(1, 1), loaded(3, 3)
     sample(one)
     sample(shifted(two))
     (entry,) = [entry for entry in comfy.model_management.current_loaded_models if entry.model.is_clone(one)]

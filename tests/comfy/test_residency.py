@@ -7,13 +7,12 @@ import comfy.model_management
 import pytest
 import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
+from tiny_blocks import DOUBLES, SINGLES
 
 from flux_nf4.offload.comfyui import streaming
 from flux_nf4.offload.comfyui.patcher import StreamedModelPatcher
 from flux_nf4.offload.plan import Residency
 from flux_nf4.offload.telemetry import Telemetry
-
-DOUBLES, SINGLES = 8, 10
 
 
 @pytest.fixture
@@ -22,8 +21,8 @@ def expected(load, sample):
     return sample(load())
 
 
-@pytest.mark.parametrize("double", [0, 1, 7, DOUBLES])
-@pytest.mark.parametrize("single", [0, 1, 7, SINGLES])
+@pytest.mark.parametrize("double", [0, 1, DOUBLES - 1, DOUBLES])
+@pytest.mark.parametrize("single", [0, 1, SINGLES - 1, SINGLES])
 def test_every_pair_of_block_counts_gives_the_same_latents(double, single, load, sample, expected, copies):
     patcher = load(double, single)
     streamer = patcher.model.streaming.streamer
@@ -54,7 +53,7 @@ class Interrupt(BaseException):
     """As ComfyUI's own: raised from inside any layer."""
 
 
-@pytest.mark.parametrize("block", [0, 7, 8, 17])
+@pytest.mark.parametrize("block", [0, DOUBLES - 1, DOUBLES, DOUBLES + SINGLES - 1])
 def test_an_interrupted_run_leaves_the_next_one_equal(block, load, sample, expected, copies):
     patcher = load(1, 2)
     transformer = patcher.model.diffusion_model
@@ -76,7 +75,7 @@ def test_changed_block_counts_take_effect_without_reading_the_file_again(load, s
     streamer = patcher.model.streaming.streamer
     sample(patcher)
     hooks = len(streamer._conveyor._hooks)
-    for double, single in ((2, 5), (4, 10), (0, 3), (0, 0)):
+    for double, single in ((1, 3), (2, SINGLES), (0, 2), (0, 0)):
         changed = patcher.clone()
         changed.residency = Residency((("double", double), ("single", single)))
         assert torch.equal(sample(changed), expected)

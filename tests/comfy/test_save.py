@@ -1,13 +1,9 @@
-"""Saving: what is made of each kind of model, what stays byte for byte, and what a crash leaves behind."""
+"""Saving: what is made of each kind of model, what stays byte for byte, and what an early end leaves behind."""
 
 import json
-import os
-import random
 import resource
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import comfy.model_detection
@@ -443,43 +439,7 @@ def diffusers_places():
     return {name: replace(place, name=place.name.rpartition(".")[0]) for name, place in places.items()}
 
 
-# What a crash leaves behind
-
-
-def in_child(action):
-    """Run ``action`` in a fork; returns its process id."""
-    child = os.fork()
-    if child == 0:
-        try:
-            action()
-        finally:
-            os._exit(0)
-    return child
-
-
-def test_whoever_is_killed_leaves_the_target_absent_or_whole(dense, tmp_path):
-    target = tmp_path / "made.safetensors"
-    sources = sources_of_file(dense, all_in_one=False)
-    started = time.monotonic()
-    os.waitpid(in_child(lambda: save_quantised(target, sources, QuantSettings())), 0)
-    took = time.monotonic() - started
-    whole = target.read_bytes()
-    target.unlink()
-    absent = 0
-    for i in range(50):
-        child = in_child(lambda: save_quantised(target, sources, QuantSettings()))
-        time.sleep(random.Random(i).random() * took * 1.2)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        if target.exists():
-            assert target.read_bytes() == whole
-            target.unlink()
-        else:
-            absent += 1
-        assert len(list(tmp_path.iterdir())) <= 1  # each removes what the one before it has left
-    assert 5 < absent < 50  # some are killed before the end and some after it
-    save_quantised(target, sources, QuantSettings())
-    assert [path.name for path in tmp_path.iterdir()] == [target.name]
+# What an early end leaves behind (of a process that is killed: test_save_killed)
 
 
 @pytest.mark.parametrize("exists", [False, True])

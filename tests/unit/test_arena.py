@@ -281,23 +281,24 @@ PINNED_ARENA = """
 """
 
 
-@pytest.mark.parametrize("leave", ["arena.unpin()", "del arena", "sys.exit()"])
-def test_a_fork_unregisters_nothing(leave):
+def test_a_fork_unregisters_nothing():
+    """Whether it unpins, drops the arena or just ends."""
     out = run_script(
         PINNED_ARENA,
-        f"""
-        child = os.fork()
-        if child == 0:
-            registrar.unregister = lambda pointer: print("unregistered")
-            {leave}
-            sys.exit()
-        os.waitpid(child, 0)
-        print(len(registrar.registered))
+        """
+        for leave in (lambda: arena.unpin(), lambda: globals().pop("arena"), sys.exit):
+            child = os.fork()
+            if child == 0:
+                registrar.unregister = lambda pointer: print("unregistered")
+                leave()
+                sys.exit()
+            assert os.waitpid(child, 0)[1] == 0
+            print(len(registrar.registered))
         del arena
         print(len(registrar.registered))
     """,
     )
-    assert out == ["2", "0"]
+    assert out == ["2", "2", "2", "0"]
 
 
 def test_at_exit_all_goes_back_once():

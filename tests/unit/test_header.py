@@ -313,7 +313,7 @@ def valid(fuzzed):
     return content
 
 
-fuzz = settings(max_examples=200, deadline=None, database=None, derandomize=True)
+fuzz = settings(max_examples=200, database=None, derandomize=True)
 
 EDIT = st.tuples(st.integers(0, 1 << 30), st.sampled_from(["replace", "insert", "delete"]), st.binary(max_size=3))
 

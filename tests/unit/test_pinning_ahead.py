@@ -190,13 +190,19 @@ def test_comfyui_is_told_by_whoever_pins_next_that_less_is_pinned(file, monkeypa
     assert (counted[0], counted[-1]) == (ALL, PAGES)
 
 
-def test_told_to_stop_it_ends_with_the_piece_that_it_is_at(file):
+def test_told_to_stop_it_ends_with_the_piece_that_it_is_at(file, monkeypatch):
     registrar = GatedRegistrar()
     arena = arena_of(file, registrar)
     arena.pin_ahead(ALL, DEVICE)
     waiting = waits_for(source(arena, 3))
-    threading.Timer(0.05, registrar.let, [BLOCKS]).start()
-    pinning_ahead.stop()
+
+    def wait(wait=pinning_ahead.wait):
+        registrar.let(BLOCKS)
+        wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pinning_ahead, "wait", wait)
+        pinning_ahead.stop()
     assert ends(waiting)
     assert registrar.calls == 1
     assert pinned_by_all() == PAGES

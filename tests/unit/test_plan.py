@@ -2,7 +2,7 @@
 
 import pytest
 from counted import plan_by_counts
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flux_nf4.offload.plan import (
@@ -47,7 +47,6 @@ def test_counts_give_every_block_once_and_as_many_residents_as_asked(blocks, res
             assert sum(blocks[i].kind == kind for i in plan.resident) == min(max(count, 0), depth)
 
 
-@settings(deadline=None)  # the plans of a model are made at its first budget, which takes a busy machine long
 @given(models, budgets)
 def test_a_budget_is_never_exceeded(blocks, budget):
     try:
@@ -59,7 +58,6 @@ def test_a_budget_is_never_exceeded(blocks, budget):
         assert plan.device_bytes <= budget
 
 
-@settings(deadline=None)
 @given(budgets, budgets)
 def test_a_larger_budget_never_streams_more(one, other):
     small, large = sorted((one, other))
@@ -83,7 +81,6 @@ def test_a_budget_that_is_too_small_names_the_smallest():
     assert least < plan_by_counts(FLUX, {}).device_bytes
 
 
-@settings(deadline=None)
 @given(budgets, st.integers(0, 20), st.integers(0, 40))
 def test_counts_are_kept_where_the_budget_allows_and_shrink_where_it_does_not(budget, double, single):
     asked = plan_by_counts(FLUX, {"double": double, "single": single})
@@ -98,7 +95,6 @@ def test_counts_are_kept_where_the_budget_allows_and_shrink_where_it_does_not(bu
             assert staying[0] <= staying[1]
 
 
-@settings(deadline=None)
 @given(budgets, st.integers(0, 19))
 def test_what_the_count_of_one_kind_leaves_goes_to_the_other(budget, double):
     alone = plan_by_counts(FLUX, {"double": double})

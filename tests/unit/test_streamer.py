@@ -419,6 +419,7 @@ class WaitingCopies(PinnedCopies):
         super().copy(pairs, **events)
 
 
+@pytest.mark.usefixtures("ram")
 @pytest.mark.parametrize("whole_blocks", [False, True])
 @pytest.mark.parametrize("resident", [(), range(5)])
 def test_the_first_forward_does_not_wait_for_all_to_be_pinned(resident, whole_blocks, monkeypatch):
@@ -446,6 +447,7 @@ def test_the_first_forward_does_not_wait_for_all_to_be_pinned(resident, whole_bl
         assert streamer.telemetry.last.copied_bytes > 0
 
 
+@pytest.mark.usefixtures("ram")
 def test_what_is_mapped_and_pinned_is_copied_as_pinned_and_given_back_with_the_streamer(monkeypatch):
     registrar = FakeRegistrar()
     monkeypatch.setitem(pinning.REGISTRARS, "cpu", registrar)

@@ -22,7 +22,7 @@ from flux_nf4.offload import record as record_module
 from flux_nf4.offload import streamer as streamer_module
 from flux_nf4.offload.streamer import Streamer
 
-COMMON = {"deadline": None, "phases": [Phase.reuse, Phase.generate], "suppress_health_check": list(HealthCheck)}
+COMMON = {"phases": [Phase.reuse, Phase.generate], "suppress_health_check": list(HealthCheck)}
 MUCH = {"max_examples": 3500, "stateful_step_count": 40} if LONG else {"max_examples": 50, "stateful_step_count": 30}
 
 models = st.integers(0, 1)
@@ -208,7 +208,7 @@ def test_the_driver_finds_nothing_wrong_with_the_streamer():
         exercise(Streamer, seed)
 
 
-SEEDS_THAT_FOUND_SOMETHING = (0, 4, 8, 13, 241, 367)
+SEEDS_THAT_FOUND_SOMETHING = (0, 4, 8, 13, 81, 241, 367)
 """Tried first: some synchronisations matter in few of all possible orders."""
 
 

@@ -110,14 +110,16 @@ ON = {
 BF16, FP32, FP8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
 
 
-@pytest.mark.parametrize("load", [dual_clip, all_streamed, all_resident])
 @pytest.mark.parametrize(("dense", "norms"), [(BF16, BF16), (FP32, FP32), (BF16, FP32), (FP8, BF16)], ids=str)
-def test_a_lora_is_no_less_exact_than_in_stock(load, dense, norms, files, monkeypatch, clip_copies):
+def test_a_lora_is_no_less_exact_than_in_stock(dense, norms, files, monkeypatch, clip_copies):
     clip_l, t5, twin = files(dense, norms)
-    ours, theirs, true = load(clip_l, t5), stock(clip_l, twin), exact(clip_l, twin, monkeypatch)
-    assert sum(isinstance(module, Linear4bit) for module in ours.cond_stage_model.modules()) == 6 * LAYERS
+    theirs, true = stock(clip_l, twin), exact(clip_l, twin, monkeypatch)
     plain = encoded(true)
-    for layers in ON.values():
-        wanted = encoded(with_lora(true, layers))
-        assert off(plain, wanted) > 0.05, "it changes too little to prove anything"
-        assert off(encoded(with_lora(ours, layers)), wanted) <= off(encoded(with_lora(theirs, layers)), wanted)
+    wanted = {on: encoded(with_lora(true, layers)) for on, layers in ON.items()}
+    bounds = {on: off(encoded(with_lora(theirs, layers)), wanted[on]) for on, layers in ON.items()}
+    for load in (dual_clip, all_streamed, all_resident):
+        ours = load(clip_l, t5)
+        assert sum(isinstance(module, Linear4bit) for module in ours.cond_stage_model.modules()) == 6 * LAYERS
+        for on, layers in ON.items():
+            assert off(plain, wanted[on]) > 0.05, "it changes too little to prove anything"
+            assert off(encoded(with_lora(ours, layers)), wanted[on]) <= bounds[on], (load.__name__, on)
