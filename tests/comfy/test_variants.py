@@ -14,6 +14,7 @@ from bitsandbytes import functional as bnb
 from make_checkpoint import Recipe, make_checkpoint, quantised
 from packed_tensors import packed_tensors
 from sparse_file import write_sparse
+from tiny_blocks import DOUBLES, SINGLES
 
 from flux_nf4.nf4_loader.checkpoint.catalogue import Weight4bit, read_catalogue
 from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
@@ -217,7 +218,7 @@ def test_tensors_that_the_model_has_not_are_logged_and_left_out(catalogue_of, ca
 
 
 def test_nested_absmax_stays_so_and_is_expanded_as_bitsandbytes_does(tiny_config, tmp_path):
-    recipe = Recipe(nested=True, hidden=256, double_blocks=8, single_blocks=10, unet_only=True)
+    recipe = Recipe(nested=True, hidden=256, double_blocks=DOUBLES, single_blocks=SINGLES, unet_only=True)
     make_checkpoint(tmp_path / "v1.safetensors", recipe)
     catalogue = read_catalogue(tmp_path / "v1.safetensors")
     model = build_transformer(catalogue)
