@@ -97,8 +97,16 @@ def test_the_file_is_pinned_while_the_rest_is_loaded(file, tiny_config, copies, 
 
 
 class SlowRegistrar(FakeRegistrar):
+    """Begins when a model is loaded, but for the trial, and then takes a while for each piece."""
+
+    def __init__(self):
+        super().__init__()
+        self.is_loaded = threading.Event()
+
     def register(self, *arguments, **options):
-        time.sleep(0.005)
+        if threading.current_thread().name == "pinning-ahead":
+            assert self.is_loaded.wait(10), "loading waits for it"
+            time.sleep(0.005)
         return super().register(*arguments, **options)
 
 
@@ -122,6 +130,7 @@ def test_a_slow_driver_is_waited_for_block_by_block_and_the_log_tells_the_end_of
         patcher = load(file, *counts)
         streaming = patcher.model.streaming
         assert sum(driver.registered.values()) < streaming.pinned_bytes, "it is under way, and counts"
+        driver.is_loaded.set()
         assert torch.equal(sample(patcher), expected)
         pinning_ahead.wait()
         assert torch.equal(sample(patcher), expected)
