@@ -26,7 +26,7 @@ Message = Mapping[str, Any]
 
 _START_SECONDS = 300.0
 _ANSWER_SECONDS = 180.0
-"""How long an answer may take while a prompt has Python's lock and others the processors."""
+"""How long an answer may take: a prompt that computes, and other processes, keep the server from answering."""
 
 _SMALL_WORKFLOW: Workflow = {
     "1": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0}},
@@ -59,16 +59,16 @@ class ComfyServer:
             (self.base / folder).mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "main.py", "--port", str(self.port), "--base-directory", str(self.base)]
         command += ["--database-url", f"sqlite:///{self.base / 'comfyui.db'}", "--disable-api-nodes"]
-        with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [*command, *self.arguments],
-                cwd=self.comfyui,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"},
-                start_new_session=True,
-            )
         try:
+            with self.log.open("wb") as log:
+                self._process = subprocess.Popen(
+                    [*command, *self.arguments],
+                    cwd=self.comfyui,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"},
+                    start_new_session=True,
+                )
             self._wait_until_up()
         except BaseException:
             self.stop()
@@ -82,9 +82,9 @@ class ComfyServer:
 
     def stop(self) -> None:
         """End the server and everything it started. Idempotent."""
-        self._kept.close()
         process, self._process = self._process, None
         if process is None:
+            self._kept.close()
             return
         for sign in (signal.SIGTERM, signal.SIGKILL):
             try:
@@ -92,6 +92,7 @@ class ComfyServer:
                 process.wait(10)
             except (ProcessLookupError, subprocess.TimeoutExpired):
                 continue
+        self._kept.close()
 
     @property
     def pid(self) -> int:

@@ -73,7 +73,7 @@ def make_checkpoint(path: Path, recipe: Recipe, say: Callable[[str], None] = lam
 def cached_checkpoint(folder: Path, recipe: Recipe, say: Callable[[str], None] = lambda _: None) -> Path:
     """The checkpoint for ``recipe`` in ``folder``, made if it is not there, or not whole, or of an older maker.
 
-    One of an older maker is removed.
+    One that an older maker made of the same recipe is removed.
 
     ``say`` is told what happens, if anything does.
     """

@@ -5,7 +5,8 @@
     python3 tools/test.py --comfyui ~/ComfyUI          (or COMFYUI_PATH=~/ComfyUI)
     python3 tools/test.py -- tests/unit -k header      (only these tests, as pytest takes them)
 
-All tests take 20 to 50 minutes on two cores. On a machine with a GPU those in tests/gpu run, too.
+All tests take 10 to 20 minutes on two cores, the first time some more: it installs a few GB. On a machine with a GPU
+those in tests/gpu run, too.
 """
 
 import argparse

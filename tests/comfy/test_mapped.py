@@ -105,7 +105,7 @@ class SlowRegistrar(FakeRegistrar):
 
     def register(self, *arguments, **options):
         if threading.current_thread().name == "pinning-ahead":
-            assert self.is_loaded.wait(10), "loading waits for it"
+            assert self.is_loaded.wait(120), "loading waits for it"
             time.sleep(0.005)
         return super().register(*arguments, **options)
 

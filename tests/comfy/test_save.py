@@ -439,7 +439,7 @@ def diffusers_places():
     return {name: replace(place, name=place.name.rpartition(".")[0]) for name, place in places.items()}
 
 
-# What an early end leaves behind (of a process that is killed: test_save_killed)
+# What an early end leaves behind
 
 
 @pytest.mark.parametrize("exists", [False, True])

@@ -1,9 +1,10 @@
 """What a saving that is killed leaves behind."""
 
-import itertools
 import os
 import signal
+from pathlib import Path
 
+import pytest
 from safetensors.torch import save_file
 from saved_files import values
 
@@ -29,10 +30,13 @@ def saved_until_killed(target, sources, after=None, *, waits=False):
     It ``waits`` to be killed, or goes on meanwhile.
     """
     reads, writes = os.pipe()
+    left = after or 0
 
-    def count(_, calls=itertools.count(1)):  # noqa: B008
+    def count(_):
+        nonlocal left
+        left -= 1
         os.write(writes, b".")
-        if waits and next(calls) == after:
+        if waits and not left:
             signal.pause()
 
     child = in_child(lambda: save_quantised(target, sources, QuantSettings(), progress=count))
@@ -47,11 +51,15 @@ def saved_until_killed(target, sources, after=None, *, waits=False):
     return tensors
 
 
-def test_whoever_is_killed_leaves_the_target_absent_or_whole(tmp_path, tmp_path_factory):
+@pytest.fixture
+def sources(tmp_path_factory):
     dense = tmp_path_factory.mktemp("models") / "dense.safetensors"
     save_file(values(), dense)
+    return sources_of_file(dense, all_in_one=False)
+
+
+def test_whoever_is_killed_leaves_the_target_absent_or_whole(sources, tmp_path):
     target = tmp_path / "made.safetensors"
-    sources = sources_of_file(dense, all_in_one=False)
     every = saved_until_killed(target, sources)
     assert every == len(sources)
     whole = target.read_bytes()
@@ -68,3 +76,31 @@ def test_whoever_is_killed_leaves_the_target_absent_or_whole(tmp_path, tmp_path_
             target.unlink()
     save_quantised(target, sources, QuantSettings())
     assert [path.name for path in tmp_path.iterdir()] == [target.name]
+    assert target.read_bytes() == whole
+
+
+@pytest.mark.parametrize("is_done", [False, True], ids=["before", "after"])
+def test_the_target_has_its_name_when_all_is_in_it(is_done, sources, tmp_path):
+    target = tmp_path / "made.safetensors"
+    save_quantised(target, sources, QuantSettings())
+    whole = target.read_bytes()
+    target.write_bytes(b"precious")
+    reads, writes = os.pipe()
+
+    def save():
+        rename = Path.replace
+
+        def renamed_until_killed(partial, path):
+            if is_done:
+                rename(partial, path)
+            os.write(writes, b".")
+            signal.pause()
+
+        Path.replace = renamed_until_killed
+        save_quantised(target, sources, QuantSettings())
+
+    child = in_child(save)
+    assert os.read(reads, 1)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert target.read_bytes() == (whole if is_done else b"precious")

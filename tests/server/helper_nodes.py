@@ -59,7 +59,8 @@ class SetFreeRam:
 class StreamOnCpu:
     """Has what is loaded from now on stream, though the device is the CPU; off again, it logs how many bytes came.
 
-    Nobody is told of it: the package would take what was measured for this machine's speed.
+    Blocks are ``small`` or of their real size; for both the ring is smaller than a few of them. Nobody is told what was
+    measured: the package would take it for this machine's speed.
     """
 
     computes_from_host = None
@@ -69,14 +70,14 @@ class StreamOnCpu:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"is_on": ("BOOLEAN", {})}}
+        return {"required": {"is_on": ("BOOLEAN", {})}, "optional": {"small": ("BOOLEAN", {"default": True})}}
 
     RETURN_TYPES = ()
     OUTPUT_NODE = True
     FUNCTION = "run"
     CATEGORY = "tests"
 
-    def run(self, is_on):
+    def run(self, is_on, small=True):
         own, of_copies = StreamOnCpu, module("offload.copies").InlineCopies
         patcher, record = module("offload.comfyui.patcher").StreamedModelPatcher, module("offload.record")
         if own.computes_from_host is None:
@@ -89,8 +90,9 @@ class StreamOnCpu:
 
             of_copies.copy = counted
         patcher._computes_from_host = False if is_on else own.computes_from_host
-        # As many tiles for the small model as for the real one, and a ring that is smaller than its blocks.
-        record.SMALL_BYTES, patcher.staging_bytes = (2048, 600_000) if is_on else own.sizes
+        # As many tiles for the small model as for the real one.
+        sizes = (2048, 600_000) if small else (own.sizes[0], 64 << 20)
+        record.SMALL_BYTES, patcher.staging_bytes = sizes if is_on else own.sizes
         observers = module("offload.comfyui.streaming").observers
         if is_on:
             own.observers, observers[:] = observers[:], ()

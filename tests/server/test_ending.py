@@ -1,5 +1,6 @@
 """Whatever ends the demo or the tests, their ComfyUI server ends with them."""
 
+import contextlib
 import os
 import re
 import signal
@@ -42,17 +43,21 @@ def start(comfyui, tmp_path):
             process = subprocess.Popen(
                 [sys.executable, *command], env=os.environ | variables, stdout=log, stderr=log, cwd=environment.ROOT
             )
-        wait_until(lambda: process.poll() is not None or (servers_of(process.pid) and not has_open(process.pid)))
+
+        def has_started_or_ended():
+            return process.poll() is not None or (servers_of(process.pid) and not has_open(process.pid))
+
+        wait_until(has_started_or_ended, tmp_path / "log")
         assert process.poll() is None, (tmp_path / "log").read_text()
         return process, servers_of(process.pid)[0]
 
     return run
 
 
-def wait_until(holds):
+def wait_until(holds, log):
     end = time.monotonic() + 300
     while not holds():
-        assert time.monotonic() < end
+        assert time.monotonic() < end, log.read_text()
         time.sleep(0.05)
 
 
@@ -84,21 +89,22 @@ def is_told_to_end(pid):
 )
 def test_the_demo_leaves_nothing(number, is_sent_again, start, checkpoint, tmp_path):
     process, server = start("tools/demo.py", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "pictures"))
+    log = tmp_path / "log"
     if is_sent_again:
         os.kill(server, signal.SIGSTOP)  # else it may have ended, and the demo, too, when the second comes
-        wait_until(lambda: is_stopped(server))
+        wait_until(lambda: is_stopped(server), log)
     process.send_signal(number)
     if is_sent_again:
-        wait_until(lambda: is_told_to_end(server))
+        wait_until(lambda: is_told_to_end(server), log)
         process.send_signal(number)
-        wait_until(lambda: "ending: a moment" in (tmp_path / "log").read_text())
-        os.kill(server, signal.SIGCONT)
+        wait_until(lambda: "ending: a moment" in log.read_text(), log)
+        with contextlib.suppress(ProcessLookupError):  # after 10 s it is killed
+            os.kill(server, signal.SIGCONT)
     assert process.wait(120) == 128 + number
     assert is_gone(server)
     assert list(tmp_path.glob("flux-nf4-*")) == []
-    log = (tmp_path / "log").read_text()
-    assert "Traceback" not in log
-    assert log.endswith("\ninterrupted\n")
+    assert "Traceback" not in log.read_text()
+    assert log.read_text().endswith("\ninterrupted\n")
 
 
 def test_tests_that_are_ended_leave_no_server(start):

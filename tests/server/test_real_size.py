@@ -5,7 +5,10 @@ twin's CLIP and VAE come from our node, since stock ComfyUI always builds 24 lay
 """
 
 import os
+import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import environment
@@ -16,6 +19,7 @@ from make_checkpoint import Recipe, forget_weights, make_checkpoint, make_twin
 
 T5_LAYERS = int(os.environ.get("T5_LAYERS", "1"))
 RECIPE = Recipe(t5_layers=T5_LAYERS)
+NONE_STAYS = {"double_blocks": 0, "single_blocks": 0}
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +37,15 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(comfyui, files, workflow, stock, picture_of, tmp_path_factory):
-    """Both pictures, and the values and maxima of the progress bar while our node read the file."""
+    """Three pictures, the bytes streamed for one, and values and maxima of the progress bar while the file was read.
+
+    The old node computes the first on the CPU, without streaming; the new one streams for the second; the third is the
+    dense twin's.
+    """
     nf4, twin = files
     base = tmp_path_factory.mktemp("comfyui")
     drop_package(environment.ROOT, base)
+    shutil.copy(Path(__file__).parent / "helper_nodes.py", base / "custom_nodes")
     link_model(nf4, base, "checkpoints")
     link_model(twin, base, "checkpoints" if T5_LAYERS == 24 else "diffusion_models")
     progress = []
@@ -45,18 +54,35 @@ def run(comfyui, files, workflow, stock, picture_of, tmp_path_factory):
         if message["type"] == "progress" and message["data"]["node"] == "1":
             progress.append((message["data"]["value"], message["data"]["max"]))
 
+    def asked():
+        return workflow(ckpt_name=nf4.name, steps=1, padded=True)
+
+    def stream(is_on):
+        inputs = {"is_on": is_on, "small": False}
+        server.run({"1": {"class_type": "TestStreamOnCpu", "inputs": inputs}})
+
+    streaming = asked()
+    streaming["1"] = {"class_type": "FluxNF4CheckpointLoaderStreamed", "inputs": {"ckpt_name": nf4.name} | NONE_STAYS}
     with ComfyServer(comfyui, base, ("--cpu",)) as server:
-        ours = picture_of(server, workflow(ckpt_name=nf4.name, steps=1, padded=True), on_message)
-        server.free()  # else both models are in RAM
-        dense = picture_of(
-            server, stock(workflow(ckpt_name=nf4.name, steps=1, padded=True), twin.name, T5_LAYERS == 24)
-        )
-    return SimpleNamespace(ours=ours, dense=dense, progress=progress)
+        ours = picture_of(server, asked(), on_message)
+        server.free()  # else two models are in RAM
+        stream(True)
+        streamed = picture_of(server, streaming)
+        stream(False)
+        nbytes = int(re.findall(r"TestStreamOnCpu: (\d+) bytes", server.log.read_text("utf-8"))[-1])
+        server.free()
+        dense = picture_of(server, stock(asked(), twin.name, T5_LAYERS == 24))
+    return SimpleNamespace(ours=ours, streamed=streamed, nbytes=nbytes, dense=dense, progress=progress)
 
 
 def test_the_picture_equals_that_of_the_dense_twin(run):
     assert len(set(run.ours[2])) > 50, "the picture is too plain to prove anything"
     assert run.ours == run.dense
+
+
+def test_so_does_the_streamed_one(run):
+    assert run.nbytes > 100e6, "one block of each kind"
+    assert run.streamed == run.dense
 
 
 def test_the_progress_bar_moves_while_the_file_is_read(run):

@@ -8,13 +8,14 @@ import comfy.sample
 import torch
 from make_checkpoint import Recipe
 from prompts import prompt
+from tiny_blocks import DOUBLES, SINGLES
 from tiny_flux import HIDDEN
 
 from flux_nf4.checkpoints import Residency, streamed
 
 DEVICE = comfy.model_management.get_torch_device()
 
-TINY = Recipe(double_blocks=4, single_blocks=6, hidden=HIDDEN, unet_only=True, device=DEVICE.type)
+TINY = Recipe(double_blocks=DOUBLES, single_blocks=SINGLES, hidden=HIDDEN, unet_only=True, device=DEVICE.type)
 WIDE = Recipe(double_blocks=2, single_blocks=4, unet_only=True, device=DEVICE.type)
 """Layers of Flux's real size, 0.7 GB in six blocks: more than the staging ring holds."""
 

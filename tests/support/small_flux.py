@@ -1,6 +1,6 @@
 """A custom node package that the tests drop in beside ours: it has ComfyUI take the small Flux.1 of `small_recipe`.
 
-Newer ComfyUIs read the width of a transformer from its file; with this all do. None reads that of a text encoder.
+Newer ComfyUIs read the transformer's width from the file; with this all do. None reads a text encoder's width.
 """
 
 import comfy.model_detection
