@@ -33,7 +33,7 @@ import orderly
 import torch
 from arguments import begin, parser_for
 from cases import Case
-from inside_comfyui import import_package
+from inside_comfyui import import_package, use_allocator_of_comfyui
 from memory import resident_bytes
 from timing import copy_gbps, milliseconds
 from weights import Files
@@ -331,6 +331,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()
     begin(given)
+    use_allocator_of_comfyui()
     import_package()
     parts: dict[str, Callable[[], Any]] = {
         "start": lambda: start(given.checkpoint, given.way, given.rounds),

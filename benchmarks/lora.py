@@ -22,7 +22,7 @@ import orderly
 import torch
 from arguments import begin, parser_for
 from cases import Case
-from inside_comfyui import import_package
+from inside_comfyui import import_package, use_allocator_of_comfyui
 from random_lora import LoRA, diffusers, kohya, linear_shapes
 from timing import milliseconds
 from weights import Files
@@ -119,6 +119,7 @@ def main() -> None:
     given = parser.parse_args()
     chosen = {name: loras for name, loras in LORAS.items() if not loras or re.search(given.only, name)}
     begin(given)
+    use_allocator_of_comfyui()
     import_package()
     with torch.inference_mode():
         path = Files(given.folder, given.checkpoint).nf4()

@@ -26,7 +26,7 @@ import torch
 from arguments import begin, parser_for
 from bus import slow_bus
 from cases import Case, matching
-from inside_comfyui import import_package
+from inside_comfyui import import_package, use_allocator_of_comfyui
 from memory import Use
 from timing import seconds
 from weights import Files
@@ -223,6 +223,7 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     begin(given)
+    use_allocator_of_comfyui()
     import_package()
     files = Files(given.folder, given.checkpoint, given.dry_run)
     files.enter()

@@ -29,7 +29,7 @@ import text_encoder
 import torch
 from arguments import begin, parser_for
 from cases import Case
-from inside_comfyui import import_package
+from inside_comfyui import import_package, use_allocator_of_comfyui
 from memory import Use, resident_bytes
 from weights import TINY_BLOCKS, Files
 
@@ -213,6 +213,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=600.0, help="begin no prompt after this time")
     given = parser.parse_args()
     begin(given)
+    use_allocator_of_comfyui()
     until = time.monotonic() + 60 * given.minutes
     import_package()
     files = Files(given.folder, given.checkpoint, given.dry_run)

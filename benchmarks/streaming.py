@@ -22,7 +22,7 @@ import orderly
 import torch
 from arguments import begin, parser_for
 from cases import Case
-from inside_comfyui import import_package
+from inside_comfyui import import_package, use_allocator_of_comfyui
 from timing import copy_gbps, milliseconds
 from weights import Files
 
@@ -176,6 +176,7 @@ def main() -> None:
     given = parser.parse_args()
     settings = {name: setting for name, setting in SETTINGS.items() if re.search(given.only, name)}
     begin(given)
+    use_allocator_of_comfyui()
     import_package()
     with torch.inference_mode():
         path = Files(given.folder, given.checkpoint).nf4()

@@ -21,7 +21,7 @@ import torch
 from arguments import begin, parser_for
 from cases import CASES, TINY_CASES
 from contenders import CONTENDERS, Options, family_maker
-from inside_comfyui import import_package
+from inside_comfyui import import_package, use_allocator_of_comfyui
 from weights import Files
 
 _LONGEST, _SHOWN = 8, 12
@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=3, help="of the transformer, in the trace")
     given = parser.parse_args()
     begin(given)
+    use_allocator_of_comfyui()
     import_package()
     files = Files(given.folder, given.checkpoint, given.dry_run)
     files.enter()

@@ -90,7 +90,7 @@ class FileArena(PinnableMemory):
         the RAM that is free now are for what is still to be read.
         """
         registrar = self._registrar_for(device)
-        pieces = [piece for piece in self._in_order() if not piece.is_pinned]
+        pieces = [piece for piece in self._every if not piece.is_pinned]
         room = min(limit_bytes - pinned_by_all(), _room_for_pins() - needed_bytes)
         if registrar is None or sum(piece.nbytes for piece in pieces) > room:
             return
@@ -101,6 +101,7 @@ class FileArena(PinnableMemory):
 
     def _release(self) -> None:
         """Unpin what no other arena uses."""
+        self._used_by.clear()
         for item in self._ranges:
             item.users.discard(self)
             if not item.users:

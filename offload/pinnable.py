@@ -43,10 +43,13 @@ class PinnableMemory:
         what: str,
     ) -> None:
         self.pieces = tuple(map(tuple, pieces))
+        self._every = self._in_order(())
+        self.nbytes = sum(piece.nbytes for piece in self._every)
         self._registrar_for = registrar_for
         self._what = what
         self._said = ""
         self._users = 0
+        self._used_by: set[torch.device] = set()
 
     def keep_pinned_for(self, user: object) -> None:
         """Unpin when the last ``user`` has gone. Others may still hold the memory, but do not need it pinned."""
@@ -64,20 +67,21 @@ class PinnableMemory:
         pinning_ahead.when_over(lambda _: self._release())
 
     def _release(self) -> None:
-        for pins in {piece.pins for piece in self._in_order()}:
+        self._used_by.clear()
+        for pins in {piece.pins for piece in self._every}:
             pins.release()
 
     @property
-    def nbytes(self) -> int:
-        return sum(piece.nbytes for piece in self._in_order())
-
-    @property
     def pinned_bytes(self) -> int:
-        return sum(piece.nbytes for piece in self._in_order() if piece.is_pinned)
+        return sum(piece.nbytes for piece in self._every if piece.is_pinned)
 
     @property
     def all_pinned(self) -> bool:
-        return all(piece.is_pinned for piece in self._in_order())
+        return all(piece.is_pinned for piece in self._every)
+
+    def is_pinned_for(self, device: torch.device) -> bool:
+        """Whether `pin` has nothing left to do for ``device``, as at the beginning of most samplings."""
+        return device in self._used_by and self.all_pinned
 
     def pin(
         self,
@@ -107,7 +111,7 @@ class PinnableMemory:
         """What the ``problem`` of the thread that has pinned ahead ("" for none) means for this memory."""
         return Shortfall(problem, _REFUSAL_ADVICE) if problem and not self.all_pinned else None
 
-    def _in_order(self, first: Iterable[int] = ()) -> tuple[Piece, ...]:
+    def _in_order(self, first: Iterable[int]) -> tuple[Piece, ...]:
         order = dict.fromkeys((*first, *range(len(self.pieces))))
         return tuple(dict.fromkeys(piece for index in order for piece in self.pieces[index]))
 
@@ -119,6 +123,7 @@ class PinnableMemory:
             return Shortfall(f"{device.type} has no way to pin memory that is there already", "")
         for pins in {piece.pins for piece in pieces}:
             pins.registrars.setdefault(device, registrar)
+        self._used_by.add(device)
         for piece in pieces:
             if piece.is_pinned:
                 continue

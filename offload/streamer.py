@@ -125,6 +125,10 @@ class Streamer:
         """Whether every copy to the device reads pinned memory."""
         return all(arena.all_pinned for arena in self._arenas)
 
+    def is_pinned_for(self, device: torch.device) -> bool:
+        """Whether `pin` has nothing left to do for ``device``."""
+        return all(arena.is_pinned_for(device) for arena in self._arenas)
+
     def sizes(self, *, whole_blocks: bool = False) -> tuple[BlockSize, ...]:
         """The sizes of the blocks in bytes, from which plans are made."""
         if whole_blocks not in self._sizes:
@@ -143,7 +147,8 @@ class Streamer:
         ``first``: indices of the blocks to pin first: the streamed ones gain most.
         """
         for arena in self._arenas:
-            arena.pin(limit_bytes, device, limited_by, first)
+            if not arena.is_pinned_for(device):
+                arena.pin(limit_bytes, device, limited_by, first)
 
     def set_extras(self, extras: Mapping[nn.Module, Mapping[str, torch.Tensor]]) -> None:
         """Give modules of the blocks extra host tensors. They replace those of an earlier call; {} removes them.

@@ -216,15 +216,15 @@ class Telemetry:
                 self._last_timed = self._last
 
 
-def summarise(telemetry: Telemetry | None, is_pinned: bool) -> str | None:
+def summarise(telemetry: Telemetry, is_pinned: bool) -> str | None:
     """One line on the latest timed forward, with advice where copies held it up; None if there is none.
 
     Args:
         telemetry: The figures.
         is_pinned: Whether all host memory is pinned.
     """
-    cost = telemetry.last_timed if telemetry is not None else None
-    if telemetry is None or cost is None or not cost.total_ms or cost.stall_ms is None:
+    cost = telemetry.last_timed
+    if cost is None or not cost.total_ms or cost.stall_ms is None:
         return None
     gbps = telemetry.link_gbps or 0.0
     line = (

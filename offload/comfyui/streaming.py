@@ -163,7 +163,7 @@ class Streaming:
         for streamer in self.streamers:
             if streamer.telemetry is not None:
                 streamer.telemetry.rest()
-        if summary := summarise(self.streamer.telemetry, self.all_pinned):
+        if self.streamer.telemetry is not None and (summary := summarise(self.streamer.telemetry, self.all_pinned)):
             logger.info("Streaming: %s", summary)
 
     def say_once(self, text: str) -> None:
@@ -187,24 +187,30 @@ class Streaming:
         and whether it keeps less than ``wanted``. See `Streamer.start` for errors.
         """
         streamer, before = self.streamer, (self.streamer.plan, self.modulation_stays)
-        limit_bytes, limited_by = pin_limit(self.host_bytes - self.pinned_bytes)
-        for each in self.streamers:
-            each.pin(limit_bytes, device, limited_by, first=plan.streamed if each is streamer else ())
+        self._pin(device, first=plan.streamed)
         copies = copies_to(device)
         if not self.all_pinned:
             copies = through_bounce_buffers(copies)
         with lasting_allocations():
-            is_alone = not plan.streamed
+            at_once = not plan.streamed
             if self.modulation is not None:  # its ring first: where room is short, fewer blocks are resident
                 stays = modulation_stays and self.modulation.is_there
-                self.modulation.start(copies, stays=stays, is_alone=is_alone)
+                self.modulation.start(copies, stays=stays, at_once=at_once)
             streamer.start(plan, copies, whole_blocks=whole_blocks)
             stays = modulation_stays and streamer.plan is not None and not streamer.plan.streamed
             if self.modulation is not None and self.modulation_stays != stays:
-                self.modulation.start(copies, stays=stays, is_alone=is_alone)
+                self.modulation.start(copies, stays=stays, at_once=at_once)
                 streamer.start(plan, copies, whole_blocks=whole_blocks)  # weights that now pass may have made room
         if streamer.plan is not None and (streamer.plan, self.modulation_stays) != before:
             self._say_plan(streamer.plan, wanted)
+
+    def _pin(self, device: torch.device, first: Sequence[int]) -> None:
+        """Pin the host memory as far as ComfyUI's limits allow, beginning with the blocks ``first`` (indices)."""
+        if all(each.is_pinned_for(device) for each in self.streamers):
+            return  # to ask for the limit takes the system a millisecond
+        limit_bytes, limited_by = pin_limit(self.host_bytes - self.pinned_bytes)
+        for each in self.streamers:
+            each.pin(limit_bytes, device, limited_by, first=first if each is self.streamer else ())
 
     def give_up(self, nbytes: float, staging_bytes: int) -> bool:
         """Free ``nbytes`` of the device: the modulation's weights go first, then resident blocks. Whether it could be

@@ -79,4 +79,5 @@ class Model:
 
 def requested_bytes():
     """What is in use on the device. Not ``memory_allocated``: the allocator leaves up to 1 MiB of a block unsplit."""
+    torch.cuda.empty_cache()  # what went while a copy to it was under way counts until the allocator looks again
     return torch.cuda.memory_stats(DEVICE)["requested_bytes.all.current"]

@@ -90,6 +90,22 @@ def test_two_arenas_of_a_file_share_its_pins_and_the_last_gives_them_back(file):
     assert registrar.log[BLOCKS:][:3] == ["synchronise", "synchronise", "unregister"], "copies to both devices are done"
 
 
+def test_what_is_pinned_for_a_device_needs_no_more_until_it_is_given_back(file):
+    registrar = FakeRegistrar()
+    first, second = arena_of(file, registrar), arena_of(file, registrar)
+    first.pin(PAGES, DEVICE)
+    assert not first.is_pinned_for(DEVICE), "a limit was in the way"
+    first.pin(ALL, DEVICE)
+    assert first.is_pinned_for(DEVICE)
+    assert not first.is_pinned_for(OTHER), "who gives back has to wait for copies to both"
+    assert not second.is_pinned_for(DEVICE), "the first may give back what both use"
+    second.pin(ALL, DEVICE)
+    first.unpin()
+    assert first.all_pinned
+    assert not first.is_pinned_for(DEVICE)
+    assert second.is_pinned_for(DEVICE)
+
+
 def test_a_view_that_is_left_keeps_the_pages_registered_and_the_last_gives_all_back(file):
     registrar = FakeRegistrar()
     tensors = [map_parts([Part(file, 100, PAGE)])]

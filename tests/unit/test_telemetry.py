@@ -151,7 +151,6 @@ def test_the_time_between_samplings_is_in_no_forward():
 
 
 def test_without_a_timed_forward_there_is_no_line(model):
-    assert summarise(None, True) is None
     assert summarise(model.streamer.telemetry, True) is None
 
 
