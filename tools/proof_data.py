@@ -3,7 +3,7 @@
 Standard library only.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 CARDS_GB = (4, 6, 8, 12)
@@ -97,7 +97,7 @@ def your_card(proof: dict[str, Any]) -> dict[str, Any] | None:
         }
     )
     series = [column for column in series if any(value is not None for value in column["values"])]
-    taken = f"{card} of which only {' or '.join(map(str, rows))} GiB were left free"
+    taken = f"{card} of which only {_listed(list(rows))} GiB were left free"
     runs = {
         "cards": {
             "card": taken,
@@ -144,3 +144,9 @@ def _in_chinese(text: str | None) -> str | None:
     if text is None:
         return None
     return text.replace("all, ", "全部，").replace("none", "无")
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    """Numbers as a sentence has them: "4", "4 or 6", "4, 6 or 8"."""
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} or {last}" if most else last

@@ -156,7 +156,7 @@ def test_a_proof_becomes_the_table_and_the_chart_of_cards(texts):
         ["8 GB", "all, 19 + 38", "5.06", "180", "250", "569", "12.3"],
         ["12 GB", "all, 19 + 38", "5.06", "180", "250", "569", "12.3"],
     ]
-    assert "NVIDIA H200 of which only 4 or 6 or 8 or 12 GiB were left free; ComfyUI 0.33.0." in readme
+    assert "NVIDIA H200 of which only 4, 6, 8 or 12 GiB were left free; ComfyUI 0.33.0." in readme
     assert readme.endswith("<!-- /your_card -->\n\nThe end.\n")
     assert "old" not in readme
     assert "| 8 GB | 全部，19 + 38 | 5.06 | **180** |" in (folder / "README.zh.md").read_text()
