@@ -8,7 +8,8 @@ Run it with ComfyUI's Python, on Linux. Without a checkpoint it makes one with r
 
 - Start: a fresh process for each way loads the file again and again, with the page cache warm, and once from the disk.
   Seconds until ComfyUI has the model ready for its first step, and what of the process's memory is its own.
-- Steps: both ways in one process, in turns; medians. Outputs must be bit-identical, or it fails.
+- Steps: both ways in one process, in turns; the median of the turn that the machine disturbed least. Outputs must be
+  bit-identical, or it fails.
 - Processes: two that load the same file, each on a GPU of its own, or both on the first where there is one. By how much
   the memory of both together grows when they load, against the first alone (Pss), and the time of a step of the first
   alone and while both run. ``--part processes`` measures only these, in less than a minute once the file is there.
@@ -35,7 +36,7 @@ from arguments import begin, parser_for
 from cases import Case
 from inside_comfyui import import_package, use_allocator_of_comfyui
 from memory import resident_bytes
-from timing import copy_gbps, milliseconds
+from timing import copy_gbps, least_disturbed, milliseconds
 from weights import Files
 
 WAYS = ("file", "arena")
@@ -132,7 +133,7 @@ def steps(path: Path, rounds: int, repeats: int) -> dict[str, Any]:
     step(put_on_device(patchers[WAYS[0]]))  # in ComfyUI 0.33 the first forward of a process rounds otherwise
     result: dict[str, Any] = {}
     for pixels in PIXELS:
-        times: dict[str, list[float]] = {way: [] for way in WAYS}
+        times: dict[str, list[list[float]]] = {way: [] for way in WAYS}
         outputs = []
         for _ in range(rounds):
             for way, patcher in patchers.items():
@@ -140,8 +141,8 @@ def steps(path: Path, rounds: int, repeats: int) -> dict[str, Any]:
                 outputs.append(model.forward().clone())
                 if not torch.equal(outputs[0], outputs[-1]):
                     raise SystemExit(f"{way} at {pixels}: the output differs")
-                times[way] += milliseconds(model.forward, repeats, model.device)[1:]
-        result |= {f"{way}_{pixels}_ms": statistics.median(values) for way, values in times.items()}
+                times[way].append(milliseconds(model.forward, repeats, model.device)[1:])
+        result |= {f"{way}_{pixels}_ms": least_disturbed(turns) for way, turns in times.items()}
         result[f"ratio_{pixels}"] = result[f"file_{pixels}_ms"] / result[f"arena_{pixels}_ms"]
     part = host_bytes_of_first_block(patchers["file"])
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]

@@ -7,13 +7,13 @@ The modulation Linears are 27 % of the blocks' bytes and see nothing but the tim
 prompt. Two models of one file run in turns: in one ("before") the modulation is a part of its blocks, which stay or are
 streamed with it; the other ("ahead") is as the package has it. With all blocks resident, with none, and as many prompts
 of one step each. Where a budget has room for all blocks but not for the modulation, only the other one is measured: its
-peak. Latents must be bit-equal, or it fails. Each line has its target, and whether it is kept. Run it with ComfyUI's
-Python; it prints a table and writes ``modulation.json``.
+peak. Latents must be bit-equal, or it fails. Times are of one sampling, in the turn that the machine disturbed least.
+Each line has its target, and whether it is kept. Run it with ComfyUI's Python; it prints a table and writes
+``modulation.json``.
 """
 
 import functools
 import json
-import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from bus import slow_bus
 from cases import Case, matching
 from inside_comfyui import import_package, use_allocator_of_comfyui
 from memory import Use
-from timing import seconds
+from timing import least_disturbed, seconds
 from weights import Files
 
 GIB = 2**30
@@ -111,11 +111,11 @@ def load_as_before(path: Path) -> Any:
 
 
 def measure(patchers: dict[str, Any], row: Row, rounds: int) -> dict[str, Any]:
-    """Seconds of the row's samplings with each model, in turns, and what they take of the device at most."""
+    """Seconds of one of the row's samplings with each model, in turns, and what they take of the device at most."""
     from comfy_model import at_work
 
     case, names = row.case, ("ahead",) if row.setting == "budget" else tuple(patchers)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[list[float]]] = {name: [] for name in names}
     peaks = dict.fromkeys(names, 0.0)
     latents: list[torch.Tensor] = []
     device = patchers["ahead"].load_device
@@ -126,13 +126,14 @@ def measure(patchers: dict[str, Any], row: Row, rounds: int) -> dict[str, Any]:
                 with at_work(_with_setting(patchers[name], row.setting), case) as model:
                     model.sample(_nothing, 1)
                     _reset_peak(device)
-                    times[name].append(seconds(functools.partial(_sample, model, row.prompts, latents), device))
+                    sample = functools.partial(_sample, model, latents)
+                    times[name].append([seconds(sample, device) for _ in range(row.prompts)])
                     peaks[name] = max(peaks[name], _peak_gib(device, before))
     if not all(torch.equal(latent, latents[0]) for latent in latents):
         sys.exit(f"{row.name}: what is computed ahead gives another picture")
-    medians = {f"{name}_s": statistics.median(values) for name, values in times.items()}
+    typical = {f"{name}_s": least_disturbed(turns) for name, turns in times.items()}
     found = {"name": row.name, "bus_gbps": bus_gbps, "most_ratio": row.most_ratio, "most_gib": row.most_gib}
-    return found | medians | {f"{name}_gib": peak for name, peak in peaks.items()}
+    return found | typical | {f"{name}_gib": peak for name, peak in peaks.items()}
 
 
 def _with_setting(patcher: Any, setting: str) -> Any:
@@ -145,10 +146,8 @@ def _with_setting(patcher: Any, setting: str) -> Any:
     return with_residency(patcher, budget_gib=(streaming.needed_bytes + blocks) / GIB)
 
 
-def _sample(model: Any, prompts: int, latents: list[torch.Tensor]) -> None:
-    for _ in range(prompts):
-        latent = model.sample(_nothing)
-    latents.append(latent.clone())
+def _sample(model: Any, latents: list[torch.Tensor]) -> None:
+    latents.append(model.sample(_nothing))
 
 
 def _nothing() -> None:

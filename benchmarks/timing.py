@@ -3,7 +3,7 @@
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,16 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - started
+
+
+def least_disturbed(turns: Sequence[Sequence[float]]) -> float:
+    """The median of the turn that has the lowest: what else runs on a machine slows turns, and speeds none up.
+
+    It slows an H200's host to a half for seconds at a time, which a median over a few turns shows as a difference
+    between two ways that run in turns. Chen and Revels, Robust benchmarking in noisy environments,
+    https://arxiv.org/abs/1608.04295
+    """
+    return min(map(statistics.median, turns))
 
 
 def copy_gbps(source: torch.Tensor, device: torch.device) -> float:

@@ -12,11 +12,16 @@ from cases import CASES, Case, matching
 from contenders import CONTENDERS
 from diffusers_model import DiffusersModel, quantise_blocks
 from results import Row, table
+from timing import least_disturbed
 from turn import Difference, Figures
 from weights import quantise_q4_0
 from worker import Failure, Request, Worker
 
 HOST = torch.device("cpu")
+
+
+def test_a_turn_that_something_disturbed_does_not_count():
+    assert least_disturbed([[9.0, 9.0, 30.0], [3.0, 1.0, 2.0], [8.0]]) == 2.0
 
 
 def test_q4_0_is_what_the_gguf_package_makes():
