@@ -9,11 +9,13 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import comfy.model_management
+import comfy.sd
 import pytest
 import torch
 from fake_registrar import FakeRegistrar
 from file_parts import maps_of, open_files
 from make_checkpoint import Recipe, make_checkpoint
+from random_lora import kohya
 from there_and_back import Copied, move
 from tiny_blocks import DOUBLES, SINGLES
 from tiny_flux import HIDDEN
@@ -23,8 +25,10 @@ from flux_nf4.checkpoints import load_transformer, streamed
 from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
 from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
 from flux_nf4.offload import file_map, pinning, pinning_ahead
+from flux_nf4.offload.comfyui import streaming as streaming_module
 from flux_nf4.offload.file_map import FileMapError
 from flux_nf4.offload.host_memory import keep_host_memory
+from flux_nf4.offload.pinnable import PinnableMemory
 from flux_nf4.offload.plan import Residency
 
 RECIPE = Recipe(double_blocks=DOUBLES, single_blocks=SINGLES, hidden=HIDDEN, unet_only=True)
@@ -86,6 +90,23 @@ def test_a_device_copies_from_the_files_memory(
     assert sum(registrar.registered.values()) == streaming.pinned_bytes == streaming.host_bytes
     (said,) = [record.message for record in caplog.records if "of tiny.safetensors stay in the file" in record.message]
     assert "reading 0.0" in said
+
+
+def test_a_sampling_pins_only_what_is_new(file, tiny_config, copies, registrar, sample, monkeypatch):
+    patcher = load(file)
+    sample(patcher)
+    streaming, asked, pinned = patcher.model.streaming, [], []
+    pin_limit, pin = streaming_module.pin_limit, PinnableMemory.pin
+    monkeypatch.setattr(streaming_module, "pin_limit", lambda nbytes: asked.append(nbytes) or pin_limit(nbytes))
+    monkeypatch.setattr(PinnableMemory, "pin", lambda memory, *given: pinned.append(memory) or pin(memory, *given))
+    sample(patcher)
+    assert (asked, pinned) == ([], [])
+    name = "diffusion_model.double_blocks.0.img_mlp.0.weight"
+    rows, columns = patcher.model_state_dict()[name].shape
+    lora = kohya({name.removeprefix("diffusion_model.").removesuffix(".weight"): (rows, columns)}, 256, alpha=1.0)
+    sample(comfy.sd.load_lora_for_models(patcher, None, lora, 1.0, 0.0)[0])
+    assert pinned == [streaming.streamer.extras_arena]
+    assert len(asked) == 1
 
 
 def test_the_file_is_pinned_while_the_rest_is_loaded(file, tiny_config, copies, registrar):
