@@ -7,7 +7,8 @@ in all other forwards they stay in RAM:
 - Where blocks are streamed, each layer arrives while the block before it computes. The ring is kept in between: the
   forward that needs it computes all blocks, so without it the peak would be no lower.
 - Where all blocks are resident, so that little memory is left, all layers pass when the first one is called. The ring
-  is gone before the blocks compute: 60 MiB less at the peak. The forward waits for the bus: 33 ms (1.8 GB at 55 GB/s).
+  is gone before the blocks compute: 60 MiB less at the peak. That forward waits for the bus (33 ms for Flux.1's 1.8 GB
+  at 55 GB/s) and for the host, which sets the ring up anew (some 10 ms).
 """
 
 import weakref
