@@ -102,9 +102,6 @@ class Ahead:
     ) -> None:
         self.weights_stay = False
         """The weights are on the device in any case: a forward computes its own outputs, and the host does not wait."""
-        self.bring_all: Callable[[], AbstractContextManager[Any]] | None = None
-        """A context in which all weights pass. Outputs are then computed for all layers at once; None: layer by layer,
-        since each layer's weights are there when it is called."""
         self.blocks = tuple(SeveralInputs(layer) for layer in layers)
         self.modules = frozenset(module for layer in layers for module in layer.modules())
         self._foretell = foretell
@@ -128,8 +125,7 @@ class Ahead:
         if self.weights_stay:
             return self.blocks[index].one(vector)
         if torch.is_grad_enabled() or not vector.is_contiguous():
-            with (self.bring_all or nullcontext)():
-                return self.blocks[index]((vector,))[0]
+            return self.blocks[index]((vector,))[0]
         if vector is not self._vector:
             self._run = self._run_of(vector)
             self._vector = vector
@@ -140,13 +136,12 @@ class Ahead:
 
     def _compute(self, index: int, run: _Run) -> Any:
         """Compute the outputs of layer ``index`` for this and the coming forwards. Returns the output for this one."""
-        with self._lasting(), (self.bring_all or nullcontext)():
-            for each in (index,) if self.bring_all is None else range(len(self.blocks)):
-                missing = [forward for forward in run.forwards[run.now :] if forward.outputs[each] is None]
-                outputs = self.blocks[each]([forward.vector for forward in missing])
-                for forward, output in zip(missing, outputs, strict=True):
-                    forward.outputs[each] = output
-        return run.forwards[run.now].outputs[index]
+        missing = [forward for forward in run.forwards[run.now :] if forward.outputs[index] is None]
+        with self._lasting():
+            outputs = self.blocks[index]([forward.vector for forward in missing])
+        for forward, output in zip(missing, outputs, strict=True):
+            forward.outputs[index] = output
+        return outputs[0]
 
     def _run_of(self, vector: torch.Tensor) -> _Run:
         """The run that has a forward of ``vector``, at that forward: one that is kept, or a new one."""

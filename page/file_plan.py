@@ -120,8 +120,8 @@ def bytes_within(plan: ResidencyPlan, other_bytes: int, more_bytes: int, wanted:
     """Bytes of the device that the transformer takes with ``plan``.
 
     Its modulation counts with them where a budget has room for it. Without a budget it takes room that is free when
-    the model is loaded, and does without where there is none. The ring of the modulation counts. Where no block is
-    streamed, it is there for a moment only.
+    the model is loaded, and does without where there is none. The ring of the modulation is counted for two layers;
+    where no block is streamed it is half of that.
     """
     needed = other_bytes + plan.device_bytes
     budget = wanted.budget_bytes

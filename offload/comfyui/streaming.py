@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ...memory import MIB
+from .. import pinning
 from ..bounce import through_bounce_buffers
 from ..copies import copies_to
 from ..extras import ByModule
@@ -192,14 +193,14 @@ class Streaming:
         if not self.all_pinned:
             copies = through_bounce_buffers(copies)
         with lasting_allocations():
-            at_once = not plan.streamed
+            is_alone = not plan.streamed
             if self.modulation is not None:  # its ring first: where room is short, fewer blocks are resident
                 stays = modulation_stays and self.modulation.is_there
-                self.modulation.start(copies, stays=stays, at_once=at_once)
+                self.modulation.start(copies, stays=stays, is_alone=is_alone)
             streamer.start(plan, copies, whole_blocks=whole_blocks)
             stays = modulation_stays and streamer.plan is not None and not streamer.plan.streamed
             if self.modulation is not None and self.modulation_stays != stays:
-                self.modulation.start(copies, stays=stays, at_once=at_once)
+                self.modulation.start(copies, stays=stays, is_alone=is_alone)
                 streamer.start(plan, copies, whole_blocks=whole_blocks)  # weights that now pass may have made room
         if streamer.plan is not None and (streamer.plan, self.modulation_stays) != before:
             self._say_plan(streamer.plan, wanted)
@@ -207,6 +208,7 @@ class Streaming:
     def _pin(self, device: torch.device, first: Sequence[int]) -> None:
         """Pin the host memory as far as ComfyUI's limits allow, beginning with the blocks ``first`` (indices)."""
         if all(each.is_pinned_for(device) for each in self.streamers):
+            pinning.pins_changed()  # ComfyUI may have lost count
             return  # to ask for the limit takes the system a millisecond
         limit_bytes, limited_by = pin_limit(self.host_bytes - self.pinned_bytes)
         for each in self.streamers:

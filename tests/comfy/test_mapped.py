@@ -25,6 +25,7 @@ from flux_nf4.checkpoints import load_transformer, streamed
 from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
 from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
 from flux_nf4.offload import file_map, pinning, pinning_ahead
+from flux_nf4.offload.comfyui import pins
 from flux_nf4.offload.comfyui import streaming as streaming_module
 from flux_nf4.offload.file_map import FileMapError
 from flux_nf4.offload.host_memory import keep_host_memory
@@ -107,6 +108,20 @@ def test_a_sampling_pins_only_what_is_new(file, tiny_config, copies, registrar, 
     sample(comfy.sd.load_lora_for_models(patcher, None, lora, 1.0, 0.0)[0])
     assert pinned == [streaming.streamer.extras_arena]
     assert len(asked) == 1
+
+
+def test_a_count_that_comfyui_has_lost_is_put_right_by_the_next_sampling(
+    file, tiny_config, copies, registrar, sample, monkeypatch
+):
+    """ComfyUI sets its counter to 0 when the last of its own pins goes (0.3.68 to 0.18)."""
+    monkeypatch.setattr(comfy.model_management, "TOTAL_PINNED_MEMORY", pins._counted_bytes, raising=False)
+    patcher = load(file)
+    sample(patcher)
+    counted = comfy.model_management.TOTAL_PINNED_MEMORY
+    assert counted >= patcher.model.streaming.pinned_bytes > 0
+    comfy.model_management.TOTAL_PINNED_MEMORY = 0
+    sample(patcher)
+    assert counted == comfy.model_management.TOTAL_PINNED_MEMORY
 
 
 def test_the_file_is_pinned_while_the_rest_is_loaded(file, tiny_config, copies, registrar):

@@ -84,11 +84,6 @@ def test_a_budget_without_room_for_them_has_them_pass_beside_resident_blocks(mod
     expected = model.sample(patcher)
     streaming = patcher.model.streaming
     patcher.residency = Residency(budget_bytes=streaming.needed_bytes + streaming.streamer.plan.device_bytes)
-    seen = []
-    last = patcher.model.diffusion_model.single_blocks[-1]
-    handle = last.linear2.register_forward_pre_hook(lambda *_: seen.append(requested_bytes()))
     assert torch.equal(model.sample(patcher, steps=2), expected)
-    handle.remove()
     assert not streaming.modulation_stays
     assert streaming.streamer.plan.streamed == ()
-    assert seen[0] - seen[1] < streaming.modulation.kept_bytes, "the ring is gone before the blocks compute"

@@ -1,11 +1,9 @@
 """What a model gives where its modulation is not computed ahead."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pytest
-import torch
 
 from flux_nf4.offload.ahead import Ahead
 
@@ -15,10 +13,5 @@ Made = TypeVar("Made")
 def as_before(make: Callable[[], Made]) -> Made:
     """What ``make`` gives where each forward of a model computes all it needs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Ahead, "output", _computed_now)
+        patch.setattr(Ahead, "output", lambda ahead, index, vector: ahead.blocks[index]((vector,))[0])
         return make()
-
-
-def _computed_now(ahead: Ahead, index: int, vector: torch.Tensor) -> Any:
-    with (ahead.bring_all or nullcontext)():
-        return ahead.blocks[index]((vector,))[0]

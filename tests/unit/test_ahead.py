@@ -158,35 +158,6 @@ def test_where_the_weights_stay_each_forward_computes_its_own(world, monkeypatch
     assert [world.forward(vector) for vector in world.schedule[:3]] == [[1, 1]] * 3
 
 
-def test_where_all_weights_pass_at_once_the_first_call_computes_for_all_layers(world):
-    there = []
-
-    @contextlib.contextmanager
-    def bring_all():
-        there.append(len(there))
-        yield
-        assert [len(layer.inputs) for layer in world.layers] == [AHEAD, AHEAD]
-
-    world.ahead.bring_all = bring_all
-    assert [world.forward(vector) for vector in world.schedule[:AHEAD]] == [[AHEAD, AHEAD], *[[0, 0]] * (AHEAD - 1)]
-    assert there == [0]
-
-
-def test_an_interrupt_while_all_weights_pass_loses_only_what_was_not_computed(world):
-    world.ahead.bring_all = contextlib.nullcontext
-    compute, world.layers[1].inputs = world.layers[1].inputs, _Failing()
-    with pytest.raises(KeyboardInterrupt):
-        world.forward(world.schedule[0])
-    world.layers[0].inputs.clear()
-    world.layers[1].inputs = compute
-    assert world.forward(world.schedule[0]) == [0, AHEAD]
-
-
-class _Failing(list):
-    def append(self, _):
-        raise KeyboardInterrupt
-
-
 def test_gradients_are_those_of_the_layer(world):
     world.layers[0].weight.requires_grad_(True)
     for _ in range(2):
