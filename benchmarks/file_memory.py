@@ -271,7 +271,8 @@ def in_fresh_process(what: str, *arguments: str) -> dict[str, Any]:
     return result
 
 
-def measure(path: Path, given: argparse.Namespace) -> dict[str, Any]:
+def measure(path: Path, given: argparse.Namespace) -> None:
+    """Measure each part. Its figures are printed and in the file once it is done."""
     common = [
         "--checkpoint",
         str(path),
@@ -287,33 +288,36 @@ def measure(path: Path, given: argparse.Namespace) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(),
         "file_gb": path.stat().st_size / 1e9,
     }
-    if "start" in given.part:
-        results["start"] = {way: in_fresh_process("start", *common, "--way", way) for way in WAYS}
-    if "steps" in given.part:
-        results["steps"] = in_fresh_process("steps", *common)
-    if "processes" in given.part:
-        two = [0, min(1, torch.cuda.device_count() - 1)]
-        results["processes"] = processes(common, two, given.ways)
-    return results
+    two = [0, min(1, torch.cuda.device_count() - 1)]
+    measures: dict[str, Callable[[], Any]] = {
+        "start": lambda: {way: in_fresh_process("start", *common, "--way", way) for way in given.ways},
+        "steps": lambda: in_fresh_process("steps", *common),
+        "processes": lambda: processes(common, two, given.ways),
+    }
+    for part in (part for part in PARTS if part in given.part):
+        results[part] = measures[part]()
+        print(*report(part, results[part], results["file_gb"]), sep="\n", flush=True)
+        (given.output / "file_memory.json").write_text(json.dumps(results, indent=1))
 
 
-def report(results: dict[str, Any]) -> str:
-    lines = report_of_start(results) if "start" in results else []
-    lines += [f"{name}: {value}" for name, value in results.get("steps", {}).items()]
-    for way, found in results.get("processes", {}).items():
-        ratio = found["grown_gib_ratio"]
-        lines.append(f"weights in the {way}: to load, two processes take {ratio:.3f} of the memory of one")
-    return "\n".join(lines)
+def report(part: str, found: dict[str, Any], file_gb: float) -> list[str]:
+    if part == "start":
+        return report_of_start(found, file_gb)
+    if part == "steps":
+        return [f"{name}: {value}" for name, value in found.items()]
+    ratios = {way: of_way["grown_gib_ratio"] for way, of_way in found.items()}
+    return [
+        f"weights in the {way}: to load, two processes take {ratios[way]:.3f} of the memory of one" for way in ratios
+    ]
 
 
-def report_of_start(results: dict[str, Any]) -> list[str]:
-    size = results["file_gb"]
+def report_of_start(found: dict[str, Any], size: float) -> list[str]:
     lines = [
         "| weights in | load s | ready s | load to first step, s a GB | first step s | first load s | from the disk s "
         "| own memory GiB | share of the file |",
         "|---" * 9 + "|",
     ]
-    for way, row in results["start"].items():
+    for way, row in found.items():
         until = row["load_s"] + row["ready_s"]
         times = f"{row['load_s']:.3f} | {row['ready_s']:.3f} | {until / size:.3f} | {row['first_step_s']:.3f}"
         loads = f"{row['first_load_s']:.2f} | {row['cold_load_s']:.2f}"
@@ -327,7 +331,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each way")
     parser.add_argument("--repeats", type=int, default=8, help="timed forwards of a turn")
     parser.add_argument("--part", choices=PARTS, nargs="+", default=PARTS, help="what to measure")
-    parser.add_argument("--ways", choices=WAYS, nargs="+", default=WAYS, help="of the part processes")
+    parser.add_argument("--ways", choices=WAYS, nargs="+", default=WAYS, help="of the parts start and processes")
     parser.add_argument("--way", choices=WAYS, default="file", help=argparse.SUPPRESS)
     parser.add_argument("--only", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -345,9 +349,7 @@ def main() -> None:
         if given.only:
             print(json.dumps(parts[given.only]()))
             return
-        results = measure(Files(given.folder, given.checkpoint).nf4(), given)
-    (given.output / "file_memory.json").write_text(json.dumps(results, indent=1))
-    print(report(results))
+        measure(Files(given.folder, given.checkpoint).nf4(), given)
 
 
 if __name__ == "__main__":
