@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -24,12 +25,28 @@ def plain_parser(doc: str | None) -> argparse.ArgumentParser:
 def parser_for(doc: str | None, *, can_be_dry: bool = True) -> argparse.ArgumentParser:
     """`plain_parser`, for what runs a full-size model on a GPU, or with ``--dry-run`` a tiny one anywhere."""
     parser = plain_parser(doc)
-    parser.set_defaults(dry_run=False)
+    parser.set_defaults(dry_run=False, can_be_dry=can_be_dry)
     parser.add_argument("--checkpoint", type=Path, help="an NF4 file of Flux.1 dev; made if not given")
     parser.add_argument("--folder", type=Path, default=ROOT / ".cache" / "benchmarks", help="where weights are kept")
     if can_be_dry:
         parser.add_argument("--dry-run", action="store_true", help="tiny weights and pictures, to try it without a GPU")
     return parser
+
+
+def positive(text: str) -> int:
+    """The type of an option that is a number of things: a whole number from 1 on."""
+    number = int(text) if text.isascii() and text.isdigit() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
+    return number
+
+
+def pattern(text: str) -> re.Pattern[str]:
+    """The type of an option that is a regular expression."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text} is no regular expression: {error}") from None
 
 
 def begin(given: argparse.Namespace) -> None:
@@ -45,7 +62,7 @@ def begin(given: argparse.Namespace) -> None:
         given.folder = given.folder / "tiny"
         print("A dry run: tiny weights on any device. Its figures mean nothing.", flush=True)
     else:
-        require_gpu()
+        require_gpu(can_be_dry=given.can_be_dry)
     for folder in (given.folder, given.output):
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -64,12 +81,16 @@ def comfyui_tree() -> Path:
     return Path(given)
 
 
-def require_gpu() -> None:
+def require_gpu(*, can_be_dry: bool = False) -> None:
     """
     Raises:
-        SystemExit: PyTorch sees no GPU.
+        SystemExit: PyTorch sees no GPU. The message says whether there is another way (``can_be_dry``).
     """
     import torch
 
     if not torch.cuda.is_available():
-        raise SystemExit("This measures a GPU, and PyTorch sees none here (torch.cuda.is_available() is False).")
+        without = ", or try it here with --dry-run" if can_be_dry else ""
+        raise SystemExit(
+            "This measures a GPU, and PyTorch sees none here (torch.cuda.is_available() is False). Run it where there "
+            f"is one{without}."
+        )

@@ -27,7 +27,7 @@ from typing import Any
 import needs_torch  # noqa: F401
 import orderly
 from about import about
-from arguments import begin, parser_for
+from arguments import begin, parser_for, positive
 from cases import CASES, TINY_CASES, matching
 from contenders import CONTENDERS, Contender, Options
 from inside_comfyui import ALLOCATOR, allocator_of_comfyui
@@ -63,8 +63,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gguf-pack", type=Path, help="your copy of city96/ComfyUI-GGUF")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these contenders; * and ? stand for any")
     parser.add_argument("--cases", nargs="+", default=[], metavar="NAME", help="these cases; * and ? stand for any")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each contender at each case")
-    parser.add_argument("--calls", type=int, default=12, help="timed calls of a turn, at most")
+    parser.add_argument("--rounds", type=positive, default=3, help="turns of each contender at each case")
+    parser.add_argument("--calls", type=positive, default=12, help="timed calls of a turn, at most")
     parser.add_argument("--seconds", type=float, default=4.0, help="time for the timed calls of a turn")
     parser.add_argument("--minutes", type=float, default=600.0, help="begin no turn after this time")
     parser.add_argument("--turn-timeout", type=float, default=240.0, metavar="SECONDS", help="end a turn that hangs")

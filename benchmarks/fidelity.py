@@ -17,7 +17,7 @@ import needs_torch  # noqa: F401
 import orderly
 import torch
 from about import about
-from arguments import begin, parser_for
+from arguments import begin, parser_for, positive
 from inside_comfyui import import_package, use_allocator_of_comfyui
 from weights import Files
 
@@ -116,13 +116,13 @@ def main() -> None:
     parser.add_argument(
         "file", type=Path, nargs="?", help="an NF4 or FP4 file; made, with random weights, if not given"
     )
-    parser.add_argument("--pixels", type=int, default=1024, help="side of the pictures")
-    parser.add_argument("--steps", type=int, default=20, help="of each picture")
+    parser.add_argument("--pixels", type=positive, default=1024, help="side of the pictures")
+    parser.add_argument("--steps", type=positive, default=20, help="of each picture")
     parser.add_argument("--seeds", type=int, default=2, help="pictures of each prompt")
     given = parser.parse_args()
     given.checkpoint = given.file or given.checkpoint
-    begin(given)
     use_allocator_of_comfyui()
+    begin(given)
     import_package()
     files = Files(given.folder, given.checkpoint, given.dry_run)
     files.enter()

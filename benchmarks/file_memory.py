@@ -32,7 +32,7 @@ from typing import Any
 import needs_torch  # noqa: F401
 import orderly
 import torch
-from arguments import begin, parser_for
+from arguments import begin, parser_for, positive
 from cases import Case
 from inside_comfyui import import_package, use_allocator_of_comfyui
 from memory import resident_bytes
@@ -328,15 +328,15 @@ def report_of_start(found: dict[str, Any], size: float) -> list[str]:
 
 def main() -> None:
     parser = parser_for(__doc__, can_be_dry=False)
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each way")
-    parser.add_argument("--repeats", type=int, default=8, help="timed forwards of a turn")
+    parser.add_argument("--rounds", type=positive, default=5, help="turns of each way")
+    parser.add_argument("--repeats", type=positive, default=8, help="timed forwards of a turn")
     parser.add_argument("--part", choices=PARTS, nargs="+", default=PARTS, help="what to measure")
     parser.add_argument("--ways", choices=WAYS, nargs="+", default=WAYS, help="of the parts start and processes")
     parser.add_argument("--way", choices=WAYS, default="file", help=argparse.SUPPRESS)
     parser.add_argument("--only", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    begin(given)
     use_allocator_of_comfyui()
+    begin(given)
     import_package()
     parts: dict[str, Callable[[], Any]] = {
         "start": lambda: start(given.checkpoint, given.way, given.rounds),

@@ -25,7 +25,7 @@ from typing import Any
 import needs_torch  # noqa: F401
 import orderly
 import torch
-from arguments import begin, parser_for
+from arguments import begin, parser_for, positive
 from cases import Case
 from inside_comfyui import import_package, use_allocator_of_comfyui
 from weights import Files
@@ -209,13 +209,13 @@ def checkpoint(given: Any) -> Path:
 
 def main() -> None:
     parser = parser_for(__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--pixels", type=int, default=512, help="picture size")
+    parser.add_argument("--rounds", type=positive, default=7)
+    parser.add_argument("--pixels", type=positive, default=512, help="picture size")
     parser.add_argument("--all-in-one", action="store_true", help="with text encoders and VAE")
     parser.add_argument("--least-ms", type=float, default=0.5, help="shorter ones are left out of the table")
     given = parser.parse_args()
-    begin(given)
     use_allocator_of_comfyui()
+    begin(given)
     import_package()
     given.pixels, given.rounds = (64, 2) if given.dry_run else (given.pixels, given.rounds)
     path = checkpoint(given)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import needs_torch  # noqa: F401
 import orderly
 import torch
-from arguments import begin, plain_parser
+from arguments import begin, plain_parser, positive
 from cases import Case
 from inside_comfyui import import_package, use_allocator_of_comfyui
 from memory import GIB, capped
@@ -168,8 +168,8 @@ def main() -> None:
     parser.set_defaults(checkpoint=None)
     parser.add_argument("--folder", type=Path, default=Path(".cache/benchmarks"), help="where weights are kept")
     parser.add_argument("--models", nargs="+", choices=SIZES, default=["dev", "klein-4b"], help="what to measure")
-    parser.add_argument("--pixels", type=int, default=1024, help="width and height of the picture")
-    parser.add_argument("--repeats", type=int, default=8, help="timed forwards of each setting")
+    parser.add_argument("--pixels", type=positive, default=1024, help="width and height of the picture")
+    parser.add_argument("--repeats", type=positive, default=8, help="timed forwards of each setting")
     parser.add_argument("--dry-run", action="store_true", help="a tiny model, to try it without a GPU")
     given = parser.parse_args()
     use_allocator_of_comfyui()

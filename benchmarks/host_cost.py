@@ -14,6 +14,7 @@ from typing import Any
 import needs_torch  # noqa: F401
 import orderly
 import torch
+from arguments import positive
 from torch import nn
 
 LAYERS = {"double": (19, 10), "single": (38, 3)}
@@ -44,7 +45,7 @@ def forward_us(blocks: list[nn.Module], repeats: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=50, help="forwards that the median (50 by default) is of")
+    parser.add_argument("--repeats", type=positive, default=50, help="forwards that the median (50 by default) is of")
     repeats = parser.parse_args().repeats
     torch.set_num_threads(1)
     from flux_nf4.offload import copies, plan, streamer

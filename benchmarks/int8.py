@@ -22,7 +22,7 @@ import needs_torch  # noqa: F401
 import orderly
 import torch
 from about import about
-from arguments import begin, parser_for
+from arguments import begin, parser_for, positive
 from inside_comfyui import import_package, use_allocator_of_comfyui
 from int8_layers import FASTER, SHAPES, TEXT_TOKENS, Packed, device_ms, error, layer_of, rows_of_pictures
 from timing import milliseconds
@@ -216,13 +216,13 @@ def missed(found: dict[str, dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     parser = parser_for(__doc__, can_be_dry=False)
-    parser.add_argument("--pixels", type=int, nargs="+", default=[512, 1024, 1536], help="sides of the pictures")
-    parser.add_argument("--repeats", type=int, default=30, help="timed calls of a turn")
+    parser.add_argument("--pixels", type=positive, nargs="+", default=[512, 1024, 1536], help="sides of the pictures")
+    parser.add_argument("--repeats", type=positive, default=30, help="timed calls of a turn")
     parser.add_argument("--tune", action="store_true", help="try other settings of the kernel that makes int8 rows")
     parser.add_argument("--matmul", action="store_true", help="try a Triton int8 matmul")
     given = parser.parse_args()
-    begin(given)
     use_allocator_of_comfyui()
+    begin(given)
     import_package()
     from flux_nf4.nf4_loader.linear import int8_weight, kitchen
 

@@ -32,7 +32,7 @@ from typing import Any
 import needs_torch  # noqa: F401
 import orderly
 import torch
-from arguments import ROOT, plain_parser
+from arguments import ROOT, plain_parser, positive
 from inside_comfyui import import_package
 from memory import resident_bytes
 from timing import seconds
@@ -184,7 +184,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     parser = plain_parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, nargs="+", default=[], help="NF4 files; made if not given")
-    parser.add_argument("--rounds", type=int, default=7, help="loads and plain reads, in turns")
+    parser.add_argument("--rounds", type=positive, default=7, help="loads and plain reads, in turns")
     parser.add_argument("--only-memory", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     import_package()

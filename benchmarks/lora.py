@@ -10,7 +10,6 @@ before that: ComfyUI's LoRA node, with the file in memory.
 """
 
 import json
-import re
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 import needs_torch  # noqa: F401
 import orderly
 import torch
-from arguments import begin, parser_for
+from arguments import begin, parser_for, pattern, positive
 from cases import Case
 from inside_comfyui import import_package, use_allocator_of_comfyui
 from random_lora import LoRA, diffusers, kohya, linear_shapes
@@ -112,14 +111,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = parser_for(__doc__, can_be_dry=False)
-    parser.add_argument("--only", default="", help="a regular expression: the LoRAs to run beside none, by name")
-    parser.add_argument("--pixels", type=int, nargs="+", default=[1024, 512], help="picture sizes")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each LoRA")
-    parser.add_argument("--repeats", type=int, default=8, help="timed forwards of a turn")
+    parser.add_argument("--only", type=pattern, default="", help="the LoRAs to run beside none: a regular expression")
+    parser.add_argument("--pixels", type=positive, nargs="+", default=[1024, 512], help="picture sizes")
+    parser.add_argument("--rounds", type=positive, default=3, help="turns of each LoRA")
+    parser.add_argument("--repeats", type=positive, default=8, help="timed forwards of a turn")
     given = parser.parse_args()
-    chosen = {name: loras for name, loras in LORAS.items() if not loras or re.search(given.only, name)}
-    begin(given)
+    chosen = {name: loras for name, loras in LORAS.items() if not loras or given.only.search(name)}
     use_allocator_of_comfyui()
+    begin(given)
     import_package()
     with torch.inference_mode():
         path = Files(given.folder, given.checkpoint).nf4()

@@ -23,7 +23,7 @@ from typing import Any
 import needs_torch  # noqa: F401
 import orderly
 import torch
-from arguments import begin, parser_for
+from arguments import begin, parser_for, positive
 from bus import slow_bus
 from cases import Case, matching
 from inside_comfyui import import_package, use_allocator_of_comfyui
@@ -183,7 +183,17 @@ def run(files: Files, rows: Sequence[Row], rounds: int, output: Path) -> dict[st
     return results
 
 
-COLUMNS = ("blocks that stay", "before s", "ahead s", "ratio", "most", "before GiB", "ahead GiB", "most", "")
+COLUMNS = (
+    "blocks that stay, pixels, samplings x steps",
+    "before, s",
+    "ahead, s",
+    "ratio",
+    "at most",
+    "peak before, GiB",
+    "peak ahead, GiB",
+    "at most",
+    "verdict",
+)
 HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
 
@@ -201,7 +211,7 @@ def line_of(row: dict[str, Any]) -> str:
         _figure(row.get("before_gib"), 2),
         _figure(row["ahead_gib"], 2),
         _figure(row["most_gib"] or None, 2),
-        "PASS" if all(value is not None and value <= most for value, most in kept) else "over target",
+        "held" if all(value is not None and value <= most for value, most in kept) else "missed",
     )
     return f"| {' | '.join(cells)} |"
 
@@ -212,8 +222,8 @@ def _figure(value: float | None, digits: int) -> str:
 
 def main() -> None:
     parser = parser_for(__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each model at each row")
-    parser.add_argument("--prompts", type=int, default=30, help="how many are many: samplings of one step each")
+    parser.add_argument("--rounds", type=positive, default=3, help="turns of each model at each row")
+    parser.add_argument("--prompts", type=positive, default=30, help="how many are many: samplings of one step each")
     parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="these rows; * and ? stand for any")
     given = parser.parse_args()
     rows = TINY_ROWS if given.dry_run else rows_of(given.prompts)
@@ -221,14 +231,14 @@ def main() -> None:
         wanted = matching([row.name for row in rows], given.only)
     except ValueError as error:
         parser.error(str(error))
-    begin(given)
     use_allocator_of_comfyui()
+    begin(given)
     import_package()
     files = Files(given.folder, given.checkpoint, given.dry_run)
     files.enter()
     print(HEAD, flush=True)
     results = run(files, [row for row in rows if row.name in wanted], given.rounds, given.output)
-    print(f"{results['modulation_bytes'] / 1e9:.2f} GB of modulation weights")
+    print(f"{results['modulation_bytes'] / 1e6:,.1f} MB of modulation weights")
 
 
 if __name__ == "__main__":

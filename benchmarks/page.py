@@ -29,6 +29,7 @@ from typing import Any
 import arguments
 import environment
 import orderly
+from arguments import positive
 
 STEPS, QUESTIONS = 20, 1000
 PLAN, STATS = "the plan", "/system_stats"
@@ -39,8 +40,8 @@ WORKFLOW = arguments.ROOT / "example_workflows" / "api" / "flux_nf4_text_to_imag
 
 def main() -> None:
     parser = arguments.plain_parser(__doc__)
-    parser.add_argument("--prompts", type=int, default=3, help="of each kind of question")
-    parser.add_argument("--pixels", type=int, default=192, help="width and height of the picture")
+    parser.add_argument("--prompts", type=positive, default=3, help="of each kind of question")
+    parser.add_argument("--pixels", type=positive, default=192, help="width and height of the picture")
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
     comfyui = environment.enter(Path(os.environ["COMFYUI_PATH"]) if "COMFYUI_PATH" in os.environ else None)

@@ -21,7 +21,7 @@ from typing import Any
 import needs_torch  # noqa: F401
 import orderly
 import torch
-from arguments import begin, parser_for
+from arguments import begin, parser_for, positive
 from cases import Case
 from inside_comfyui import import_package
 from timing import copy_gbps, milliseconds
@@ -165,8 +165,8 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = parser_for(__doc__, can_be_dry=False)
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each variant")
-    parser.add_argument("--repeats", type=int, default=6, help="timed forwards of a turn")
+    parser.add_argument("--rounds", type=positive, default=3, help="turns of each variant")
+    parser.add_argument("--repeats", type=positive, default=6, help="timed forwards of a turn")
     given = parser.parse_args()
     begin(given)
     import_package()

@@ -31,7 +31,7 @@ from typing import Any
 import needs_torch  # noqa: F401
 import orderly
 from about import about
-from arguments import begin, comfyui_tree, plain_parser
+from arguments import begin, comfyui_tree, plain_parser, positive
 from cases import matching
 from inside_comfyui import ALLOCATOR, allocator_of_comfyui
 from proof_figures import Figure
@@ -72,8 +72,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path(".cache/benchmarks"), help="where weights are kept")
     parser.add_argument("--rows", default="*", help="names with commas between; * and ? stand for any")
     parser.add_argument("--gguf-pack", type=Path, help="your copy of city96/ComfyUI-GGUF")
-    parser.add_argument("--rounds", type=int, help="turns of whatever is measured in turns; else as each row has it")
-    parser.add_argument("--prompts", type=int, help="of the row soak; else as it has it")
+    parser.add_argument(
+        "--rounds", type=positive, help="turns of whatever is measured in turns; else as each row has it"
+    )
+    parser.add_argument("--prompts", type=positive, help="of the row soak; else as it has it")
     parser.add_argument("--minutes", type=float, default=600.0, help="begin no row that would take longer than this")
     parser.add_argument("--list", action="store_true", help="only say which rows there are, and what they would take")
     parser.add_argument("--table", action="store_true", help="run nothing: show what is in --output")

@@ -33,17 +33,20 @@ class Figure:
 
     @property
     def shown(self) -> str:
-        text = "–" if self.value is None else self._with_unit(self.value)
+        text = self._with_unit(self.value)
+        if self.verdict == "missed" and self.most is not None and text == self._with_unit(self.most):
+            text = self._with_unit(self.value, more=1)
         return f"{text} ({self.note})" if self.note else text
 
     @property
     def target(self) -> str:
         return "" if self.most is None else f"at most {self._with_unit(self.most)}"
 
-    def _with_unit(self, value: float | str) -> str:
-        if isinstance(value, str):
-            return value
-        number = f"{value:.{_DIGITS[self.unit]}f}"
+    def _with_unit(self, value: float | str | None, more: int = 0) -> str:
+        """With ``more`` decimals than usual."""
+        if value is None or isinstance(value, str):
+            return value or "–"
+        number = f"{value:.{_DIGITS[self.unit] + more}f}"
         return number if self.unit in ("", "count") else f"{number} {self.unit}"
 
 

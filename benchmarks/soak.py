@@ -27,7 +27,7 @@ import needs_torch  # noqa: F401
 import orderly
 import text_encoder
 import torch
-from arguments import begin, parser_for
+from arguments import begin, parser_for, positive
 from cases import Case
 from inside_comfyui import import_package, use_allocator_of_comfyui
 from memory import Use, resident_bytes
@@ -207,13 +207,13 @@ def report(done: Sequence[Done]) -> dict[str, Any]:
 
 def main() -> None:
     parser = parser_for(__doc__)
-    parser.add_argument("--prompts", type=int, default=200, help="how many")
-    parser.add_argument("--steps", type=int, default=4, help="of each")
+    parser.add_argument("--prompts", type=positive, default=200, help="how many")
+    parser.add_argument("--steps", type=positive, default=4, help="of each")
     parser.add_argument("--encoder", action="store_true", help="with a text encoder, where ComfyUI knows Mistral 3")
     parser.add_argument("--minutes", type=float, default=600.0, help="begin no prompt after this time")
     given = parser.parse_args()
-    begin(given)
     use_allocator_of_comfyui()
+    begin(given)
     until = time.monotonic() + 60 * given.minutes
     import_package()
     files = Files(given.folder, given.checkpoint, given.dry_run)

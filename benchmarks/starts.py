@@ -20,7 +20,7 @@ from typing import Any
 import needs_torch  # noqa: F401
 import orderly
 from about import about
-from arguments import begin, parser_for
+from arguments import begin, parser_for, positive
 from cases import Case, matching
 from contenders import CONTENDERS, Contender, Options, family_maker
 from inside_comfyui import ALLOCATOR, allocator_of_comfyui, import_package
@@ -83,8 +83,8 @@ def main() -> None:
     parser = parser_for(__doc__)
     parser.add_argument("--gguf-pack", type=Path, help="your copy of city96/ComfyUI-GGUF")
     parser.add_argument("--only", nargs="+", default=DEFAULT, metavar="NAME", help="contenders, as compare.py has them")
-    parser.add_argument("--rounds", type=int, default=5, help="starts of each contender")
-    parser.add_argument("--pixels", type=int, default=512, help="picture size")
+    parser.add_argument("--rounds", type=positive, default=5, help="starts of each contender")
+    parser.add_argument("--pixels", type=positive, default=512, help="picture size")
     parser.add_argument("--cap", type=float, default=0.0, help="GiB of the card; 0 leaves it as it is")
     given = parser.parse_args()
     try:

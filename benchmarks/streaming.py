@@ -9,7 +9,6 @@ median; compare ratios within one run. Outputs of all variants must be bit-ident
 """
 
 import json
-import re
 import statistics
 import time
 import warnings
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 import needs_torch  # noqa: F401
 import orderly
 import torch
-from arguments import begin, parser_for
+from arguments import begin, parser_for, pattern, positive
 from cases import Case
 from inside_comfyui import import_package, use_allocator_of_comfyui
 from timing import copy_gbps, milliseconds
@@ -169,14 +168,14 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = parser_for(__doc__, can_be_dry=False)
-    parser.add_argument("--only", default="", help="a regular expression: the settings to run, by name")
-    parser.add_argument("--pixels", type=int, nargs="+", default=[1024, 512], help="picture sizes")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each setting")
-    parser.add_argument("--repeats", type=int, default=8, help="timed forwards of a turn")
+    parser.add_argument("--only", type=pattern, default="", help="the settings to run: a regular expression")
+    parser.add_argument("--pixels", type=positive, nargs="+", default=[1024, 512], help="picture sizes")
+    parser.add_argument("--rounds", type=positive, default=5, help="turns of each setting")
+    parser.add_argument("--repeats", type=positive, default=8, help="timed forwards of a turn")
     given = parser.parse_args()
-    settings = {name: setting for name, setting in SETTINGS.items() if re.search(given.only, name)}
-    begin(given)
+    settings = {name: setting for name, setting in SETTINGS.items() if given.only.search(name)}
     use_allocator_of_comfyui()
+    begin(given)
     import_package()
     with torch.inference_mode():
         path = Files(given.folder, given.checkpoint).nf4()

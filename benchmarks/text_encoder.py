@@ -22,7 +22,7 @@ from typing import Any
 import needs_torch  # noqa: F401
 import orderly
 import torch
-from arguments import begin, parser_for
+from arguments import begin, parser_for, positive
 from encoder_files import flux2, mistral3, tekken, write_random
 from inside_comfyui import import_package, use_allocator_of_comfyui
 from memory import capped
@@ -176,14 +176,14 @@ def main() -> None:
     parser = parser_for(__doc__)
     parser.add_argument("--budgets", type=float, nargs="+", default=[1.0], help="GiB")
     parser.add_argument("--tokens", type=int, default=512, help="of a prompt")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each budget")
+    parser.add_argument("--rounds", type=positive, default=3, help="turns of each budget")
     parser.add_argument("--cap", type=float, default=8.0, help="GiB of the small card; 0 leaves the workflow out")
-    parser.add_argument("--pixels", type=int, default=1024, help="picture size")
-    parser.add_argument("--steps", type=int, default=2, help="of a sampling")
+    parser.add_argument("--pixels", type=positive, default=1024, help="picture size")
+    parser.add_argument("--steps", type=positive, default=2, help="of a sampling")
     parser.add_argument("--most", type=float, default=1.15, help="a ratio above it fails")
     given = parser.parse_args()
-    begin(given)
     use_allocator_of_comfyui()
+    begin(given)
     import_package()
     import comfy.model_management
     from streamed import load

@@ -18,9 +18,10 @@ from typing import Any
 import needs_torch  # noqa: F401
 import orderly
 import torch
-from arguments import begin, parser_for
+from arguments import begin, parser_for, positive
 from cases import CASES, TINY_CASES
 from contenders import CONTENDERS, Options, family_maker
+from family import Unavailable
 from inside_comfyui import import_package, use_allocator_of_comfyui
 from weights import Files
 
@@ -125,10 +126,10 @@ def main() -> None:
     listed = "(compare.py --list names them)"
     parser.add_argument("--contender", choices=names, default="streamed-0-0", metavar="NAME", help=f"who runs {listed}")
     parser.add_argument("--case", choices=cases, default="1024", metavar="NAME", help=f"what runs {listed}")
-    parser.add_argument("--calls", type=int, default=3, help="of the transformer, in the trace")
+    parser.add_argument("--calls", type=positive, default=3, help="of the transformer, in the trace")
     given = parser.parse_args()
-    begin(given)
     use_allocator_of_comfyui()
+    begin(given)
     import_package()
     files = Files(given.folder, given.checkpoint, given.dry_run)
     files.enter()
@@ -136,7 +137,10 @@ def main() -> None:
     case = next(one for one in (*CASES, *TINY_CASES) if one.name == given.case)
     path = given.output / f"trace-{contender.name}-{case.name}.json"
     with torch.inference_mode():
-        family = family_maker(contender.family, Options(files, given.gguf_pack))()
+        try:
+            family = family_maker(contender.family, Options(files, given.gguf_pack))()
+        except Unavailable as error:
+            parser.error(f"{contender.name} {error}")
         with family.at_work(contender.setting, case) as model:
             model.load()
             record(model, given.calls, path)
@@ -144,6 +148,8 @@ def main() -> None:
     print(f"{contender.name}, {case.name}: {path}")
     if device.type == "cuda":
         print(timeline(json.loads(path.read_text())["traceEvents"]).markdown(given.calls))
+    else:
+        print("No figures: a CPU has no streams.")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import needs_torch  # noqa: F401
 import orderly
 import torch
 from about import about
-from arguments import begin, parser_for, require_gpu
+from arguments import begin, parser_for, positive, require_gpu
 from inside_comfyui import import_package, use_allocator_of_comfyui
 
 RESIDENT = {"auto": (), "0/0": (0, 0)}
@@ -109,14 +109,14 @@ def said(found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = parser_for(__doc__)
-    parser.add_argument("--steps", type=int, default=8, help="steps of each sampling")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each way")
-    parser.add_argument("--pixels", type=int, nargs="+", default=[1024, 1536], help="sides of the pictures")
+    parser.add_argument("--steps", type=positive, default=8, help="steps of each sampling")
+    parser.add_argument("--rounds", type=positive, default=3, help="turns of each way")
+    parser.add_argument("--pixels", type=positive, nargs="+", default=[1024, 1536], help="sides of the pictures")
     given = parser.parse_args()
     if not given.dry_run:
         require_two_gpus()
-    begin(given)
     use_allocator_of_comfyui()
+    begin(given)
     import_package()
     from cases import Case
     from streamed import load, with_residency

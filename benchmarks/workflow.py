@@ -27,7 +27,7 @@ from typing import Any
 import needs_torch  # noqa: F401
 import orderly
 import torch
-from arguments import begin, parser_for
+from arguments import begin, parser_for, positive
 from inside_comfyui import import_package, use_allocator_of_comfyui
 from memory import GIB, Use, Watch, capped, resident_bytes
 from timing import Clock
@@ -204,14 +204,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = parser_for(__doc__)
     parser.add_argument("--caps", type=float, nargs="+", default=[4.0], help="GiB of the small cards")
-    parser.add_argument("--pixels", type=int, nargs="+", default=[1024], help="picture sizes")
-    parser.add_argument("--steps", type=int, default=20, help="2 or more")
+    parser.add_argument("--pixels", type=positive, nargs="+", default=[1024], help="picture sizes")
+    parser.add_argument("--steps", type=positive, default=20, help="2 or more")
     parser.add_argument("--double", type=int, default=0, help="double blocks that stay")
     parser.add_argument("--single", type=int, default=0, help="single blocks that stay")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each card")
+    parser.add_argument("--rounds", type=positive, default=3, help="turns of each card")
     given = parser.parse_args()
-    begin(given)
     use_allocator_of_comfyui()
+    begin(given)
     import_package()
     import comfy.model_management
     import comfy.sd

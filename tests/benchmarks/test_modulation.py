@@ -31,12 +31,12 @@ def test_both_models_make_the_same_picture_in_each_row(tiny_files, tmp_path, cap
 @pytest.mark.parametrize(
     ("found", "most", "verdict"),
     [
-        ((0.7, 4.9), (0.78, 5.0), "PASS"),
-        ((0.8, 4.9), (0.78, 5.0), "over target"),
-        ((0.7, 5.1), (0.78, 5.0), "over target"),
-        ((None, 5.0), (0.0, 5.0), "PASS"),
-        ((None, 5.1), (0.0, 5.0), "over target"),
-        ((1.0, 9.0), (1.02, 0.0), "PASS"),
+        ((0.7, 4.9), (0.78, 5.0), "held"),
+        ((0.8, 4.9), (0.78, 5.0), "missed"),
+        ((0.7, 5.1), (0.78, 5.0), "missed"),
+        ((None, 5.0), (0.0, 5.0), "held"),
+        ((None, 5.1), (0.0, 5.0), "missed"),
+        ((1.0, 9.0), (1.02, 0.0), "held"),
     ],
 )
 def test_a_line_says_whether_its_targets_are_kept(found, most, verdict):

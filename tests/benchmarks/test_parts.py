@@ -1,11 +1,13 @@
 """Parts of the comparison that a dry run does not reach, or not with figures."""
 
 import time
+from argparse import ArgumentTypeError
 
 import diffusers
 import gguf
 import pytest
 import torch
+from arguments import pattern, positive
 from bitsandbytes.nn import Linear4bit
 from bus import PaddedCopies
 from cases import CASES, Case, matching
@@ -18,6 +20,19 @@ from weights import quantise_q4_0
 from worker import Failure, Request, Worker
 
 HOST = torch.device("cpu")
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "x", "", "²"])
+def test_a_number_of_things_is_whole_and_positive(text):
+    assert positive("12") == 12
+    with pytest.raises(ArgumentTypeError, match="is not a whole number from 1 on"):
+        positive(text)
+
+
+def test_a_regular_expression_that_is_none_is_refused():
+    assert pattern("a|b").search("b")
+    with pytest.raises(ArgumentTypeError, match="is no regular expression: missing"):
+        pattern("(")
 
 
 def test_a_turn_that_something_disturbed_does_not_count():

@@ -370,3 +370,10 @@ def test_a_file_that_was_cut_in_the_middle_is_no_figure(tmp_path):
     ((_, figure),) = found.items()
     assert figure.verdict == "not measured"
     assert "cannot be read" in figure.note
+
+
+def test_a_figure_that_is_just_above_its_target_shows_by_how_much():
+    assert Figure("", 1.0101, most=1.01).shown == "1.0101"
+    assert Figure("", 1.0099, most=1.01).shown == "1.010"
+    assert Figure("", 1.02, most=1.01).shown == "1.020"
+    assert Figure("", None, most=1.01, note="why").shown == "– (why)"
