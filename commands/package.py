@@ -11,6 +11,8 @@ import types
 from pathlib import Path
 
 if importlib.util.find_spec("torch") is None:
+    if not {"-h", "--help"}.isdisjoint(sys.argv):  # the options are known only once torch is imported
+        print(sys.modules["__main__"].__doc__, flush=True)
     raise SystemExit(
         "This Python has no PyTorch. Run the command with the Python that runs ComfyUI (portable build: "
         "python_embeded\\python.exe)."

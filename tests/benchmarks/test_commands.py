@@ -64,6 +64,14 @@ def test_a_python_without_pytorch_is_told_what_it_lacks(name, without_torch):
     assert error.startswith("This Python has no PyTorch.")
 
 
+@pytest.mark.parametrize("name", ["describe", "quantise"])
+def test_commands_help_a_python_without_pytorch_as_far_as_they_can(name, without_torch):
+    code, said, error = run(f"../commands/{name}", "--help", PYTHONPATH=without_torch)
+    text = (FOLDER.parent / "commands" / f"{name}.py").read_text("utf-8")
+    assert said.startswith(ast.get_docstring(ast.parse(text))[:60])
+    assert (code, error.startswith("This Python has no PyTorch.")) == (1, True)
+
+
 @pytest.mark.parametrize(("name", "default"), [("soak", "(default: 200)"), ("page", "(default: 192)")])
 def test_help_has_each_default(name, default):
     code, said, error = run(name, "--help")
