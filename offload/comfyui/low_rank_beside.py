@@ -49,6 +49,6 @@ class LowRankBeside:
         if self._low_rank is None:
             return output
         rows, columns = self._shape
-        sums = output.reshape(-1, rows)
-        self._low_rank.add_to(sums, inputs[0].reshape(-1, columns), layer._buffers)
-        return sums.reshape(output.shape)
+        output = output.contiguous()
+        self._low_rank.add_to(output.view(-1, rows), inputs[0].reshape(-1, columns), layer._buffers)
+        return output
