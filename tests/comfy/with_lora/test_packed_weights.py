@@ -4,6 +4,8 @@ The parameter has the logical shape, and the state dict the packed parts, which 
 what a LoRA adds is computed beside them.
 """
 
+from types import SimpleNamespace
+
 import comfy.hooks
 import comfy.model_management
 import comfy.model_patcher
@@ -13,6 +15,7 @@ import pytest
 import torch
 from packed_linear import PackedTensor
 
+from flux_nf4.offload.comfyui.low_rank_beside import LowRankBeside
 from flux_nf4.offload.comfyui.patcher import StreamedModelPatcher
 from flux_nf4.offload.comfyui.streaming import attach_streaming
 from flux_nf4.offload.plan import Residency
@@ -184,3 +187,18 @@ def test_it_goes_with_its_model(load_packed, sample, with_lora, shapes):
     comfy.model_management.unload_all_models()
     assert not [name for name, _ in plain.model.named_buffers() if "lora_" in name]
     assert torch.equal(sample(plain), expected)
+
+
+def test_an_output_that_is_not_contiguous_gets_what_a_contiguous_one_gets():
+    class Turned(torch.nn.Linear):
+        def forward(self, input):
+            return super().forward(input).mT.contiguous().mT
+
+    layer, (up, down) = Turned(6, 4).requires_grad_(False), (torch.randn(4, 2), torch.randn(2, 6))
+    plain, input = layer.weight.clone(), torch.randn(2, 3, 6)
+    beside = LowRankBeside(layer)
+    adapter = SimpleNamespace(name="lora", weights=(up, down, None, None, None, None))
+    for name, tensor in beside.take_patches([(0.5, adapter, 1.0, None, None)], torch.float32).items():
+        layer.register_buffer(name, tensor)
+    expected = torch.nn.functional.linear(input, plain + 0.5 * up @ down, layer.bias)
+    torch.testing.assert_close(layer(input), expected)
