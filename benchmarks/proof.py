@@ -31,7 +31,7 @@ from typing import Any
 import needs_torch  # noqa: F401
 import orderly
 from about import about
-from arguments import begin, comfyui_tree, plain_parser, positive
+from arguments import comfyui_tree, plain_parser, positive, require_gpu
 from cases import matching
 from inside_comfyui import ALLOCATOR, allocator_of_comfyui
 from proof_figures import Figure
@@ -50,8 +50,9 @@ def main() -> None:
     if given.list:
         print(listed(rows, machine, given.folder))
         return
-    given.checkpoint, given.dry_run = None, False
-    begin(given)
+    require_gpu()
+    for folder in (given.folder, given.output):
+        folder.mkdir(parents=True, exist_ok=True)
     if ALLOCATOR not in os.environ:
         os.environ[ALLOCATOR] = allocator_of_comfyui()  # for all benchmarks: else each asks for it
     until = time.monotonic() + 60 * given.minutes

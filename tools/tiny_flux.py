@@ -1,6 +1,7 @@
 """A Flux too small for ComfyUI's detection of some versions: how to have ComfyUI take it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 HIDDEN = 256
@@ -35,5 +36,14 @@ def tiny_config(double_blocks: int, single_blocks: int) -> dict[str, Any]:
 def detection_of(double_blocks: int, single_blocks: int) -> Callable[..., Any]:
     """What to put in the place of ``comfy.model_detection.model_config_from_unet``."""
     import comfy.supported_models
+    import comfy.utils
 
-    return lambda *_, **__: comfy.supported_models.Flux(tiny_config(double_blocks, single_blocks))
+    find_formats = getattr(comfy.utils, "detect_layer_quantization", None)
+
+    def detect(state: Mapping[str, Any] = MappingProxyType({}), *_: Any, **__: Any) -> Any:
+        config = comfy.supported_models.Flux(tiny_config(double_blocks, single_blocks))
+        if find_formats is not None:  # else ComfyUI's own formats would be read as plain integers
+            config.quant_config = find_formats(state, "")
+        return config
+
+    return detect

@@ -129,7 +129,8 @@ def gemm_4bit(
         as_written = len(state.nested) == 1 and state.nested[0].blocksize == NESTED_BLOCKSIZE
         if as_written and _has_blockwise_kernel(packed.device):
             # All in one call: to expand absmax before it takes the host a third longer.
-            nested = {"absmax_8bit": absmax, "absmax_code": tables.map.view(-1), "absmax_offset": tables.offset}
+            code, offset = tables.map.view(-1), tables.offset.view(())  # without dimensions: compiling asks for that
+            nested = {"absmax_8bit": absmax, "absmax_code": code, "absmax_offset": offset}
             absmax = tables.absmax
         else:
             absmax = fp32_absmax(state, absmax, tables)

@@ -91,7 +91,7 @@ def stand(tmp_path, monkeypatch):
     made = Stand(tmp_path / "results", {"nf4": nf4_held, "first-step": starts})
     monkeypatch.setattr(sys, "argv", ["proof.py"])
     monkeypatch.setattr(proof, "execute", made.execute)
-    monkeypatch.setattr(proof, "begin", lambda given: given.folder.mkdir(parents=True, exist_ok=True))
+    monkeypatch.setattr(proof, "require_gpu", lambda: None)
     monkeypatch.setattr(proof, "machine_of", lambda _: ONE_GPU)
     monkeypatch.setattr(proof, "about", lambda: {"device": "a stand-in"})
     monkeypatch.setenv(proof.ALLOCATOR, "")

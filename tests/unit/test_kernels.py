@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes import functional as bnb
+from torch._subclasses import FakeTensorMode
 
 from flux_nf4.nf4_loader.checkpoint.quant_state import BLOCKSIZES, CODES, NestedAbsmax, NestedTables, QuantState
 from flux_nf4.nf4_loader.linear import kernels
@@ -145,6 +146,18 @@ def test_bitsandbytes_multiplies_with_nested_absmax(monkeypatch, parts, blocksiz
     torch.testing.assert_close(by_table, found, rtol=1e-5, atol=1e-4)
     weight = kernels.dequantise(packed, kernels.fp32_absmax(state, codes, tables), state, torch.float32)
     torch.testing.assert_close(found, torch.nn.functional.linear(input, weight, bias), rtol=1e-5, atol=1e-4)
+
+
+def test_nested_absmax_is_handed_over_as_compiling_asks_for_it(monkeypatch):
+    """torch.compile runs bitsandbytes' checks of shapes, which a plain call leaves out."""
+    monkeypatch.setattr(kernels, "_has_blockwise_kernel", lambda _: True)
+    nested = (NestedAbsmax(16 * 8, 256),)
+    state = QuantState("nf4", 64, (16, 512), nested)
+    with FakeTensorMode():
+        packed, codes = (torch.empty(size, dtype=torch.uint8) for size in (16 * 256, 16 * 8))
+        tables = NestedTables(*(torch.empty(size) for size in NestedTables.shapes(nested).values()))
+        found = kernels.gemm_4bit(torch.empty(3, 512), packed, codes, state, torch.empty(16), tables)
+    assert found.shape == (3, 16)
 
 
 @pytest.fixture
