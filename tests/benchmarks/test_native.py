@@ -1,5 +1,6 @@
 """ComfyUI's native formats in the comparison: made from the same weights, and the same picture streamed or not."""
 
+import comfy.sd
 import pytest
 from cases import TINY_CASES
 from contenders import CONTENDERS, Options, family_maker
@@ -17,6 +18,16 @@ NAMES = [
 def test_a_comfyui_without_them_says_so(tiny_files):
     with pytest.raises(Unavailable, match="needs a ComfyUI with comfy-kitchen"):
         family_maker("comfy-int8", Options(tiny_files))()
+
+
+@pytest.mark.skipif(not HAS_FORMATS, reason="this ComfyUI has no formats of its own")
+@pytest.mark.parametrize("kind", ["int8", "w4a8", "nvfp4"])
+def test_a_tiny_file_is_read_in_its_format(kind, tiny_files):
+    """Both ways to run an int8 file agree on its plain integers, too: equal pictures do not show it."""
+    from comfy.quant_ops import QuantizedTensor  # where the formats are
+
+    model = comfy.sd.load_diffusion_model(str(tiny_files.native(kind))).model.diffusion_model
+    assert all(isinstance(block.img_attn.qkv.weight, QuantizedTensor) for block in model.double_blocks)
 
 
 @pytest.mark.skipif(not HAS_FORMATS, reason="this ComfyUI has no formats of its own")
