@@ -8,8 +8,8 @@ Run it with ComfyUI's Python. Every contender goes through ComfyUI's own memory 
 contenders of one family share a process that loads its weights once, and the families take turns, several rounds for
 each case, so that what changes on the machine meanwhile meets all of them. Between turns a family has nothing on the
 device but its CUDA context, about 0.5 GiB; where even that is too much, ``--alone`` has one process at a time. Each
-number is a median; compare ratios within one run. With ``--apart`` no two contenders share a process, so that none
-meets what another has left in ComfyUI or in an allocator.
+time is the median of the turn that the machine disturbed least; compare ratios within one run. With ``--apart`` no two
+contenders share a process, so that none meets what another has left in ComfyUI or in an allocator.
 
 Without ``--checkpoint`` it makes a full-size Flux with random weights (NF4 6.9 GB; with the dense and GGUF contenders
 24, 12 and 7 GB more), which is kept in ``--folder`` for the next run. A contender that fails, or is not available on

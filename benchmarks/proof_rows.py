@@ -146,6 +146,19 @@ ROWS = (
         takes=_COMPARE,
     ),
     Row(
+        "lora",
+        "what a LoRA of rank 16 costs on 4, 6 and 8 GiB: NF4 here; INT8, W4A8 and NVFP4 streamed here",
+        "compare.py",
+        (
+            *("--cases", *(f"1024{lora}-cap{gib}" for gib in (4, 6, 8) for lora in ("", "-lora16"))),
+            *("--apart", "--calls", "6", "--seconds", "1.5", "--rounds", "3", "--only", *OURS),
+        ),
+        figures.lora,
+        seconds=280,
+        files=(NF4, *(f"flux-{kind}.safetensors" for kind in NATIVE)),
+        takes=_COMPARE,
+    ),
+    Row(
         "first-step",
         "from Queue to the first step, page cache warm; ComfyUI's INT8 ConvRot and GGUF Q4 beside",
         "starts.py",

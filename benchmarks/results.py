@@ -10,6 +10,7 @@ from typing import Any
 
 from cases import Case
 from contenders import CONTENDERS, DENSE_RESIDENT, NF4_RESIDENT, Contender
+from timing import least_disturbed
 from worker import Failure, Loaded
 
 GIB = 2**30
@@ -34,14 +35,13 @@ class Row:
 
     @property
     def ms(self) -> float | None:
-        """The median of all calls, or steps, of all turns."""
-        times = [time for turn in self.turns for time in turn.ms]
-        return statistics.median(times) if times else None
+        """The median of the calls, or steps, of the turn that the machine disturbed least."""
+        return least_disturbed([turn.ms for turn in self.turns]) if self.turns else None
 
     @property
     def sampling_s(self) -> float | None:
-        times = [time for turn in self.turns for time in turn.sampling_s]
-        return statistics.median(times) if times else None
+        times = [turn.sampling_s for turn in self.turns if turn.sampling_s]
+        return least_disturbed(times) if times else None
 
     def typical(self, figure: str) -> float:
         """The median of all turns, the lower one of two: in the first turn kernels are still being loaded."""

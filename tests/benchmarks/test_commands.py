@@ -1,6 +1,7 @@
 """Benchmarks say at once what they need, on any Python; and their modules import one another one way only."""
 
 import ast
+import importlib
 import importlib.util
 import json
 import os
@@ -13,26 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 import two_gpus
+from inside_comfyui import ALLOCATOR
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 TEXTS = {path.stem: path.read_text("utf-8") for path in FOLDER.glob("*.py")}
 SCRIPTS = sorted(name for name, text in TEXTS.items() if "\nif __name__ ==" in text)
-NEED_GPU = (
-    "compare",
-    "fidelity",
-    "first_step",
-    "int8",
-    "lora",
-    "modulation",
-    "pinning",
-    "proof",
-    "soak",
-    "starts",
-    "streaming",
-    "trace_of_calls",
-    "two_gpus",
-    "workflow",
-)
+NEED_NO_GPU = ("host_cost", "load", "page")
+NEED_GPU = [name for name in SCRIPTS if name not in NEED_NO_GPU]
 
 
 def run(name, *arguments, **variables):
@@ -111,12 +99,17 @@ def test_without_a_gpu_or_a_comfyui_nothing_begins(comfyui, tmp_path):
 
 
 @pytest.mark.parametrize("name", NEED_GPU)
-def test_all_that_need_a_gpu_ask_for_it(name):
-    if "parser_for(" in TEXTS[name]:
-        assert "    begin(given)\n" in TEXTS[name]
-    else:  # `begin` reads what only `parser_for` sets
-        assert "    require_gpu()\n" in TEXTS[name]
-        assert "begin(given)" not in TEXTS[name]
+def test_all_that_need_a_gpu_ask_for_it(name, comfyui, tmp_path, monkeypatch):
+    script, file = importlib.import_module(name), tmp_path / "flux.safetensors"
+    file.touch()
+    arguments = {"fidelity": [str(file)]}.get(name, [])
+    monkeypatch.setenv("COMFYUI_PATH", str(comfyui))
+    monkeypatch.setenv(ALLOCATOR, "")  # else it starts anew, with the one of ComfyUI
+    monkeypatch.setattr(sys, "argv", [name, *arguments, "--output", str(tmp_path / "results")])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="This measures a GPU, and PyTorch sees none here"):
+        script.main()
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_list_of_contenders_makes_no_folder(tmp_path):

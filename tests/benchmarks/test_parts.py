@@ -39,6 +39,14 @@ def test_a_turn_that_something_disturbed_does_not_count():
     assert least_disturbed([[9.0, 9.0, 30.0], [3.0, 1.0, 2.0], [8.0]]) == 2.0
 
 
+def test_a_row_has_the_times_of_the_turn_that_was_disturbed_least():
+    row = Row(Case("x"), CONTENDERS[0])
+    assert (row.ms, row.sampling_s) == (None, None)
+    for ms, sampling_s in (([9.0, 7.0, 8.0], []), ([3.0, 20.0, 4.0], [2.0, 1.0, 5.0]), ([6.0], [3.0])):
+        row.add(Figures(ms, sampling_s))
+    assert (row.ms, row.sampling_s) == (4.0, 2.0)
+
+
 def test_q4_0_is_what_the_gguf_package_makes():
     weight = torch.randn(6, 96, generator=torch.Generator().manual_seed(0))
     weight[2, 32:64] = 0
