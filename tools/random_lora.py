@@ -13,12 +13,18 @@ Shapes = Mapping[str, tuple[int, int]]
 
 
 def linear_shapes(model: Any, part: str = "blocks") -> Shapes:
-    """Of every Linear of ``model`` (ComfyUI's, with its transformer in it) whose name contains ``part``."""
-    state = {name.removeprefix("diffusion_model."): tuple(t.shape) for name, t in model.state_dict().items()}
+    """Of every Linear of ``model`` (ComfyUI's, with its transformer in it) whose name contains ``part``.
+
+    A state dict has the shapes of what is stored, which is packed in some formats: those of the layers count.
+    """
+    import comfy.utils
+
+    names = [name for name in model.state_dict() if name.endswith(".weight") and part in name]
+    shapes = {name: tuple(comfy.utils.get_attr(model, name).shape) for name in names}
     return {
-        name.removesuffix(".weight"): shape
-        for name, shape in state.items()
-        if name.endswith(".weight") and len(shape) == 2 and part in name
+        name.removeprefix("diffusion_model.").removesuffix(".weight"): shape
+        for name, shape in shapes.items()
+        if len(shape) == 2
     }
 
 

@@ -6,6 +6,7 @@ from cases import TINY_CASES
 from contenders import CONTENDERS, Options, family_maker
 from family import Unavailable
 from native_files import has_formats
+from random_lora import linear_shapes
 from turn import Effort, take_turn
 
 HAS_FORMATS = has_formats()
@@ -28,6 +29,16 @@ def test_a_tiny_file_is_read_in_its_format(kind, tiny_files):
 
     model = comfy.sd.load_diffusion_model(str(tiny_files.native(kind))).model.diffusion_model
     assert all(isinstance(block.img_attn.qkv.weight, QuantizedTensor) for block in model.double_blocks)
+
+
+@pytest.mark.skipif(not HAS_FORMATS, reason="this ComfyUI has no formats of its own")
+@pytest.mark.parametrize("kind", ["int8", "w4a8", "nvfp4"])
+def test_a_lora_for_it_has_the_shapes_of_the_layers(kind, tiny_files):
+    """Where weights are packed a state dict has others, and ComfyUI and this package leave such a LoRA out."""
+    dense = linear_shapes(family_maker("comfy-bf16", Options(tiny_files))()._patcher.model)
+    family = family_maker(f"comfy-{kind}", Options(tiny_files))()
+    assert linear_shapes(family._patcher.model) == linear_shapes(family._streamed_once().model) == dense
+    assert len(dense) > 20
 
 
 @pytest.mark.skipif(not HAS_FORMATS, reason="this ComfyUI has no formats of its own")
