@@ -163,19 +163,18 @@ def _read(model: comfy.model_base.BaseModel, catalogue: Catalogue, source: _Sour
     warming_up = Thread(target=warm_up, args=(device,))
     warming_up.start()
     try:
-        mapped = map_blocks([*modulation_in(model, blocks), *blocks], source.in_file)
-        _pin_ahead([*modulation_in(model, blocks), *blocks], mapped, device, source.needed_bytes)
-        attach_streaming(model, groups, mapped, twin=source.twin)
-        materialise(model.diffusion_model)
-        files = [streamer.file for streamer in model.streaming.streamers]
-        to_bring_in = sum(file.bytes_to_bring_in for file in files)
-        is_room = to_bring_in <= free_ram()
-        progress = comfy.utils.ProgressBar(
-            catalogue.transformer_bytes - bytes_of(source.in_file) + (to_bring_in if is_room else 0)
-        )
-        for file in files if is_room else ():
-            file.bring_in(progress.update)
-        fill(model, catalogue, progress.update, source.in_file if source.twin is None else _all_tensors(blocks))
+        parts = [*modulation_in(model, blocks), *blocks]
+        mapped = map_blocks(parts, source.in_file)
+        file = _file_of(parts, mapped)
+        _pin_ahead(file, device, source.needed_bytes)
+        to_bring_in = file if file.bytes_to_bring_in <= free_ram() else FileArena(())
+        with to_bring_in.bringing_in() as brought_in:  # while Python makes the rest
+            attach_streaming(model, groups, mapped, twin=source.twin)
+            materialise(model.diffusion_model)
+            to_read = catalogue.transformer_bytes - bytes_of(source.in_file)
+            progress = comfy.utils.ProgressBar(to_read + to_bring_in.bytes_to_bring_in)
+            fill(model, catalogue, progress.update, source.in_file if source.twin is None else _all_tensors(blocks))
+            brought_in.wait(progress.update)
     except BaseException as error:
         pinning_ahead.stop()
         if isinstance(error, FileMapError):
@@ -189,18 +188,20 @@ def _read(model: comfy.model_base.BaseModel, catalogue: Catalogue, source: _Sour
     return patcher
 
 
-def _pin_ahead(
-    parts: Sequence[torch.nn.Module],
-    mapped: Mapping[torch.nn.Module, Mapping[str, torch.Tensor]],
-    device: torch.device,
-    needed_bytes: int,
-) -> None:
-    """Begin to pin what is ``mapped``, in the order of ``parts``, in which the first forward needs them.
+def _file_of(
+    parts: Sequence[torch.nn.Module], mapped: Mapping[torch.nn.Module, Mapping[str, torch.Tensor]]
+) -> FileArena:
+    """All that is ``mapped``, in the order of ``parts``, in which the first forward needs them."""
+    return FileArena(
+        [[tensor for module in part.modules() for tensor in mapped.get(module, {}).values()] for part in parts]
+    )
 
-    It takes about as long as everything else before the first forward. ``needed_bytes`` of RAM are left for the rest.
+
+def _pin_ahead(file: FileArena, device: torch.device, needed_bytes: int) -> None:
+    """Begin to pin ``file``, which takes about as long as everything else before the first forward.
+
+    ``needed_bytes`` of RAM are left for the rest.
     """
-    by_part = [[tensor for module in part.modules() for tensor in mapped.get(module, {}).values()] for part in parts]
-    file = FileArena(by_part)
     limit_bytes, _ = pin_limit(file.nbytes - file.pinned_bytes)
     file.pin_ahead(limit_bytes, device, needed_bytes)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from . import pinning_ahead
 from .arena import PAGE, whole_pages
-from .file_map import FileMapError, FilePart, bring_in, map_parts, range_of
+from .file_map import BringingIn, FileMapError, FilePart, map_parts, range_of
 from .pinnable import THE_LIMIT, PinnableMemory, Shortfall
 from .pinning import Piece, Registrar, pinned_by_all, registrar_for
 from .ram import free_ram_bytes, ram_bytes
@@ -56,9 +56,9 @@ class FileArena(PinnableMemory):
         pieces = [[Piece(item.pins, item.address, whole_pages(item.nbytes)) for item in block] for block in ranges]
         super().__init__(pieces, registrar_for, "the file")
 
-    def bring_in(self, progress: Callable[[int], None]) -> None:
-        """`file_map.bring_in`; ``progress`` gets byte counts that add up to `bytes_to_bring_in`."""
-        bring_in(self._ranges, progress)
+    def bringing_in(self) -> BringingIn:
+        """Begin to bring it in; a context. Its byte counts add up to `bytes_to_bring_in`."""
+        return BringingIn(self._ranges)
 
     @property
     def bytes_to_bring_in(self) -> int:

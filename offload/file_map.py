@@ -121,26 +121,36 @@ def range_of(tensor: torch.Tensor) -> MappedRange:
     return _ranges[tensor.untyped_storage().data_ptr()]
 
 
-def bring_in(ranges: Iterable[MappedRange], progress: Callable[[int], None]) -> None:
-    """Have the system read ``ranges`` as far as they are not in RAM, in file order, by several threads.
+class BringingIn:
+    """Has the system read ``ranges`` as far as they are not in RAM, in file order, by several threads.
 
-    ``progress`` is called on this thread with the number of bytes since the last call. If it raises (for instance
-    ComfyUI's interrupt), that ends the reading.
-
-    Raises:
-        FileMapError: a file was cut short meanwhile, or could not be read.
+    It begins at once, and goes on beside what the caller does until `wait` returns, or the context ends.
     """
-    chunks = [
-        (item, start, min(_CHUNK_BYTES, item.nbytes - start))
-        for item in sorted(ranges, key=lambda item: (item.file.path, item.offset))
-        for start in range(0, item.nbytes, _CHUNK_BYTES)
-    ]
-    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="file-map")
-    try:
-        for done in as_completed([pool.submit(_bring_in, *chunk) for chunk in chunks]):
+
+    def __init__(self, ranges: Iterable[MappedRange]) -> None:
+        chunks = [
+            (item, start, min(_CHUNK_BYTES, item.nbytes - start))
+            for item in sorted(ranges, key=lambda item: (item.file.path, item.offset))
+            for start in range(0, item.nbytes, _CHUNK_BYTES)
+        ]
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="file-map")
+        self._chunks = [self._pool.submit(_bring_in, *chunk) for chunk in chunks]
+
+    def __enter__(self) -> "BringingIn":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def wait(self, progress: Callable[[int], None]) -> None:
+        """Return when all is in RAM. ``progress`` is called on this thread with the number of bytes since the last
+        call; what it raises (for instance ComfyUI's interrupt) is raised here.
+
+        Raises:
+            FileMapError: a file was cut short meanwhile, or could not be read.
+        """
+        for done in as_completed(self._chunks):
             progress(done.result())
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _close_together(parts: Sequence[FilePart]) -> Iterable[list[int]]:

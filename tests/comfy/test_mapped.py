@@ -285,8 +285,41 @@ def test_a_file_that_ends_while_it_is_read_is_named(own_file, tiny_config, copie
         os.truncate(own_file, own_file.stat().st_size // 2)
 
     monkeypatch.setattr(checkpoints, "attach_streaming", truncate)
-    with pytest.raises(CheckpointError, match=r"^own\.safetensors: it was written to while it was in use"):
+    ended = r"ended at byte [\d,]+ while it was read\. Download it again"
+    with pytest.raises(CheckpointError, match=rf"^own\.safetensors: it (was written to while it was in use|{ended})"):
         load(own_file)
+
+
+def test_a_file_is_brought_in_while_the_model_is_made(own_file, tiny_config, copies, registrar, monkeypatch):
+    has_begun, seen = threading.Event(), []
+    bring_in, attach = file_map._bring_in, checkpoints.attach_streaming
+
+    def begin(*chunk):
+        has_begun.set()
+        return bring_in(*chunk)
+
+    def wait_for_it(*arguments, **options):
+        seen.append(has_begun.wait(timeout=10))
+        attach(*arguments, **options)
+
+    monkeypatch.setattr(file_map, "_bring_in", begin)
+    monkeypatch.setattr(checkpoints, "attach_streaming", wait_for_it)
+    load(own_file)
+    assert seen == [True]
+
+
+def test_an_interrupt_while_a_file_is_brought_in_leaves_nothing_pinned(
+    own_file, tiny_config, copies, registrar, monkeypatch
+):
+    def interrupt(*_, **__):
+        raise InterruptedError
+
+    monkeypatch.setattr(checkpoints, "attach_streaming", interrupt)
+    with pytest.raises(InterruptedError):
+        load(own_file)
+    gc.collect()
+    assert registrar.registered == {}
+    assert maps_of(own_file) == open_files(own_file) == []
 
 
 def test_a_second_device_shares_files_memory_and_arena(file, tiny_config, copies, registrar, sample, monkeypatch):

@@ -127,7 +127,8 @@ def test_fifty_loads_leave_nothing_registered(tmp_path):
         path = tmp_path / f"{index}.safetensors"
         path.write_bytes(bytes(ALL * 2))
         arena = arena_of(path, registrar)
-        arena.bring_in(lambda _: None)
+        with arena.bringing_in() as brought_in:
+            brought_in.wait(lambda _: None)
         arena.pin(1 << 40, DEVICE)
         assert arena.all_pinned
     del arena
@@ -140,7 +141,8 @@ def test_fifty_loads_leave_nothing_registered(tmp_path):
 def test_bringing_in_tells_how_much_there_is(file):
     told = []
     arena = arena_of(file, FakeRegistrar())
-    arena.bring_in(told.append)
+    with arena.bringing_in() as brought_in:
+        brought_in.wait(told.append)
     assert sum(told) == arena.bytes_to_bring_in > 0
 
 

@@ -16,7 +16,7 @@ from own_python import HEAD, run_script
 
 from flux_nf4.offload import file_map
 from flux_nf4.offload.arena import PAGE
-from flux_nf4.offload.file_map import FileMapError, bring_in, map_parts, range_of
+from flux_nf4.offload.file_map import BringingIn, FileMapError, map_parts, range_of
 
 MIB = 1 << 20
 SIZE = 5 * MIB + 123
@@ -27,6 +27,11 @@ def file(tmp_path):
     path = tmp_path / "flux.safetensors"
     path.write_bytes(os.urandom(SIZE))
     return path
+
+
+def bring_in(ranges, progress):
+    with BringingIn(ranges) as brought_in:
+        brought_in.wait(progress)
 
 
 def bytes_of(tensor):
@@ -192,11 +197,12 @@ def test_a_system_without_posix_maps_reads_the_same(file, monkeypatch):
 MAP_ALL = """
     from pathlib import Path
     from file_parts import Part
-    from flux_nf4.offload.file_map import map_parts, range_of, bring_in
+    from flux_nf4.offload.file_map import BringingIn, map_parts, range_of
 
     path = Path({path!r})
     tensors = map_parts([Part(path, 0, path.stat().st_size)])
-    bring_in(map(range_of, tensors), lambda _: None)
+    with BringingIn(map(range_of, tensors)) as brought_in:
+        brought_in.wait(lambda _: None)
 """
 
 
