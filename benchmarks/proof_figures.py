@@ -246,5 +246,6 @@ def soak(found: dict[str, Any]) -> Iterator[Figure]:
     encoder = "with" if found["encodes"] else "without"
     yield Figure("prompts", len(found["done"]), "count", note=f"{encoder} a text encoder")
     yield Figure("pictures other than the first of their kind", len(found["other_pictures"]), "count", 0)
-    for kind, nbytes in found["grown"].items():
-        yield Figure(f"growth, {kind}", nbytes / 2**20, "MiB", found["slack"][kind] / 2**20)
+    for kind, slack in found["slack"].items():
+        nbytes = found["grown"].get(kind)
+        yield Figure(f"growth, {kind}", None if nbytes is None else nbytes / 2**20, "MiB", slack / 2**20)

@@ -7,7 +7,9 @@ Run it with ComfyUI's Python. Prompts are drawn at random, with a fixed seed: wh
 INT8 ConvRot where ComfyUI knows it), size of the picture, LoRAs, blocks that stay, and now and then all models unloaded
 before it, as ComfyUI's button does. With ``--encoder`` each prompt first has Mistral 3 in NF4 (10.7 GB) encode a text,
 within a budget that is drawn, too. It fails if a picture is not bit-equal to the first one of its file, size and LoRAs,
-whatever stayed, or an encoding is not, or if memory grew: of the device, pinned, or of the host. Writes ``soak.json``.
+whatever stayed, or an encoding is not, or if memory grew: of the device, pinned, or of the host. For that all models
+are unloaded after half of the prompts and after the last: what is in use after a prompt depends on the prompts before.
+Writes ``soak.json``.
 """
 
 import dataclasses
@@ -35,7 +37,7 @@ from weights import TINY_BLOCKS, Files
 
 MIB = 2**20
 SLACK_BYTES = {"device": 64 * MIB, "allocated": MIB, "pinned": 0, "resident": 64 * MIB}
-"""What each may be higher at most in the second half than in the first: allocators round, kernels load late."""
+"""By how much each may be higher at the end than after half of the prompts: allocators round, kernels load late."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes in use after a prompt."""
+    """Bytes in use."""
 
     device: int
     allocated: int
@@ -164,8 +166,21 @@ def run(patchers: Mapping[str, Any], encoder: Encoder | None, prompt: Prompt, st
     seconds = time.perf_counter() - started
     digest.update(picture.float().numpy().tobytes())
     gc.collect()
-    held = [*patchers.values(), *([encoder.patcher] if encoder is not None else [])]
-    return Done(prompt, digest.hexdigest(), seconds, memory_of(held))
+    return Done(prompt, digest.hexdigest(), seconds, memory_of(held_by(patchers, encoder)))
+
+
+def held_by(patchers: Mapping[str, Any], encoder: Encoder | None) -> list[Any]:
+    return [*patchers.values(), *([encoder.patcher] if encoder is not None else [])]
+
+
+def at_rest(held: Sequence[Any]) -> Memory:
+    """With nothing on the device that can be unloaded."""
+    import comfy.model_management
+
+    comfy.model_management.unload_all_models()
+    gc.collect()
+    comfy.model_management.soft_empty_cache(True)
+    return memory_of(held)
 
 
 def memory_of(patchers: Sequence[Any]) -> Memory:
@@ -184,20 +199,18 @@ def other_pictures(done: Sequence[Done]) -> list[int]:
     ]
 
 
-def growth(done: Sequence[Done]) -> dict[str, int]:
-    """By how many bytes the highest use in the second half is above that in the first, for each kind of memory."""
-    half = max(1, len(done) // 2)
-
-    def most(part: Sequence[Done], kind: str) -> int:
-        return max((getattr(one.memory, kind) for one in part), default=0)
-
-    return {kind: most(done[half:], kind) - most(done[:half], kind) for kind in SLACK_BYTES}
+def growth(rests: Sequence[Memory]) -> dict[str, int]:
+    """By how many bytes each kind of memory is higher in the last of ``rests`` than in the first; none of fewer."""
+    if len(rests) < 2:
+        return {}
+    return {kind: getattr(rests[-1], kind) - getattr(rests[0], kind) for kind in SLACK_BYTES}
 
 
-def report(done: Sequence[Done]) -> dict[str, Any]:
+def report(done: Sequence[Done], rests: Sequence[Memory]) -> dict[str, Any]:
     return {
         "torch": torch.__version__,
-        "grown": growth(done),
+        "grown": growth(rests),
+        "at_rest": rests,
         "slack": SLACK_BYTES,
         "other_pictures": other_pictures(done),
         "encodes": any(one.prompt.encoder_gib is not None for one in done),
@@ -219,6 +232,7 @@ def main() -> None:
     files = Files(given.folder, given.checkpoint, given.dry_run)
     files.enter()
     done: list[Done] = []
+    rests: list[Memory] = []
     with torch.inference_mode():
         patchers = load_all(files)
         encoder = encoder_if_known(given.folder, is_tiny=given.dry_run) if given.encoder else None
@@ -227,11 +241,14 @@ def main() -> None:
             if time.monotonic() < until:
                 done.append(run(patchers, encoder, prompt, given.steps, text_tokens=8 if given.dry_run else 512))
                 print(f"{len(done)}: {done[-1]}", flush=True)
-                (given.output / "soak.json").write_text(json.dumps(report(done), default=dataclasses.asdict))
-    grown, others = growth(done), other_pictures(done)
+                if len(done) in (max(1, len(drawn) // 2), len(drawn)):
+                    rests.append(at_rest(held_by(patchers, encoder)))
+                (given.output / "soak.json").write_text(json.dumps(report(done, rests), default=dataclasses.asdict))
+    grown, others = growth(rests), other_pictures(done)
     too_much = [kind for kind, nbytes in grown.items() if nbytes > SLACK_BYTES[kind]]
     print(f"{len(done)} of {given.prompts} prompts, {statistics.median(one.seconds for one in done):.2f} s each")
-    print("second half against the first: " + ", ".join(f"{kind} {n / MIB:+.1f} MiB" for kind, n in grown.items()))
+    told = ", ".join(f"{kind} {n / MIB:+.1f} MiB" for kind, n in grown.items()) or "not measured, it was cut"
+    print(f"at rest, the end against the middle: {told}")
     if too_much or others:
         sys.exit(f"grown too much: {too_much or 'nothing'}; other pictures than the first time: {others or 'none'}")
     print("nothing grew, and every picture is bit-equal to the first of its kind")

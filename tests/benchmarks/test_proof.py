@@ -344,6 +344,8 @@ def test_growth_is_held_against_what_the_soak_allows(tmp_path):
     assert [figure.verdict for figure in found.values()] == ["beside", "missed", "missed", "held"]
     assert found["growth, device"].shown == "128 MiB"
     assert found["prompts"].shown == "2 (with a text encoder)"
+    (tmp_path / "soak" / "soak.json").write_text(json.dumps(told | {"grown": {}}))  # it was cut
+    assert [figure.verdict for figure in proof.read(BY_NAME["soak"], tmp_path)][2:] == ["not measured"] * 2
 
 
 @pytest.mark.parametrize(

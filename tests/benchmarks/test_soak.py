@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import comfy.model_management
 import soak
 import streamed
 import torch
@@ -14,14 +15,15 @@ ROOT = Path(__file__).parent.parent.parent
 MIB = 2**20
 
 
-def done(pixels=64, loras=0, digest="a", device=0, allocated=0, pinned=0, resident=0, file="nf4"):
+def done(pixels=64, loras=0, digest="a", file="nf4"):
     prompt = soak.Prompt(file, pixels, loras, 0, 0, unloads_first=False)
-    return soak.Done(prompt, digest, 1.0, soak.Memory(device, allocated, pinned, resident))
+    return soak.Done(prompt, digest, 1.0, soak.Memory(0, 0, 0, 0))
 
 
-def test_growth_is_the_second_half_against_the_first():
-    run = [done(device=5 * MIB, pinned=9), done(device=9 * MIB), done(device=8 * MIB, resident=3), done(pinned=10)]
-    assert soak.growth(run) == {"device": -MIB, "allocated": 0, "pinned": 1, "resident": 3}
+def test_growth_is_the_end_against_the_middle():
+    rests = [soak.Memory(9 * MIB, 5, 9, 0), soak.Memory(8 * MIB, 5, 10, 3)]
+    assert soak.growth(rests) == {"device": -MIB, "allocated": 0, "pinned": 1, "resident": 3}
+    assert soak.growth(rests[:1]) == {}
 
 
 def test_a_picture_that_is_not_the_first_of_its_file_size_and_loras_is_found():
@@ -59,6 +61,15 @@ def test_an_encoding_that_is_another_one_is_found(tiny_files, monkeypatch):
     assert noise.budgets == [0.5] * 3
     assert soak.other_pictures(run) == [1, 2]
     assert run[0].memory.pinned == 2  # the encoder's memory is counted
+
+
+def test_memory_at_rest_has_no_model_on_the_device(tiny_files, monkeypatch):
+    patcher = streamed.load(tiny_files.nf4())
+    prompt = soak.Prompt("nf4", 64, 1, 2, 3, unloads_first=False)
+    soak.run({"nf4": patcher}, None, prompt, steps=1, text_tokens=8)
+    assert comfy.model_management.current_loaded_models
+    monkeypatch.setattr(soak, "memory_of", lambda held: (len(held), list(comfy.model_management.current_loaded_models)))
+    assert soak.at_rest(soak.held_by({"nf4": patcher}, None)) == (1, [])
 
 
 def test_a_small_soak_runs_through(comfyui, tmp_path):
