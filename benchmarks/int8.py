@@ -14,8 +14,6 @@ in the place of comfy-kitchen's.
 import json
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 import needs_torch  # noqa: F401
@@ -24,7 +22,7 @@ import torch
 from about import about
 from arguments import begin, parser_for, positive
 from inside_comfyui import import_package, use_allocator_of_comfyui
-from int8_layers import FASTER, SHAPES, TEXT_TOKENS, Packed, device_ms, error, layer_of, rows_of_pictures
+from int8_layers import FASTER, SHAPES, TEXT_TOKENS, Packed, device_ms, error, host_us, layer_of, rows_of_pictures
 from timing import milliseconds
 
 RANK = 16
@@ -39,27 +37,6 @@ def inputs(rows: int, columns: int) -> dict[str, torch.Tensor]:
     outliers = torch.where(torch.rand(columns, device="cuda") < 0.01, 20.0, 1.0)
     kinds = {"gaussian": plain, "outliers": plain * outliers, "log-normal": plain * torch.randn_like(plain[0]).exp()}
     return {kind: values.bfloat16() for kind, values in kinds.items()}
-
-
-def host_us(call: Callable[[], Any], repeats: int = 60) -> float:
-    """Of the thread, while the device is far behind; so few calls that none waits for room in the queue.
-
-    The least of several turns: what else goes on in the host only adds to it.
-    """
-    call()
-    times = []
-    for _ in range(_TURNS_OF_HOST):
-        torch.cuda.synchronize()
-        torch.cuda._sleep(_BEHIND_CYCLES)
-        started = time.thread_time()
-        for _ in range(repeats):
-            call()
-        times.append(1e6 * (time.thread_time() - started) / repeats)
-    return min(times)
-
-
-_TURNS_OF_HOST, _BEHIND_CYCLES = 7, 200_000_000
-"""The second: a tenth of a second."""
 
 
 def measure(name: str, pixels: list[int], repeats: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""The Linears of Flux that int8 is measured on, and how: what `int8` and its trials have in common."""
+"""The Linears of Flux that kernels are measured on, and how: what `int8`, its trials and `expand_kernels` share."""
 
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -51,12 +52,33 @@ def rows_of_pictures(name: str, pixels: list[int]) -> list[int]:
     return [count + TEXT_TOKENS for count in tokens] if name.startswith("linear") else [TEXT_TOKENS, *tokens]
 
 
-def device_ms(call: Callable[[], Any], repeats: int) -> float:
+def device_ms(call: Callable[[], Any], repeats: int, ahead_cycles: int = 100_000_000) -> float:
     """Of one call on the device. The host is far ahead, however long it takes for a launch; a median."""
     call()
     torch.cuda.synchronize()
-    torch.cuda._sleep(100_000_000)
+    torch.cuda._sleep(ahead_cycles)
     return statistics.median(milliseconds(call, repeats))
+
+
+def host_us(call: Callable[[], Any], repeats: int = 60) -> float:
+    """Of the thread, while the device is far behind; so few calls that none waits for room in the queue.
+
+    The least of several turns: what else goes on in the host only adds to it.
+    """
+    call()
+    times = []
+    for _ in range(_TURNS_OF_HOST):
+        torch.cuda.synchronize()
+        torch.cuda._sleep(_BEHIND_CYCLES)
+        started = time.thread_time()
+        for _ in range(repeats):
+            call()
+        times.append(1e6 * (time.thread_time() - started) / repeats)
+    return min(times)
+
+
+_TURNS_OF_HOST, _BEHIND_CYCLES = 7, 200_000_000
+"""The second: a tenth of a second."""
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
