@@ -167,12 +167,12 @@ def _read(model: comfy.model_base.BaseModel, catalogue: Catalogue, source: _Sour
         mapped = map_blocks(parts, source.in_file)
         file = _file_of(parts, mapped)
         _pin_ahead(file, device, source.needed_bytes)
-        to_bring_in = file if file.bytes_to_bring_in <= free_ram() else FileArena(())
-        with to_bring_in.bringing_in() as brought_in:  # while Python makes the rest
+        in_ram = as_far_as_there_is_ram(file)
+        with in_ram.bringing_in() as brought_in:  # while the rest of the model is made and read
             attach_streaming(model, groups, mapped, twin=source.twin)
             materialise(model.diffusion_model)
             to_read = catalogue.transformer_bytes - bytes_of(source.in_file)
-            progress = comfy.utils.ProgressBar(to_read + to_bring_in.bytes_to_bring_in)
+            progress = comfy.utils.ProgressBar(to_read + in_ram.bytes_to_bring_in)
             fill(model, catalogue, progress.update, source.in_file if source.twin is None else _all_tensors(blocks))
             brought_in.wait(progress.update)
     except BaseException as error:
@@ -195,6 +195,11 @@ def _file_of(
     return FileArena(
         [[tensor for module in part.modules() for tensor in mapped.get(module, {}).values()] for part in parts]
     )
+
+
+def as_far_as_there_is_ram(file: FileArena) -> FileArena:
+    """``file``, to be brought in; an empty one where it does not fit into RAM, and is read as it is needed."""
+    return file if file.bytes_to_bring_in <= free_ram() else FileArena(())
 
 
 def _pin_ahead(file: FileArena, device: torch.device, needed_bytes: int) -> None:

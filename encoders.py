@@ -14,7 +14,7 @@ import folder_paths
 import torch
 from torch import nn
 
-from .checkpoints import free_ram, kept_in_file, why_read
+from .checkpoints import as_far_as_there_is_ram, kept_in_file, why_read
 from .memory import GIB
 from .nf4_loader.checkpoint.encoder_file import EncoderFile
 from .nf4_loader.checkpoint.errors import CheckpointError
@@ -28,7 +28,7 @@ from .offload.comfyui.block_lists import lists_of_encoders
 from .offload.comfyui.clip import StreamedClip, StreamedEncoderPatcher, clip_with, stream_encoders
 from .offload.comfyui.requires import require_comfyui
 from .offload.comfyui.streaming import attach_streaming
-from .offload.file_arena import FileArena, map_blocks
+from .offload.file_arena import map_blocks
 from .offload.file_map import FileMapError
 from .offload.plan import Residency
 
@@ -97,16 +97,15 @@ def _read(files: Sequence[EncoderFile], built: BuiltEncoders) -> StreamedClip:
 
 
 def _fill(model: Any, built: BuiltEncoders, in_file: InFile) -> None:
-    file = model.streaming.streamer.file
-    to_bring_in = file if file.bytes_to_bring_in <= free_ram() else FileArena(())
+    in_ram = as_far_as_there_is_ram(model.streaming.streamer.file)
     to_read = sum(part.nbytes for tensor in built.weights.values() for part in tensor.parts) - bytes_of(in_file)
-    progress = comfy.utils.ProgressBar(to_read + to_bring_in.bytes_to_bring_in)
+    progress = comfy.utils.ProgressBar(to_read + in_ram.bytes_to_bring_in)
     wanted = [
         part
         for linear, tensor in built.weights.items()
         for part in parts_to_read(linear, tensor, in_file.get(linear, ()))
     ]
-    with to_bring_in.bringing_in() as brought_in, torch.inference_mode(False), torch.no_grad():
+    with in_ram.bringing_in() as brought_in, torch.inference_mode(False), torch.no_grad():
         read_parts(wanted, progress.update)
         brought_in.wait(progress.update)
 

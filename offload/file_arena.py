@@ -57,7 +57,7 @@ class FileArena(PinnableMemory):
         super().__init__(pieces, registrar_for, "the file")
 
     def bringing_in(self) -> BringingIn:
-        """Begin to bring it in; a context. Its byte counts add up to `bytes_to_bring_in`."""
+        """What brings it in; a context. Its byte counts add up to `bytes_to_bring_in`."""
         return BringingIn(self._ranges)
 
     @property

@@ -11,7 +11,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -124,23 +124,29 @@ def range_of(tensor: torch.Tensor) -> MappedRange:
 class BringingIn:
     """Has the system read ``ranges`` as far as they are not in RAM, in file order, by several threads.
 
-    It begins at once, and goes on beside what the caller does until `wait` returns, or the context ends.
+    A context: it begins with it, and goes on beside what the caller does until `wait` returns, or the context ends.
     """
 
     def __init__(self, ranges: Iterable[MappedRange]) -> None:
-        chunks = [
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="file-map")
+        self._parts = [
             (item, start, min(_CHUNK_BYTES, item.nbytes - start))
             for item in sorted(ranges, key=lambda item: (item.file.path, item.offset))
             for start in range(0, item.nbytes, _CHUNK_BYTES)
         ]
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="file-map")
-        self._chunks = [self._pool.submit(_bring_in, *chunk) for chunk in chunks]
+        self._chunks: list[Future[int]] = []
 
     def __enter__(self) -> "BringingIn":
+        try:
+            self._chunks += (self._pool.submit(_bring_in, *part) for part in self._parts)
+        except BaseException:  # the system has no thread left
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._parts.clear()  # they keep the file open
 
     def wait(self, progress: Callable[[int], None]) -> None:
         """Return when all is in RAM. ``progress`` is called on this thread with the number of bytes since the last

@@ -9,6 +9,7 @@ import comfy.sd
 import folder_paths
 import pytest
 import torch
+from fake_registrar import FakeRegistrar
 from safetensors.torch import load_file, save_file
 from there_and_back import Copied, move
 from tiny_encoders import (
@@ -35,6 +36,8 @@ from flux_nf4.nf4_loader.saving.model_sources import sources_of_encoders
 from flux_nf4.nf4_loader.saving.quantise import QuantSettings
 from flux_nf4.nf4_loader.saving.save import save_quantised
 from flux_nf4.nodes import NODE_CLASS_MAPPINGS
+from flux_nf4.offload import file_map, pinning
+from flux_nf4.offload.file_map import FileMapError
 from flux_nf4.offload.host_memory import keep_host_memory
 from flux_nf4.offload.plan import Residency
 from flux_nf4.page.answers import answer_for
@@ -258,6 +261,16 @@ def test_where_ram_is_short_it_makes_room_and_stays_in_its_file(is_short, qwen3,
     assert (len(said), bool(file.nbytes)) == (is_short, is_short)
     assert where.endswith(")") == (not is_short), "the reason to read them"
     assert torch.equal(encoded(clip, tokens_of(QWEN3.key)), encoded(stock_of(qwen3[1]), tokens_of(QWEN3.key)))
+
+
+def test_a_file_that_cannot_be_brought_in_is_named(qwen3, load, clip_copies, monkeypatch):
+    def fail(item, *_):
+        raise FileMapError(item.file.path, "reading it failed")
+
+    monkeypatch.setitem(pinning.REGISTRARS, "cpu", FakeRegistrar())
+    monkeypatch.setattr(file_map, "_bring_in", fail)
+    with pytest.raises(CheckpointError, match=r"^model\.safetensors: reading it failed"):
+        load("model.safetensors", "lumina2")
 
 
 def test_too_little_ram_for_what_has_to_be_read_is_an_error(qwen3, load, free_ram):

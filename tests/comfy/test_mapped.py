@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import comfy.model_management
 import comfy.sd
+import comfy.utils
 import pytest
 import torch
 from fake_registrar import FakeRegistrar
@@ -367,6 +368,37 @@ def test_short_ram_gives_the_same_picture(file, counts, tiny_config, copies, fre
     assert streamer.ram_bytes < 0.1 * read_catalogue(file).transformer_ram
     assert not streamer.all_pinned
     assert torch.equal(sample(patcher), expected)
+
+
+def test_where_ram_is_short_nothing_is_brought_in(file, tiny_config, copies, free_ram, monkeypatch):
+    monkeypatch.setattr(file_map, "_bring_in", lambda *_: pytest.fail("the RAM does not hold it"))
+    free_ram(read_catalogue(file).transformer_ram // 2)
+    assert load(file).model.streaming.streamer.file.nbytes
+
+
+def test_the_bar_gets_to_its_end(file, tiny_config, copies, registrar, monkeypatch):
+    bars = []
+
+    class Bar:
+        def __init__(self, total):
+            self.left = total
+            bars.append(self)
+
+        def update(self, nbytes):
+            self.left -= nbytes
+
+    monkeypatch.setattr(comfy.utils, "ProgressBar", Bar)
+    load(file)
+    assert [bar.left for bar in bars] == [0]
+
+
+def test_a_file_that_cannot_be_brought_in_is_named(own_file, tiny_config, copies, registrar, monkeypatch):
+    def fail(item, *_):
+        raise FileMapError(item.file.path, "reading it failed")
+
+    monkeypatch.setattr(file_map, "_bring_in", fail)
+    with pytest.raises(CheckpointError, match=r"^own\.safetensors: reading it failed"):
+        load(own_file)
 
 
 def test_on_the_cpu_it_computes_from_the_file(file, tiny_config, free_ram, sample):

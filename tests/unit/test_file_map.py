@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -134,6 +136,41 @@ def test_what_progress_raises_ends_it(file, monkeypatch):
     with pytest.raises(InterruptedError):
         bring_in([range_of(tensor)], interrupt)
     assert len(calls) == 1
+
+
+def test_what_ends_the_context_ends_the_reading(file, monkeypatch):
+    monkeypatch.setattr(file_map, "_CHUNK_BYTES", PAGE)
+    begun, done = [], []
+
+    def bring_in(*_):
+        begun.append(1)
+        time.sleep(0.01)
+        done.append(1)
+        return PAGE
+
+    monkeypatch.setattr(file_map, "_bring_in", bring_in)
+    (tensor,) = map_parts([Part(file, 0, SIZE)])
+
+    def interrupted():
+        with BringingIn([range_of(tensor)]):
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        interrupted()
+    assert len(begun) == len(done) < SIZE // PAGE, "none is under way any more, and not all were begun"
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("file-map")]
+
+
+def test_a_system_without_threads_leaves_none_at_work(file, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("can't start new thread")
+
+    (tensor,) = map_parts([Part(file, 0, SIZE)])
+    brought_in = BringingIn([range_of(tensor)])
+    monkeypatch.setattr(brought_in._pool, "submit", refuse)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        brought_in.__enter__()
+    assert brought_in._pool._shutdown
 
 
 def test_a_file_that_is_replaced_goes_on_with_its_old_contents(file, tmp_path):
