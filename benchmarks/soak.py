@@ -251,6 +251,8 @@ def main() -> None:
     print(f"at rest, the end against the middle: {told}")
     if too_much or others:
         sys.exit(f"grown too much: {too_much or 'nothing'}; other pictures than the first time: {others or 'none'}")
+    if not grown:
+        sys.exit("growth was not measured: for that all prompts have to run, two at least")
     print("nothing grew, and every picture is bit-equal to the first of its kind")
 
 
