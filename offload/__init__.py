@@ -7,6 +7,7 @@ flat bytes), ``ring`` (places in the staging bytes, integers), ``pinning`` (who 
 ``copies`` (streams and events), ``bounce`` (copies of what is not pinned), ``block`` (the records of one), ``extras``
 (tensors that layers get in addition), ``call_order`` (in which order a block calls its layers), ``staging`` (tiles in
 the ring), ``conveyor`` (fetch, wait, release), ``put`` (what stays on the device), ``streamer``
-(who stays), ``telemetry`` (what it cost), ``ahead`` (outputs computed before they are needed). ``host_memory`` is for
-models that are not streamed. ``comfyui`` is for ComfyUI's memory manager; nothing else here knows ComfyUI.
+(who stays), ``telemetry`` (what it cost), ``ahead`` (outputs computed before they are needed), ``turns`` (threads that
+drive a device each). ``host_memory`` is for models that are not streamed. ``comfyui`` is for ComfyUI's memory manager;
+nothing else here knows ComfyUI.
 """

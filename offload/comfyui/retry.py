@@ -2,6 +2,7 @@
 that comfy-kitchen has no kernel for says what to do."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from importlib import metadata
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from ...memory import is_out_of_memory
 from ..plan import ResidencyPlan, plan_for
+from ..turns import turns
 from .coming_steps import note_step
 from .lasting import lasting_allocations
 from .streaming import Streaming
@@ -34,7 +36,9 @@ def retry_with_less(executor: Any, *args: Any, **kwargs: Any) -> Any:
     telemetry = model.streaming.streamer.telemetry
     if telemetry is not None:
         telemetry.picture = _picture_of(model, latent)
-    return with_less(model, lambda: executor(*args, **kwargs))
+    # Compiled blocks run no hooks that would pass the turn on.
+    with nullcontext() if model.streaming.streamer.whole_blocks else turns.taken():
+        return with_less(model, lambda: executor(*args, **kwargs))
 
 
 def _by_name(

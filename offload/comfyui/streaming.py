@@ -16,6 +16,7 @@ from ..extras import ByModule
 from ..plan import ResidencyPlan, keeps_all, plan_for, spread
 from ..streamer import Streamer
 from ..telemetry import ForwardCost, summarise
+from ..turns import turns
 from .lasting import lasting_allocations
 from .lora_reader import leave_out_half_pairs
 from .modulation import Modulated, modulated
@@ -311,6 +312,8 @@ def attach_streaming(
     """
     leave_out_half_pairs(model)
     blocks = [block for group in groups.values() for block in group]
+    for block in blocks:
+        block.register_forward_pre_hook(turns.pass_on)
     modulation = modulated(model, blocks, mapped or {}, each, None if twin is None else twin.modulation)
     ahead = modulation.ahead.modules if modulation is not None else frozenset()
     others = {module: tensors for module, tensors in (mapped or {}).items() if module not in ahead}
