@@ -58,9 +58,8 @@ SETTINGS = {
     "0/0 on 8 GiB": Setting(0, 0, 8),
     "automatic on 8 GiB": Setting(cap_gib=8),
     "automatic on 4 GiB": Setting(cap_gib=4),
-    "all resident on 4 GiB": Setting(999, 999, 4),
 }
-WHERE = {"dev": ("automatic on 4 GiB", "all resident on 4 GiB")}
+WHERE = {"dev": ("automatic on 4 GiB",)}
 """What of `SETTINGS` is not for a model."""
 
 

@@ -192,11 +192,7 @@ def first_step(found: dict[str, Any]) -> Iterator[Figure]:
 
 
 def flux2(found: dict[str, Any]) -> Iterator[Figure]:
-    for model, setting in (
-        ("dev", "automatic on 8 GiB"),
-        ("klein-4b", "automatic on 4 GiB"),
-        ("klein-4b", "all resident on 4 GiB"),
-    ):
+    for model, setting in (("dev", "automatic on 8 GiB"), ("klein-4b", "automatic on 4 GiB")):
         rows = {row["setting"]: row for row in found["models"].get(model, ())}
         row = rows.get(setting, {})
         yield Figure(f"{model}, {setting}, of resident", row.get("ratio"), most=1.05)
