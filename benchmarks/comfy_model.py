@@ -112,8 +112,24 @@ def at_work(patcher: Any, case: Case) -> Iterator[ComfyModel]:
 
 
 def with_lora(patcher: Any, file: LoRA, strength: float) -> Any:
-    """What ComfyUI's LoRA nodes give."""
-    return comfy.sd.load_lora_for_models(patcher, None, file, strength, 0.0)[0]
+    """What ComfyUI's LoRA nodes give.
+
+    Raises:
+        ValueError: some of it would be left out, so that the cost of a whole LoRA would not be measured.
+    """
+    patched = comfy.sd.load_lora_for_models(patcher, None, file, strength, 0.0)[0]
+    there, taken = sum(name.endswith(_UP) for name in file), _patches_of(patched) - _patches_of(patcher)
+    if taken != there:
+        raise ValueError(f"{taken} of the LoRA's {there} patches fit the model")
+    return patched
+
+
+_UP = (".lora_up.weight", ".lora_B.weight")
+"""In the names of kohya and of diffusers: one of each patch's two factors."""
+
+
+def _patches_of(patcher: Any) -> int:
+    return sum(map(len, patcher.patches.values()))
 
 
 def _with_loras(patcher: Any, case: Case) -> Any:

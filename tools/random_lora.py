@@ -60,11 +60,20 @@ def diffusers(config: Mapping[str, Any], shapes: Shapes, rank: int = 4, seed: st
 
 
 def of_diffusers(config: Mapping[str, Any], shapes: Shapes) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Name in diffusers and (out, in) of every Linear, and of every part of one that diffusers splits."""
+    """Name in diffusers and (out, in) of every Linear, and of every part of one that diffusers splits.
+
+    Newer ComfyUIs know the names of FLUX.2 beside those of Flux.1: what has a name already is not named again.
+    """
     import comfy.utils
 
+    named: dict[str, set[int]] = {}
     for name, target in comfy.utils.flux_to_diffusers(config).items():
         target, offset, *_ = (target, None) if isinstance(target, str) else target
         shape = shapes.get(target.removesuffix(".weight"))
-        if shape is not None and name.endswith(".weight"):
-            yield name.removesuffix(".weight"), (offset[2] if offset else shape[0], shape[1])
+        if shape is None or not name.endswith(".weight"):
+            continue
+        start, rows = offset[1:] if offset else (0, shape[0])
+        own = named.setdefault(target, set())
+        if own.isdisjoint((start, start + rows - 1)):
+            own.update((start, start + rows - 1))
+            yield name.removesuffix(".weight"), (rows, shape[1])

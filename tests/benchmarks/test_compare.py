@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import streamed
 from cases import TINY_CASES
+from comfy_model import with_lora
 from contenders import CONTENDERS, Options, family_maker
 from family import Unavailable
+from random_lora import diffusers, kohya, linear_shapes
 from turn import Effort, take_turn
 from weights import Files
 from worker import Failure, Request, Worker
@@ -44,6 +47,18 @@ def test_contenders_with_nested_absmax_make_one_picture(tiny_files, tmp_path):
     assert figures.pop("bnb-nf4-v1").difference is None
     for turn in figures.values():
         assert (turn.difference.compared_with, turn.difference.is_equal) == ("bnb-nf4-v1", True)
+
+
+@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
+def test_a_lora_that_is_left_out_in_part_is_not_timed(layout, tiny_files):
+    patcher = streamed.load(tiny_files.nf4())
+    shapes, config = linear_shapes(patcher.model), patcher.model.model_config.unet_config
+    file = kohya(shapes) if layout == "kohya" else diffusers(config, shapes)
+    assert with_lora(with_lora(patcher, file, 1.0), file, 0.5).patches
+    name = next(name for name in file if name.endswith(("lora_up.weight", "lora_B.weight")))
+    file[name] = file[name][:-16]
+    with pytest.raises(ValueError, match=r"^\d+ of the LoRA's \d+ patches fit the model$"):
+        with_lora(patcher, file, 1.0)
 
 
 def test_a_turn_is_timed(tiny_files, tmp_path):
