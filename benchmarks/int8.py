@@ -22,7 +22,18 @@ import torch
 from about import about
 from arguments import begin, parser_for, positive
 from inside_comfyui import import_package, use_allocator_of_comfyui
-from int8_layers import FASTER, SHAPES, TEXT_TOKENS, Packed, device_ms, error, host_us, layer_of, rows_of_pictures
+from int8_layers import (
+    FASTER,
+    SHAPES,
+    TEXT_TOKENS,
+    Packed,
+    by_bitsandbytes,
+    device_ms,
+    error,
+    host_us,
+    layer_of,
+    rows_of_pictures,
+)
 from timing import milliseconds
 
 RANK = 16
@@ -69,7 +80,7 @@ def measure(name: str, pixels: list[int], repeats: int) -> dict[str, Any]:
     patched = int8_weight.rotated(kernels.dequantise(*weight, torch.float32) + patch.up.float() @ patch.down.float())
     row: dict[str, Any] = {
         "patched_error": error(rows * patched_scale[:, None], patched),
-        "dequantise_ms": device_ms(lambda: kernels.dequantise(*weight, dtype), repeats),
+        "dequantise_ms": device_ms(lambda: by_bitsandbytes(*weight), repeats),
         "with_scales_ms": device_ms(with_scales, repeats),
         "kernel_ms": device_ms(by_kernel, repeats),
         "with_patch_ms": device_ms(with_patch, repeats),

@@ -46,6 +46,14 @@ def layer_of(shape: tuple[int, int]) -> tuple[Any, torch.Tensor]:
     return layer, full
 
 
+def by_bitsandbytes(packed: torch.Tensor, absmax: torch.Tensor, state: Any) -> torch.Tensor:
+    """The weight that bitsandbytes expands, bf16."""
+    dense: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+        packed, absmax, state.blocksize, state.quant_type, state.shape, torch.bfloat16
+    )
+    return dense
+
+
 def rows_of_pictures(name: str, pixels: list[int]) -> list[int]:
     """How many rows the input of layer ``name`` has for pictures of so many pixels a side."""
     tokens = [(side // 16) ** 2 for side in pixels]

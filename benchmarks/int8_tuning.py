@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from int8_layers import SHAPES, Packed, device_ms, error, layer_of
+from int8_layers import SHAPES, Packed, by_bitsandbytes, device_ms, error, layer_of
 
 SETTINGS = ((8, 4), (16, 4), (32, 4), (16, 8), (32, 8))
 """Rows of a program, and its warps."""
@@ -19,17 +19,15 @@ def tune(repeats: int) -> list[dict[str, Any]]:
     for name, shape in SHAPES.items():
         layer, _ = layer_of(shape)
         weight: Packed = layer.packed_weight()
-        plain_ms = device_ms(partial(kernels.dequantise, *weight, torch.bfloat16), repeats)
+        plain_ms = device_ms(partial(by_bitsandbytes, *weight), repeats)
         turned = int8_weight.rotated(kernels.dequantise(*weight, torch.float32))
         for setting in SETTINGS:
             int8_weight.ROWS, int8_weight.WARPS = setting
-            int8_weight._compiled.clear()
             try:
                 found.append({"layer": name, "setting": setting} | _timed(weight, turned, plain_ms, repeats))
             except Exception as problem:  # a setting may need more than this GPU has
                 found.append({"layer": name, "setting": setting, "problem": f"{type(problem).__name__}: {problem}"})
     int8_weight.ROWS, int8_weight.WARPS = used
-    int8_weight._compiled.clear()
     return found
 
 

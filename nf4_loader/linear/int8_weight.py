@@ -10,14 +10,15 @@ as long (measured on an H100).
 
 import functools
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 
 from ...low_rank.branch import Patch
 from ..checkpoint.quant_state import CODES, QuantState, QuantType
-from .kernels import code_table
+from .by_table import code_table
 from .kitchen import GROUP
+from .launch import launch
 from .patched_weight import MAX_RANK
 from .triton_trial import BLOCKSIZE, RandomNumbers, current, log_problem, patched_by_table, problem_with
 
@@ -85,38 +86,11 @@ def _launch(
     with current(packed.device):
         for start, up, down, scale in patches or (Patch(0, rows, rows, row_scale),):
             tiles, ranks = up.shape[0] // ROWS, up.shape[1] if patches else 0
-            sizes = (ranks, groups, blocksize // 2, ROWS, MAX_RANK)
+            numbers = (start, ranks, groups, blocksize // 2, ROWS, MAX_RANK)
             weight = (packed, absmax, code, hadamard, up, down, scale, row_scale)
             if not scales_are_known:
-                _run(scales_kernel, (tiles, 1, 1), weight, start, sizes)
-            _run(rows_kernel, (groups, tiles, 1), (*weight, rows), start, sizes)
-
-
-_compiled: dict[tuple[object, ...], Any] = {}
-"""Kernels as Triton has compiled them for tensors that begin at multiples of 16 bytes, each with the grid that it is
-launched on."""
-
-
-def _run(
-    kernel: Any, grid: tuple[int, int, int], tensors: tuple[torch.Tensor, ...], start: int, sizes: tuple[int, ...]
-) -> None:
-    """Launch ``kernel``. The compiled kernel is kept and called from then on, because Triton looks at each argument of
-    each launch to find it, which takes the host longer than the launch. It is given addresses, because it asks the
-    driver about each tensor."""
-    addresses = [tensor.data_ptr() for tensor in tensors]
-    is_aligned = not any(address % 16 for address in addresses)
-    key = (kernel, tensors[0].device, tensors[3].dtype, sizes, grid)
-    launch = _compiled.get(key) if is_aligned else None
-    if launch is not None:
-        try:
-            launch(*addresses, start, *sizes)
-        except TypeError:  # a Triton whose compiled kernels take other arguments: nothing has been launched
-            _compiled[key] = None
-        else:
-            return
-    compiled = kernel[grid](*tensors, start, *sizes, num_warps=WARPS)
-    if is_aligned and key not in _compiled:
-        _compiled[key] = None if compiled is None else compiled[grid]  # an interpreted one is not compiled
+                launch(scales_kernel, (tiles, 1, 1), weight, numbers, dtype, num_warps=WARPS)
+            launch(rows_kernel, (groups, tiles, 1), (*weight, rows), numbers, dtype, num_warps=WARPS)
 
 
 @torch.library.custom_op("flux_nf4::write_int8_rows", mutates_args=("row_scale", "rows"))

@@ -1,6 +1,6 @@
-"""4-bit dequantisation and matmul: bitsandbytes' kernels where they work, else a table look-up.
+"""4-bit dequantisation and matmul by the first that works: a Triton kernel, bitsandbytes' kernels, a table look-up.
 
-Both give the same bits: ``code[nibble] * absmax`` in fp32, rounded once to the wanted dtype.
+All give the same bits: ``code[nibble] * absmax`` in fp32, rounded once to the wanted dtype.
 """
 
 import functools
@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Protocol
 
 import torch
+from torch.nn import functional
 
 from ...memory import is_out_of_memory
 from ..checkpoint.quant_state import (
@@ -19,16 +20,18 @@ from ..checkpoint.quant_state import (
     NestedAbsmax,
     NestedTables,
     QuantState,
-    QuantType,
 )
+from . import by_table, expanded_weight
 
 logger = logging.getLogger(__name__)
 
-_CHUNK_BYTES = 1 << 22
-"""Packed bytes that the table look-up expands at once. They are whole blocks of any blocksize."""
-
 _WITH_BLOCKWISE_KERNEL = ("cpu", "cuda", "xpu")
 """Types of device. On others bitsandbytes compiles its generic code, anew for each shape."""
+
+
+MOST_FUSED_ROWS, _LEAST_EXPANDED = 512, 4 << 20
+"""With more rows of input, bitsandbytes 0.50 expands a weight of so many elements or more. Otherwise it may multiply
+with the packed weight, which rounds otherwise."""
 
 
 class Dequantise(Protocol):
@@ -39,20 +42,30 @@ class Dequantise(Protocol):
     ) -> torch.Tensor: ...
 
 
-def dequantise(packed: torch.Tensor, absmax: torch.Tensor, state: QuantState, dtype: torch.dtype) -> torch.Tensor:
+def dequantise(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    state: QuantState,
+    dtype: torch.dtype,
+    tables: NestedTables | None = None,
+) -> torch.Tensor:
     """Expand a 4-bit weight.
 
     Args:
         packed: uint8, ((out * in + 1) // 2,); two codes a byte, the first in the high nibble.
-        absmax: fp32, (ceil(out * in / blocksize),): expanded, if ``state`` says that it is nested.
+        absmax: (ceil(out * in / blocksize),): fp32, or uint8 if ``tables`` are given, which it is expanded with.
         state: Logical shape (out, in), blocksize and code table.
         dtype: fp32, fp16 or bf16.
 
     Returns:
         A fresh tensor of the logical shape and ``dtype`` on the device of ``packed``.
     """
-    run: Dequantise = _dequantise_by_bitsandbytes if _has_kernels(packed.device) else dequantise_by_table
-    return run(packed, absmax, state, dtype)
+    if _by_triton(state, dtype, packed.device):
+        if tables is not None and not expanded_weight.takes_nested(state.nested):
+            absmax, tables = fp32_absmax(state, absmax, tables), None
+        return expanded_weight.expand(packed, absmax, state, dtype, tables)
+    run: Dequantise = _dequantise_by_bitsandbytes if _has_kernels(packed.device) else by_table.dequantise
+    return run(packed, fp32_absmax(state, absmax, tables), state, dtype)
 
 
 def dequantise_rows(
@@ -99,7 +112,7 @@ def expand_absmax(nested: NestedAbsmax, codes: torch.Tensor, tables: NestedTable
     if nested.blocksize == NESTED_BLOCKSIZE and _has_blockwise_kernel(codes.device):
         expanded = _map_blockwise(codes, tables)
     else:
-        expanded = _map_blockwise_by_table(codes, tables, nested.blocksize)
+        expanded = by_table.map_blockwise(codes, tables, nested.blocksize)
     return expanded.add_(tables.offset)
 
 
@@ -116,14 +129,18 @@ def gemm_4bit(
     bias: torch.Tensor | None,
     tables: NestedTables | None = None,
 ) -> torch.Tensor:
-    """``input @ weight.T + bias`` by bitsandbytes (0.50 and later), in input's dtype.
+    """``input @ weight.T + bias`` with the bits of bitsandbytes (0.50 and later), in input's dtype.
 
-    For few rows of input its kernel multiplies with the packed weight; for many it dequantises and multiplies.
+    For few rows of input its kernel multiplies with the packed weight; for many it expands the weight and multiplies,
+    which is done here if Triton expands faster.
 
     Args:
         packed: As in `dequantise`, like ``state``.
         absmax: fp32, or uint8 if ``tables`` are given, which it is expanded with.
     """
+    rows = input.numel() // state.shape[1]
+    if rows > MOST_FUSED_ROWS and state.numel >= _LEAST_EXPANDED and _by_triton(state, input.dtype, packed.device):
+        return functional.linear(input, dequantise(packed, absmax, state, input.dtype, tables), bias)
     nested = {}
     if tables is not None:
         as_written = len(state.nested) == 1 and state.nested[0].blocksize == NESTED_BLOCKSIZE
@@ -140,36 +157,18 @@ def gemm_4bit(
     return product
 
 
-def warm_up(device: torch.device) -> None:
-    """Import bitsandbytes and try its kernels, on any thread, so that the first forward need not wait (0.75 s)."""
+def warm_up(device: torch.device, *dtypes: torch.dtype) -> None:
+    """Import bitsandbytes and try its kernels, and Triton's for these dtypes, on any thread, so that the first forward
+    need not wait (0.75 s)."""
     # The current device of a new thread is the first GPU.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), suppress(torch.OutOfMemoryError):
         _has_blockwise_kernel(device)
+        for dtype in dtypes:
+            _has_triton(device, dtype)
 
 
-@functools.cache
-def code_table(quant_type: QuantType, device: torch.device) -> torch.Tensor:
-    """The sixteen values of a code, fp32 (16,)."""
-    # Kept for each device: making it copies from the host, which makes the host wait.
-    with torch.inference_mode(False):
-        return torch.tensor(CODES[quant_type], dtype=torch.float32, device=device)
-
-
-def dequantise_by_table(
-    packed: torch.Tensor, absmax: torch.Tensor, state: QuantState, dtype: torch.dtype
-) -> torch.Tensor:
-    """`dequantise` in plain torch, for any device; in chunks, so that the fp32 intermediate stays small."""
-    numel, blocksize = state.numel, state.blocksize
-    code = code_table(state.quant_type, packed.device)
-    out = torch.empty(numel, dtype=dtype, device=packed.device)
-    for start in range(0, packed.numel(), _CHUNK_BYTES):
-        chunk = packed[start : start + _CHUNK_BYTES]
-        nibbles = torch.stack((chunk >> 4, chunk & 15), dim=1).flatten()
-        first = 2 * start
-        last = min(first + nibbles.numel(), numel)
-        scales = absmax[first // blocksize : -(-last // blocksize)].repeat_interleave(blocksize)
-        out[first:last] = code[nibbles[: last - first].int()] * scales[: last - first]
-    return out.view(state.shape)
+def _by_triton(state: QuantState, dtype: torch.dtype, device: torch.device) -> bool:
+    return expanded_weight.takes(state, dtype) and _has_triton(device, dtype)
 
 
 def _dequantise_by_bitsandbytes(
@@ -179,7 +178,7 @@ def _dequantise_by_bitsandbytes(
     # The CPU kernel takes each row to begin a block, which is so only if ``in`` is a multiple of blocksize; large
     # blocks it leaves to torch.compile, which compiles anew for each shape.
     if packed.is_cpu and (shape[1] % blocksize or blocksize >= 2048):
-        return dequantise_by_table(packed, absmax, state, dtype)
+        return by_table.dequantise(packed, absmax, state, dtype)
     return torch.ops.bitsandbytes.dequantize_4bit.default(packed, absmax, blocksize, state.quant_type, shape, dtype)
 
 
@@ -190,25 +189,26 @@ def _map_blockwise(codes: torch.Tensor, tables: NestedTables) -> torch.Tensor:
     return mapped
 
 
-def _map_blockwise_by_table(codes: torch.Tensor, tables: NestedTables, blocksize: int) -> torch.Tensor:
-    return tables.map.view(-1)[codes.int()] * tables.absmax.repeat_interleave(blocksize)[: codes.numel()]
-
-
 @functools.cache  # for each device: two GPUs of one machine need not be alike
 def _dequantise_for(device: torch.device) -> Dequantise:
     problem = _bitsandbytes_problem(device)
     if problem is None:
         return _dequantise_by_bitsandbytes
     logger.warning(
-        "NF4: no bitsandbytes kernel for %s (%s): dequantising in plain PyTorch, which is exact but slower. "
+        "NF4: no bitsandbytes kernel for %s (%s): what takes its place is exact but slower. "
         "For full speed: pip install 'bitsandbytes>=0.50' into ComfyUI's Python.",
         device,
         problem,
     )
-    return dequantise_by_table
+    return by_table.dequantise
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # else the trial would be traced
+def _has_triton(device: torch.device, dtype: torch.dtype) -> bool:
+    return expanded_weight.works_on(device, dtype)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_kernels(device: torch.device) -> bool:
     return _dequantise_for(device) is _dequantise_by_bitsandbytes
 
@@ -230,7 +230,7 @@ def _maps_blockwise(device: torch.device) -> bool:
     absmax, table = (torch.linspace(-1, 1, count, device=device) for count in (2, NESTED_MAP))
     tables = NestedTables(absmax, table, absmax[:1])
     try:
-        return torch.equal(_map_blockwise(codes, tables), _map_blockwise_by_table(codes, tables, NESTED_BLOCKSIZE))
+        return torch.equal(_map_blockwise(codes, tables), by_table.map_blockwise(codes, tables, NESTED_BLOCKSIZE))
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -250,7 +250,7 @@ def _bitsandbytes_problem(device: torch.device) -> str | None:
         absmax = torch.linspace(0.01, 1, 8, device=device)
         for quant_type in CODES:
             weight = (packed, absmax, QuantState(quant_type, 64, (8, 64)), torch.float32)
-            if not torch.equal(_dequantise_by_bitsandbytes(*weight), dequantise_by_table(*weight)):
+            if not torch.equal(_dequantise_by_bitsandbytes(*weight), by_table.dequantise(*weight)):
                 return f"its {quant_type} kernel gives other values than the format says"
     except Exception as error:
         if is_out_of_memory(error):

@@ -117,15 +117,17 @@ class Linear4bit(nn.Linear):
     def dequantise(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight as a fresh dense tensor of the logical shape and ``dtype``, on its device."""
         if self.is_one_weight:
-            return kernels.dequantise(*self.packed_weight(), dtype)
+            return self._dequantised(0, dtype)
         weight = torch.empty(self.shape, dtype=dtype, device=self.device)
         rows = weight.split([part.shape[0] for part in self.parts])
         for i, part in enumerate(self.parts):
             is_dense = isinstance(part, DensePart)
-            rows[i].copy_(
-                self.get_buffer(f"dense_{i}") if is_dense else kernels.dequantise(*self.packed_weight(i), dtype)
-            )
+            rows[i].copy_(self.get_buffer(f"dense_{i}") if is_dense else self._dequantised(i, dtype))
         return weight
+
+    def _dequantised(self, i: int, dtype: torch.dtype) -> torch.Tensor:
+        packed, absmax, state, tables = self.stored_weight(i)
+        return kernels.dequantise(packed, absmax, state, dtype, tables)
 
     def take_patches(self, patches: Sequence[Sequence[Any]], dtype: torch.dtype) -> Mapping[str, torch.Tensor] | None:
         """Compute with these patches of the weight from now on, in place of earlier ones, if all are plain LoRA.

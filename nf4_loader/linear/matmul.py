@@ -30,9 +30,6 @@ smaller weights slices cost more time and save nothing. An H200 gives the bits t
 does not where cuBLAS adds a bias, so layers with one are never cut.
 """
 
-_ROWS_OF_KERNEL = 512
-"""With more rows of input than this, bitsandbytes' fused kernel is not used for weights of this size."""
-
 
 class Way(NamedTuple):
     """One way to compute ``input @ weight.T + bias``.
@@ -104,7 +101,7 @@ def _is_large(layer: "Linear4bit", rows: int, dtype: torch.dtype, device: torch.
     state = layer.parts[0]
     return (
         layer.out_features * layer.in_features * dtype.itemsize > _LARGE_BYTES
-        and rows > _ROWS_OF_KERNEL
+        and rows > kernels.MOST_FUSED_ROWS
         and layer.is_one_weight
         and layer.bias is None
         and isinstance(state, QuantState)

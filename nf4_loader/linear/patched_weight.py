@@ -15,7 +15,7 @@ import torch
 
 from ...low_rank.branch import Patch
 from ..checkpoint.quant_state import QuantState
-from .kernels import code_table
+from .by_table import code_table
 from .triton_trial import BLOCKSIZE, RandomNumbers, current, log_problem, patched_by_table, problem_with
 
 try:

@@ -13,7 +13,7 @@ import torch
 from ...low_rank.branch import Patch
 from ...memory import is_out_of_memory
 from ..checkpoint.quant_state import QuantState
-from .kernels import dequantise_by_table
+from . import by_table
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def patched_by_table(
     packed: torch.Tensor, absmax: torch.Tensor, state: QuantState, patches: Iterable[Patch]
 ) -> torch.Tensor:
     """The weight with ``patches`` in it, (out, in) in fp32, in plain torch: what a kernel's result is compared with."""
-    weight = dequantise_by_table(packed, absmax, state, torch.float32)
+    weight = by_table.dequantise(packed, absmax, state, torch.float32)
     for start, up, down, scale in patches:
         weight[start : start + len(up)] += (up.float() * scale) @ down.float()
     return weight

@@ -17,7 +17,7 @@ from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
 from flux_nf4.nf4_loader.checkpoint.errors import CheckpointError
 from flux_nf4.nf4_loader.checkpoint.quant_state import QuantState
 from flux_nf4.nf4_loader.linear import kernels
-from flux_nf4.nf4_loader.linear.kernels import dequantise_by_table
+from flux_nf4.nf4_loader.linear.by_table import dequantise as dequantise_by_table
 
 OLD_NODE = "MZ_Flux1CheckpointLoaderNF4_cpuDynOffload"
 

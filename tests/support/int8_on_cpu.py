@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from flux_nf4.nf4_loader.checkpoint.quant_state import QuantState
-from flux_nf4.nf4_loader.linear import int8_weight, kernels, kitchen, measured
+from flux_nf4.nf4_loader.linear import by_table, int8_weight, kitchen, measured
 
 
 def launch(packed, absmax, row_scale, rows, quant_type, blocksize, dtype, patches, scales_are_known):
     """As `int8_weight._launch`."""
-    weight = kernels.dequantise_by_table(packed, absmax, QuantState(quant_type, blocksize, rows.shape), torch.float32)
+    weight = by_table.dequantise(packed, absmax, QuantState(quant_type, blocksize, rows.shape), torch.float32)
     for start, up, down, scale in patches:
         weight[start : start + len(up)] += (up.float() * scale) @ down.float()
     turned = int8_weight.rotated(weight)

@@ -2,7 +2,6 @@
 compile."""
 
 import logging
-from types import SimpleNamespace
 
 import comfy_kitchen
 import pytest
@@ -11,7 +10,7 @@ from interpreted_kernel import interpreted
 
 from flux_nf4.low_rank.branch import Patch
 from flux_nf4.nf4_loader.checkpoint.quant_state import QuantState
-from flux_nf4.nf4_loader.linear import int8_weight, kernels
+from flux_nf4.nf4_loader.linear import by_table, int8_weight
 from flux_nf4.nf4_loader.linear.kitchen import GROUP
 
 SHAPE = (48, 512)
@@ -50,7 +49,7 @@ def rows_of(module, args, added=(), row_scale=None):
 
 
 def dense(args, added=()):
-    plain = kernels.dequantise_by_table(*args, torch.float32)
+    plain = by_table.dequantise(*args, torch.float32)
     for start, up, down, scale in added:
         plain[start : start + len(up)] += (up.float() * scale) @ down.float()
     return plain
@@ -95,79 +94,6 @@ def test_scales_that_are_there_are_taken(interpreted):
     assert coarse.abs().max() == 64
 
 
-class Kernel:
-    """Counts its launches through Triton, and those of the kernel that this compiles."""
-
-    def __init__(self, error=None):
-        self.through_triton, self.compiled, self.error = [], [], error
-
-    def __getitem__(self, grid):
-        def launch(*args, num_warps):
-            assert num_warps == int8_weight.WARPS
-            self.through_triton.append((grid, *args))
-            return Compiled(self)
-
-        return launch
-
-
-class Compiled:
-    def __init__(self, kernel):
-        self.kernel = kernel
-
-    def __getitem__(self, grid):
-        def launch(*args):
-            if self.kernel.error is not None:
-                raise self.kernel.error
-            self.kernel.compiled.append((grid, *args))
-
-        return launch
-
-
-@pytest.fixture
-def tensors(monkeypatch):
-    monkeypatch.setattr(int8_weight, "_compiled", {})
-    return [torch.zeros(64) for _ in range(4)]
-
-
-GRID, SIZES = (3, 2, 1), (0, 12, 32, 16, 16)
-
-
-def test_a_compiled_kernel_is_launched_without_triton_looking_at_it_again(tensors):
-    kernel = Kernel()
-    for _ in range(3):
-        int8_weight._run(kernel, GRID, tensors, 16, SIZES)
-    addresses = [tensor.data_ptr() for tensor in tensors]
-    assert kernel.through_triton == [(GRID, *tensors, 16, *SIZES)]
-    assert kernel.compiled == 2 * [(GRID, *addresses, 16, *SIZES)]
-    int8_weight._run(kernel, GRID, tensors, 16, (8, *SIZES[1:]))
-    int8_weight._run(kernel, GRID, [*tensors[:3], tensors[3].half()], 16, SIZES)
-    int8_weight._run(kernel, (9, 9, 1), tensors, 16, SIZES)
-    assert (len(kernel.through_triton), len(kernel.compiled)) == (4, 2)
-
-
-def test_tensors_that_begin_elsewhere_are_launched_by_triton(tensors):
-    """It compiles another kernel for them: this one loads 16 bytes at once."""
-    kernel = Kernel()
-    for index in range(4):
-        odd = [*tensors]
-        odd[index] = odd[index][1:]
-        int8_weight._run(kernel, GRID, odd, 0, SIZES)
-    int8_weight._run(kernel, GRID, tensors, 0, SIZES)
-    int8_weight._run(kernel, GRID, odd, 0, SIZES)
-    assert (len(kernel.through_triton), len(kernel.compiled)) == (6, 0)
-
-
-def test_a_triton_that_calls_compiled_kernels_otherwise_launches_all(tensors):
-    kernel = Kernel(TypeError("function takes exactly 12 arguments"))
-    for _ in range(3):
-        int8_weight._run(kernel, GRID, tensors, 0, SIZES)
-    assert len(kernel.through_triton) == 3
-    kernel = Kernel(RuntimeError("out of resources"))
-    int8_weight._run(kernel, GRID, tensors, 0, SIZES)
-    with pytest.raises(RuntimeError, match="resources"):
-        int8_weight._run(kernel, GRID, tensors, 0, SIZES)
-
-
 @pytest.mark.parametrize(("kernel", "ranks"), [("scales_kernel", 0), ("rows_kernel", 12)])
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_they_compile_and_fit_gpus_of(capability, kernel, ranks, tmp_path, monkeypatch):
@@ -194,29 +120,6 @@ def compiled_for(capability, kernel, ranks, tmp_path, monkeypatch):
     source = ASTSource(getattr(int8_weight_kernel, kernel), signature, sizes)
     options = {"num_warps": int8_weight.WARPS}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
-def test_triton_takes_what_a_compiled_kernel_is_called_with(tensors, tmp_path, monkeypatch):
-    """Up to the launcher that it compiles, which needs a driver."""
-    from triton.compiler import compiler
-
-    launched = []
-    device = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 7)
-    monkeypatch.setattr(compiler, "driver", SimpleNamespace(active=device))
-    made = compiled_for(86, "rows_kernel", 0, tmp_path, monkeypatch)
-    made.module, made._run = object(), lambda *args: launched.append(args)
-
-    class Kernel:
-        def __getitem__(self, grid):
-            return lambda *args, num_warps: made
-
-    tensors += 5 * tensors[:1]
-    kernel = Kernel()
-    for _ in range(2):
-        int8_weight._run(kernel, GRID, tensors, 0, SIZES)
-    assert launched[0][:4] == (*GRID, 7)
-    assert launched[0][9:] == (*(tensor.data_ptr() for tensor in tensors), 0, *SIZES)
-    assert len(launched[0][9:]) == len(made.src.fn.arg_names)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from bitsandbytes import functional as bnb
 from torch._subclasses import FakeTensorMode
 
 from flux_nf4.nf4_loader.checkpoint.quant_state import BLOCKSIZES, CODES, NestedAbsmax, NestedTables, QuantState
-from flux_nf4.nf4_loader.linear import kernels
+from flux_nf4.nf4_loader.linear import by_table, kernels
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -56,7 +56,7 @@ def test_dequantised_weights_are_bit_equal_to_bitsandbytes(
     absmax = fp32_absmax(state)
     for dtype in DTYPES:
         expected = reference(packed, state, shape, dtype)
-        for function in (kernels.dequantise, kernels.dequantise_by_table):
+        for function in (kernels.dequantise, by_table.dequantise):
             found = function(packed.view(-1), absmax, QuantState(quant_type, blocksize, shape), dtype)
             assert (found.shape, found.dtype) == (shape, dtype)
             assert torch.equal(found, expected), f"{function.__name__} in {dtype}"
@@ -65,7 +65,7 @@ def test_dequantised_weights_are_bit_equal_to_bitsandbytes(
 def test_the_first_element_is_in_the_high_nibble():
     packed = torch.tensor([0x0F, 0x70], dtype=torch.uint8)
     absmax = torch.tensor([2.0])
-    for function in (kernels.dequantise, kernels.dequantise_by_table):
+    for function in (kernels.dequantise, by_table.dequantise):
         found = function(packed, absmax, QuantState("nf4", 64, (1, 4)), torch.float32)
         assert found.tolist() == [[-2.0, 2.0, 0.0, -2.0]]
 
@@ -73,7 +73,7 @@ def test_the_first_element_is_in_the_high_nibble():
 def test_each_block_has_its_own_absmax():
     packed = torch.full((64,), 0xFF, dtype=torch.uint8)
     absmax = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    for function in (kernels.dequantise, kernels.dequantise_by_table):
+    for function in (kernels.dequantise, by_table.dequantise):
         found = function(packed, absmax, QuantState("nf4", 32, (2, 64)), torch.float32)
         assert torch.equal(found.view(-1), absmax.repeat_interleave(32))
 
@@ -85,22 +85,22 @@ def test_extreme_absmax_is_bit_equal_in_both_ways(quant_type, scale):
     absmax = torch.full((8,), scale)
     for dtype in DTYPES:
         arguments = (packed, absmax, QuantState(quant_type, 64, (8, 64)), dtype)
-        assert torch.equal(kernels.dequantise(*arguments), kernels.dequantise_by_table(*arguments))
+        assert torch.equal(kernels.dequantise(*arguments), by_table.dequantise(*arguments))
 
 
 def test_the_default_chunk_is_whole_blocks():
-    assert all(2 * kernels._CHUNK_BYTES % blocksize == 0 for blocksize in BLOCKSIZES)
+    assert all(2 * by_table._CHUNK_BYTES % blocksize == 0 for blocksize in BLOCKSIZES)
 
 
 @pytest.mark.parametrize("packed_bytes", [2047, 2048, 2049, 4096, 3 * 2048 + 1, 9999])
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 def test_the_table_look_up_is_exact_over_chunk_boundaries(quantise, reference, monkeypatch, blocksize, packed_bytes):
-    monkeypatch.setattr(kernels, "_CHUNK_BYTES", 2048)
+    monkeypatch.setattr(by_table, "_CHUNK_BYTES", 2048)
     for numel in (2 * packed_bytes - 1, 2 * packed_bytes):
         packed, state = quantise((1, numel), "nf4", blocksize)
         expected = reference(packed, state, (1, numel), torch.bfloat16)
         how = QuantState("nf4", blocksize, (1, numel))
-        found = kernels.dequantise_by_table(packed.view(-1), state.absmax, how, torch.bfloat16)
+        found = by_table.dequantise(packed.view(-1), state.absmax, how, torch.bfloat16)
         assert torch.equal(found, expected)
 
 
@@ -141,9 +141,9 @@ def test_bitsandbytes_multiplies_with_nested_absmax(monkeypatch, parts, blocksiz
     assert len(calls) == expanded
     with monkeypatch.context() as without:
         without.setattr(kernels, "_has_blockwise_kernel", lambda _: False)
-        by_table = kernels.gemm_4bit(input, packed, codes, state, bias, tables)
+        looked_up = kernels.gemm_4bit(input, packed, codes, state, bias, tables)
     assert len(calls) == expanded + parts
-    torch.testing.assert_close(by_table, found, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(looked_up, found, rtol=1e-5, atol=1e-4)
     weight = kernels.dequantise(packed, kernels.fp32_absmax(state, codes, tables), state, torch.float32)
     torch.testing.assert_close(found, torch.nn.functional.linear(input, weight, bias), rtol=1e-5, atol=1e-4)
 
@@ -194,14 +194,14 @@ def no_kernel(*arguments):
 
 
 def wrong_for_fp4(packed, absmax, state, dtype):
-    return kernels.dequantise_by_table(packed, absmax, replace(state, quant_type="nf4"), dtype)
+    return by_table.dequantise(packed, absmax, replace(state, quant_type="nf4"), dtype)
 
 
 @pytest.mark.usefixtures("untried")
 def test_bitsandbytes_is_used_where_it_works(monkeypatch, caplog, dequantise_equals_bitsandbytes):
     assert kernels._bitsandbytes_problem(CPU) is None
     monkeypatch.setattr(kernels, "_bitsandbytes_problem", lambda device: None)
-    monkeypatch.setattr(kernels, "dequantise_by_table", no_kernel)
+    monkeypatch.setattr(by_table, "dequantise", no_kernel)
     dequantise_equals_bitsandbytes()
     assert caplog.records == []
 
@@ -236,7 +236,7 @@ def test_a_blockwise_kernel_that_does_not_work_is_not_used(
     tables = NestedTables(torch.ones(1), torch.arange(256.0), torch.tensor([0.5]))
     found = kernels.expand_absmax(NestedAbsmax(2, 256), torch.arange(2, dtype=torch.uint8), tables)
     assert found.tolist() == [0.5, 1.5]
-    monkeypatch.setattr(kernels, "dequantise_by_table", no_kernel)  # the 4-bit one is used as ever
+    monkeypatch.setattr(by_table, "dequantise", no_kernel)  # the 4-bit one is used as ever
     dequantise_equals_bitsandbytes()
     assert caplog.records == []
 

@@ -26,9 +26,9 @@ def expanded(monkeypatch):
     """The rows of each weight that is expanded."""
     rows, dequantise = [], kernels.dequantise
 
-    def note(packed, absmax, state, dtype):
+    def note(packed, absmax, state, *args):
         rows.append(state.shape[0])
-        return dequantise(packed, absmax, state, dtype)
+        return dequantise(packed, absmax, state, *args)
 
     monkeypatch.setattr(kernels, "dequantise", note)
     return rows

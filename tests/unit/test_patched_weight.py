@@ -9,7 +9,7 @@ from own_python import run_script
 
 from flux_nf4.low_rank.branch import Patch
 from flux_nf4.nf4_loader.checkpoint.quant_state import QuantState
-from flux_nf4.nf4_loader.linear import kernels, patched_weight
+from flux_nf4.nf4_loader.linear import by_table, patched_weight
 
 SHAPE = (48, 128)
 NEW = (torch.device("meta"), torch.bfloat16)
@@ -38,7 +38,7 @@ def patches(ranks, dtype, strength=0.5):
 
 
 def expected(args, added):
-    plain = kernels.dequantise_by_table(*args, torch.float32)
+    plain = by_table.dequantise(*args, torch.float32)
     for start, up, down, scale in added:
         plain[start : start + len(up)] += (up.float() * scale) @ down.float()
     return plain
@@ -58,7 +58,7 @@ def test_the_patches_are_in_the_weight(interpreted, quant_type, blocksize, ranks
 def test_at_no_strength_it_is_the_plain_weight(interpreted):
     args = weight()
     found = interpreted.expand(*args, torch.float16, patches((16,), torch.float16, strength=0.0))
-    assert torch.equal(found, kernels.dequantise_by_table(*args, torch.float16))
+    assert torch.equal(found, by_table.dequantise(*args, torch.float16))
 
 
 @pytest.mark.parametrize("capability", [75, 80, 89, 90, 120])
