@@ -19,10 +19,13 @@ import needs_torch  # noqa: F401
 import orderly
 import torch
 from arguments import begin, parser_for, positive
+from bus import slow_bus
 from cases import CASES, TINY_CASES
 from contenders import CONTENDERS, Options, family_maker
 from family import Unavailable
 from inside_comfyui import import_package, use_allocator_of_comfyui
+from memory import capped
+from turn import device_of_comfyui
 from weights import Files
 
 _LONGEST, _SHOWN = 8, 12
@@ -102,11 +105,11 @@ def _end(event: dict[str, Any]) -> float:
     return float(event["ts"] + event["dur"])
 
 
-def record(model: Any, calls: int, path: Path) -> None:
+def record(model: Any, calls: int, path: Path, *, with_host: bool = True) -> None:
     """Write the trace of ``calls`` calls, after some that warm up."""
     for _ in range(3):
         model.forward()
-    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities = [torch.profiler.ProfilerActivity.CPU] if with_host else []
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -127,6 +130,8 @@ def main() -> None:
     parser.add_argument("--contender", choices=names, default="streamed-0-0", metavar="NAME", help=f"who runs {listed}")
     parser.add_argument("--case", choices=cases, default="1024", metavar="NAME", help=f"what runs {listed}")
     parser.add_argument("--calls", type=positive, default=3, help="of the transformer, in the trace")
+    without_host = "leave the host out of the trace, which takes it half of its time"
+    parser.add_argument("--without-host", action="store_true", help=without_host)
     given = parser.parse_args()
     use_allocator_of_comfyui()
     begin(given)
@@ -141,10 +146,14 @@ def main() -> None:
             family = family_maker(contender.family, Options(files, given.gguf_pack))()
         except Unavailable as error:
             parser.error(f"{contender.name} {error}")
-        with family.at_work(contender.setting, case) as model:
+        device = device_of_comfyui()
+        with (
+            slow_bus(device, case.bus_gbps),
+            capped(device, case.cap_gib),
+            family.at_work(contender.setting, case) as model,
+        ):
             model.load()
-            record(model, given.calls, path)
-            device = model.device
+            record(model, given.calls, path, with_host=not given.without_host or device.type != "cuda")
     print(f"{contender.name}, {case.name}: {path}")
     if device.type == "cuda":
         print(timeline(json.loads(path.read_text())["traceEvents"]).markdown(given.calls))

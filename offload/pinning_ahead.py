@@ -4,17 +4,24 @@ To register 6.7 GB of a file takes the driver 0.3 s (H200), as long as all else 
 first forward begin before that is over: what the thread is to register counts as pinned from the start, and whoever
 copies from it waits for its own piece (`until_registered`). If the thread ends early, the pieces that are left count no
 longer, and nobody waits for them: copies from there are right, but slow, until somebody pins again.
+
+While it registers a piece, which takes 5 ms for 100 MB, the driver lets everybody else wait. So it stands still where a
+thread has many short calls to make (`paused`).
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from threading import Event, Thread, current_thread
+from contextlib import contextmanager
+from threading import Event, Thread, current_thread, get_ident
 
 import torch
 
 from . import pinning
 from .pinning import Piece, Registrar, refused
+
+_LOOK_S = 0.001
+"""So often a thread that stands still looks whether it has to."""
 
 _pending: dict[int, Event] = {}
 """By address, the pieces that are still to be registered. Each event is set when that is over, done or not."""
@@ -30,6 +37,10 @@ class _Ahead(Thread):
         """Why it has ended early, as a clause; "" if it has not, or was told to."""
         self.ended = Event()
         """All is over, calls that were waiting for that (`when_over`) too."""
+        self._paused_by: list[int] = []
+        self._waited_for_by: list[int] = []
+        """Threads that want it to stand still, and threads that wait for it, which come first. Without a lock: the
+        garbage collector may have any thread wait at any time."""
         self._owner: object = owner
         self._left = deque(pieces)
         self._registrar = registrar
@@ -52,11 +63,34 @@ class _Ahead(Thread):
             self.ended.set()
 
     def _register(self) -> str:
-        while self._left and not self.must_stop.is_set():
+        while self._left and self._may_go_on():
             if error := self._left[0].register(self._registrar):
                 return refused(error)
             _pending.pop(self._left.popleft().pointer).set()
         return ""
+
+    def _may_go_on(self) -> bool:
+        """Waits while it has to stand still. Returns False if it has to stop."""
+        while self._paused_by and not self._waited_for_by and not self.must_stop.wait(_LOOK_S):
+            pass
+        return not self.must_stop.is_set()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """It begins no piece as long as this lasts, unless somebody waits for it."""
+        self._paused_by.append(get_ident())
+        try:
+            yield
+        finally:
+            self._paused_by.pop()
+
+    def wait_for(self, event: Event) -> None:
+        """Wait for what it does."""
+        self._waited_for_by.append(get_ident())
+        try:
+            event.wait()
+        finally:
+            self._waited_for_by.pop()
 
     def _leave_the_rest(self) -> None:
         """What is left does not count any more, and nobody waits for it."""
@@ -91,9 +125,20 @@ def until_registered(sources: Iterable[torch.Tensor]) -> None:
     if not _pending:
         return  # in all forwards but the first
     for source in sources:
-        event = _pending.get(source.untyped_storage().data_ptr())
-        if event is not None:
-            event.wait()
+        event, thread = _pending.get(source.untyped_storage().data_ptr()), _thread
+        if event is not None and thread is not None:
+            thread.wait_for(event)
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """The thread begins no piece as long as this context lasts, unless somebody waits for one, or for all."""
+    thread = _thread
+    if thread is None:
+        yield
+    else:
+        with thread.paused():
+            yield
 
 
 def wait() -> None:
@@ -104,7 +149,7 @@ def wait() -> None:
     """
     thread = _thread
     if thread is not None and thread.is_alive() and thread is not current_thread():
-        thread.ended.wait()
+        thread.wait_for(thread.ended)
         pinning.pins_changed()
 
 

@@ -325,8 +325,7 @@ def stay_in_place(module: nn.Module) -> None:
     def stay(*_: Any, **__: Any) -> Any:
         return reference()
 
-    module._apply = stay  # type: ignore[method-assign]
-    module.__deepcopy__ = refuse_copies  # type: ignore[assignment]
+    vars(module).update(_apply=stay, __deepcopy__=refuse_copies)  # nn.Module looks at each attribute that is set
 
 
 def refuse_copies(memo: object) -> NoReturn:

@@ -17,6 +17,7 @@ import comfy.patcher_extension
 import torch
 from torch import nn
 
+from .. import pinning_ahead
 from ..plan import STAGING_BYTES, BlockSize, Residency, ResidencyPlan, least_device_bytes, plan_by_budget, plan_for
 from .compiled import is_compiled
 from .lasting import lasting_allocations
@@ -166,7 +167,7 @@ class StreamedModelPatcher(ReadPatcher):
         **kwargs: Any,
     ) -> None:
         """ComfyUI's: ``lowvram_model_memory`` is the room for the whole model in bytes; 0 means any."""
-        with self.use_ejected():
+        with self.use_ejected(), pinning_ahead.paused():
             self.unpatch_hooks()
             device = self.load_device if device_to is None else device_to
             free = self._free_bytes(device)  # before anything is moved: it counts what was there

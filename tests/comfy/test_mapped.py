@@ -179,6 +179,27 @@ def test_a_slow_driver_is_waited_for_block_by_block_and_the_log_tells_the_end_of
     assert not any(";" in text for text in said)
 
 
+def test_nothing_is_registered_while_the_model_is_brought_to_the_device(file, tiny_config, copies, monkeypatch):
+    """The driver would let each of its many calls wait for a piece."""
+    driver = SlowRegistrar()
+    monkeypatch.setitem(pinning.REGISTRARS, "cpu", driver)
+    patcher = load(file)
+    model, counted = patcher.model, []
+
+    def to(*_):
+        driver.is_loaded.set()
+        for _ in range(2):
+            counted.append(len(driver.registered))
+            time.sleep(0.05)  # in which it would register ten
+        return model
+
+    monkeypatch.setattr(model, "to", to)
+    comfy.model_management.load_models_gpu([patcher])
+    assert counted[1] - counted[0] <= 1, "what it had begun"
+    pinning_ahead.wait()
+    assert len(driver.registered) > counted[1] + 1
+
+
 def test_a_load_that_is_interrupted_leaves_nothing_registered(own_file, tiny_config, copies, registrar, monkeypatch):
     def interrupt(*_):
         raise InterruptedError

@@ -82,6 +82,46 @@ def test_each_waits_for_its_own_piece_and_for_no_other(file):
     pinning_ahead.wait()
 
 
+def test_it_stands_still_while_it_is_paused(file):
+    """By several threads at once, too."""
+    registrar = GatedRegistrar(let=1)
+    arena = arena_of(file, registrar)
+    arena.pin_ahead(ALL, DEVICE)
+    until_registered([source(arena, 0)])
+    with pinning_ahead.paused():
+        with pinning_ahead.paused():
+            registrar.let(BLOCKS)
+            time.sleep(0.05)
+        time.sleep(0.05)
+        assert len(registrar.registered) <= 2, "what it had begun, and no more"
+    pinning_ahead.wait()
+    assert len(registrar.registered) == BLOCKS
+
+
+def test_who_waits_for_a_piece_comes_before_who_has_paused_it(file):
+    registrar = GatedRegistrar(let=1)
+    arena = arena_of(file, registrar)
+    arena.pin_ahead(ALL, DEVICE)
+    until_registered([source(arena, 0)])
+    with pinning_ahead.paused():
+        registrar.let(BLOCKS)
+        until_registered([source(arena, BLOCKS - 1)])
+        assert len(registrar.registered) == BLOCKS
+
+
+@pytest.mark.parametrize("end", [pinning_ahead.wait, pinning_ahead.stop])
+def test_who_ends_it_does_not_wait_for_who_has_paused_it(file, end):
+    registrar = GatedRegistrar(let=BLOCKS)
+    arena = arena_of(file, registrar)
+    with pinning_ahead.paused():  # nothing is under way
+        pass
+    arena.pin_ahead(ALL, DEVICE)
+    with pinning_ahead.paused():
+        end()
+        assert pinning_ahead._thread is None
+        until_registered([source(arena, 0)])
+
+
 def test_nobody_waits_for_memory_that_is_not_to_be_registered(file):
     registrar = GatedRegistrar()
     arena = arena_of(file, registrar)
