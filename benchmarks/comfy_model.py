@@ -17,6 +17,8 @@ from random_lora import LoRA, kohya, linear_shapes
 
 SEED = 0
 SIGMA = 0.7
+STEPS = 200
+"""Of the schedule that single calls go through: more than a turn has."""
 FLUX2_CHANNELS = 128
 """Of a latent of FLUX.2, whose pixels are 16 wide; others have 16 channels and 8."""
 
@@ -27,6 +29,7 @@ class ComfyModel:
     def __init__(self, patcher: Any, case: Case) -> None:
         self.patcher = _with_loras(patcher, case)
         self.case = case
+        self._at = 0
         self.device: torch.device = self.patcher.load_device
         generator = torch.Generator().manual_seed(SEED)
         channels = patcher.model.latent_format.latent_channels
@@ -43,7 +46,16 @@ class ComfyModel:
 
     def forward(self) -> torch.Tensor:
         """One call of the transformer in the middle of the schedule, (batch, channels, height, width)."""
-        return self.patcher.model.apply_model(*self._inputs[:2], **self._inputs[2])
+        return self._call(0)
+
+    def step(self) -> torch.Tensor:
+        """The next call after those before, as in a sampling of many steps: the timestep is another one each time."""
+        self._at = (self._at + 1) % STEPS
+        return self._call(self._at)
+
+    def _call(self, index: int) -> torch.Tensor:
+        noise, timesteps, conditioning = self._inputs
+        return self.patcher.model.apply_model(noise, timesteps[index], **conditioning)
 
     def sample(self, on_step: Callable[[], None], steps: int | None = None) -> torch.Tensor:
         """A whole sampling; ``on_step`` is called after each step. Latents on the CPU."""
@@ -82,18 +94,22 @@ class ComfyModel:
             "guidance": torch.full((batch,), 3.5, device=self.device),
             "transformer_options": self._transformer_options(),
         }
-        timestep = torch.full((batch,), SIGMA, device=self.device)
-        return self._noise.to(self.device), timestep, conditioning
+        timesteps = self._sigmas[:-1, None].repeat(1, batch).to(self.device)
+        return self._noise.to(self.device), timesteps, conditioning
+
+    @property
+    def _sigmas(self) -> torch.Tensor:
+        return torch.cat((torch.linspace(SIGMA, SIGMA / STEPS, STEPS), torch.zeros(1)))
 
     def _transformer_options(self) -> dict[str, Any]:
         """With the wrappers of the patcher in it and the sigmas of all steps, as a sampling puts them there.
 
-        So calls after the first are as the later steps of a sampling: what is computed ahead is there.
+        So what is computed ahead in a sampling is computed ahead here.
         """
         options = comfy.model_patcher.create_model_options_clone(self.patcher.model_options)
         options.setdefault("transformer_options", {})
         comfy.sampler_helpers.prepare_model_patcher(self.patcher, {}, options)
-        return options["transformer_options"] | {"sample_sigmas": torch.tensor([SIGMA, 0.0])}
+        return options["transformer_options"] | {"sample_sigmas": self._sigmas}
 
 
 def _cond(text: torch.Tensor, pooled: torch.Tensor) -> list[Any]:

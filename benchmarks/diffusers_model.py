@@ -39,6 +39,9 @@ class DiffusersModel:
     def forward(self) -> torch.Tensor:
         return self._transformer(**self._inputs, return_dict=False)[0]
 
+    def step(self) -> torch.Tensor:
+        return self.forward()  # nothing of it depends on the timestep
+
     def sample(self, on_step: Callable[[], None], steps: int | None = None) -> torch.Tensor:
         raise Unavailable("measured in single calls only: its sampling is not ComfyUI's")
 

@@ -22,7 +22,11 @@ class Model(Protocol):
         ...
 
     def forward(self) -> torch.Tensor:
-        """One call of the transformer."""
+        """One call of the transformer, the same each time."""
+        ...
+
+    def step(self) -> torch.Tensor:
+        """One call of the transformer, as the next step of a sampling."""
         ...
 
     def sample(self, on_step: Callable[[], None], steps: int | None = None) -> torch.Tensor:

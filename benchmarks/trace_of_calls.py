@@ -108,14 +108,14 @@ def _end(event: dict[str, Any]) -> float:
 def record(model: Any, calls: int, path: Path, *, with_host: bool = True) -> None:
     """Write the trace of ``calls`` calls, after some that warm up."""
     for _ in range(3):
-        model.forward()
+        model.step()
     activities = [torch.profiler.ProfilerActivity.CPU] if with_host else []
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiler:
         for _ in range(calls):
-            model.forward()
+            model.step()
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
     profiler.export_chrome_trace(str(path))

@@ -92,9 +92,9 @@ def device_of_comfyui() -> torch.device:
 
 
 def _measure_calls(model: Model, effort: Effort, figures: Figures, before: Use) -> torch.Tensor:
-    one_s = min(seconds(model.forward, model.device) for _ in range(2))
+    one_s = min(seconds(model.step, model.device) for _ in range(2))
     calls = max(2, min(effort.calls, int(effort.seconds / one_s)))
-    figures.ms = milliseconds(model.forward, calls, model.device)
+    figures.ms = milliseconds(model.step, calls, model.device)
     return _watched(model.forward, model.device, figures, before)
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import beside
 from .factors import Factors
 
 
@@ -126,6 +127,11 @@ class LowRank:
 
     def add_to(self, output: torch.Tensor, input: torch.Tensor, tensors: Mapping[str, Any]) -> None:
         """Add the branch of ``input`` (n, in) to ``output`` (n, out)."""
+        down = tensors["lora_down"]
+        if not torch.compiler.is_compiling() and beside.takes(output, input, down):
+            pieces = [beside.Piece(one.rows.start, tensors[one.name], one.ranks.start) for one in self._pieces]
+            beside.add(output, input, down, tensors["lora_scale"], pieces)
+            return
         hidden, scale = self._hidden(input, tensors)
         for piece in self._pieces:
             up = _in_dtype(tensors[piece.name], input.dtype).t()

@@ -9,13 +9,15 @@ Each output is computed in a call of its own and is used only for a vector with 
 bits that the layer would compute now. An output for a wrongly predicted vector is never used. If an output is missing,
 after an interrupt for instance, the layer computes it when it is called.
 
-Only the device knows which vector a forward has, so the host waits for it: once a forward, at the first layer, when the
-first blocks' copies are under way and none of the blocks' compute could be launched yet.
+Only the device knows which vector a forward has. If the host waits for that at the first layer, it also waits for all
+that the device still has to do, and then the device waits for the host. So where the last forwards were those that were
+expected, the host guesses, and learns at the end of the forward whether it was right (`Ahead.guessing`). If it was not,
+the forward has to run again, and until `Ahead.forget` the host waits.
 """
 
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +29,10 @@ AHEAD = 12
 
 MOST_ROWS = 4 * AHEAD
 """The most rows of vectors whose outputs are kept at once: two batches of 2, for instance."""
+
+ENOUGH = 2
+"""So many forwards in a row have to be as expected before the host guesses. Samplers that evaluate some steps twice, or
+between two steps, do not come so far."""
 
 Foretell = Callable[[torch.Tensor, int], Sequence[torch.Tensor] | None]
 """Predicts from the vector of this forward at most so many vectors of the coming ones; None if it does not know it."""
@@ -83,6 +89,28 @@ class _Run:
             forward.outputs = [None] * len(forward.outputs)
 
 
+class Guesses:
+    """What a forward has taken for granted."""
+
+    def __init__(self) -> None:
+        self._answers: list[tuple[torch.Tensor, torch.Event | None]] = []
+
+    def add(self, is_right: torch.Tensor) -> None:
+        """``is_right`` (bool, a scalar) will be computed where the vector is. The host does not wait."""
+        answer, there = is_right.to("cpu", non_blocking=True), None
+        if is_right.is_cuda:
+            there = torch.Event(is_right.device)
+            there.record(torch.accelerator.current_stream(is_right.device.index))
+        self._answers.append((answer, there))
+
+    def are_right(self) -> bool:
+        """Whether all are. The host waits until the device has come to the layers."""
+        for _, there in self._answers:
+            if there is not None:
+                there.synchronize()
+        return all(bool(answer) for answer, _ in self._answers)
+
+
 class Ahead:
     """Makes ``layers``, each called as ``layer(vector)``, return outputs that were computed ahead, if there are any.
 
@@ -102,6 +130,7 @@ class Ahead:
     ) -> None:
         self.weights_stay = False
         """The weights are on the device in any case: a forward computes its own outputs, and the host does not wait."""
+        self._guesses: Guesses | None = None
         self.blocks = tuple(SeveralInputs(layer) for layer in layers)
         self.modules = frozenset(module for layer in layers for module in layer.modules())
         self._foretell = foretell
@@ -117,8 +146,24 @@ class Ahead:
     def forget(self) -> None:
         """Drop all outputs: weights or patches may change, or a sampling is over. Idempotent."""
         self._runs: list[_Run] = []
+        """The one that was used last is the last."""
         self._run: _Run | None = None
+        self._as_expected = 0
+        """How many forwards in a row were the ones that were expected; -1: none is guessed any more."""
         self.begin()
+
+    @contextmanager
+    def guessing(self) -> Iterator[Guesses]:
+        """For a forward that can run again: it has to if a guess was wrong. See `was_wrong`."""
+        before, self._guesses = self._guesses, Guesses()
+        try:
+            yield self._guesses
+        finally:
+            self._guesses = before
+
+    def was_wrong(self) -> None:
+        """A guess was wrong: there are no more until `forget`."""
+        self._as_expected = -1
 
     def output(self, index: int, vector: torch.Tensor) -> Any:
         """The output of layer ``index`` for ``vector`` (rows, features)."""
@@ -146,15 +191,33 @@ class Ahead:
     def _run_of(self, vector: torch.Tensor) -> _Run:
         """The run that has a forward of ``vector``, at that forward: one that is kept, or a new one."""
         alike = [run for run in self._runs if _are_alike(run.forwards[0].vector, vector)]
-        if alike:
-            known = torch.cat([run.bits for run in alike])
-            found = (known == bits_of(vector)).all(1).tolist()  # here the host waits
-            for run in alike:
-                mine, found = found[: len(run.forwards)], found[len(run.forwards) :]
-                if True in mine:
-                    run.reach(mine.index(True))
-                    return run
-        return self._new_run(vector)
+        if not alike:
+            return self._new_run(vector)
+        expected = None if alike[0].is_used_up else (alike[0], alike[0].now + 1)
+        if expected is not None and self._guesses is not None and self._as_expected >= ENOUGH and _can_wait(vector):
+            run, index = expected
+            self._guesses.add((run.bits[index] == bits_of(vector)).all())
+            return self._reach(run, index)
+        found = self._find(alike, vector)
+        if self._as_expected >= 0:
+            self._as_expected = self._as_expected + 1 if found is not None and found == expected else 0
+        return self._new_run(vector) if found is None else self._reach(*found)
+
+    def _find(self, runs: Sequence[_Run], vector: torch.Tensor) -> tuple[_Run, int] | None:
+        """The forward of ``vector``: its run, and its index there. The host waits."""
+        known = torch.cat([run.bits for run in runs])
+        found = (known == bits_of(vector)).all(1).tolist()
+        for run in runs:
+            mine, found = found[: len(run.forwards)], found[len(run.forwards) :]
+            if True in mine:
+                return run, mine.index(True)
+        return None
+
+    def _reach(self, run: _Run, index: int) -> _Run:
+        run.reach(index)
+        self._runs.remove(run)
+        self._runs.append(run)
+        return run
 
     def _new_run(self, vector: torch.Tensor) -> _Run:
         self._runs = [run for run in self._runs if not run.is_used_up]
@@ -173,6 +236,11 @@ class Ahead:
 def bits_of(vector: torch.Tensor) -> torch.Tensor:
     """The bytes of a contiguous tensor, (nbytes,) uint8: equal numbers may have other bits (0.0 and -0.0)."""
     return vector.view(torch.uint8).view(-1)
+
+
+def _can_wait(vector: torch.Tensor) -> bool:
+    """Whether the host can wait for what is computed on the vector's device, later."""
+    return vector.is_cpu or (vector.is_cuda and hasattr(torch, "accelerator"))
 
 
 def _are_alike(one: torch.Tensor, other: torch.Tensor) -> bool:

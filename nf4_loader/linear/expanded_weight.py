@@ -12,6 +12,8 @@ from typing import cast
 
 import torch
 
+from ...with_triton.launch import launch
+from ...with_triton.trial import current, log_problem, problem_with
 from ..checkpoint.quant_state import (
     CODES,
     NESTED_BLOCKSIZE,
@@ -22,8 +24,7 @@ from ..checkpoint.quant_state import (
     QuantType,
 )
 from . import by_table
-from .launch import launch
-from .triton_trial import BLOCKSIZE, RandomNumbers, current, log_problem, problem_with
+from .triton_trial import BLOCKSIZE, RandomNumbers
 
 try:
     from .expanded_weight_kernel import kernel

@@ -15,12 +15,13 @@ from typing import cast
 import torch
 
 from ...low_rank.branch import Patch
+from ...with_triton.launch import launch
+from ...with_triton.trial import current, log_problem, problem_with
 from ..checkpoint.quant_state import CODES, QuantState, QuantType
 from .by_table import code_table
 from .kitchen import GROUP
-from .launch import launch
 from .patched_weight import MAX_RANK
-from .triton_trial import BLOCKSIZE, RandomNumbers, current, log_problem, patched_by_table, problem_with
+from .triton_trial import BLOCKSIZE, RandomNumbers, patched_by_table
 
 try:
     from .int8_weight_kernel import rows_kernel, scales_kernel

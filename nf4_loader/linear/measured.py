@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
+from ...with_triton.trial import current
 from ..checkpoint.quant_state import QuantState
 from . import int8_weight, kernels, kitchen
-from .triton_trial import current
 
 _WORTH_IT = 1.05
 """How many times as fast int8 has to be. If it wins less than this, that is not worth its error."""

@@ -14,9 +14,10 @@ from collections.abc import Iterable
 import torch
 
 from ...low_rank.branch import Patch
+from ...with_triton.trial import current, log_problem, problem_with
 from ..checkpoint.quant_state import QuantState
 from .by_table import code_table
-from .triton_trial import BLOCKSIZE, RandomNumbers, current, log_problem, patched_by_table, problem_with
+from .triton_trial import BLOCKSIZE, RandomNumbers, patched_by_table
 
 try:
     from .patched_weight_kernel import kernel

@@ -1,5 +1,5 @@
-"""A forward that fails: one that runs out of the device's memory gives up what is resident and runs once more, and one
-that comfy-kitchen has no kernel for says what to do."""
+"""A forward that fails: one that runs out of the device's memory gives up what is resident and runs once more, one that
+was taken for another step runs once more, and one that comfy-kitchen has no kernel for says what to do."""
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -38,7 +38,7 @@ def retry_with_less(executor: Any, *args: Any, **kwargs: Any) -> Any:
         telemetry.picture = _picture_of(model, latent)
     # Compiled blocks run no hooks that would pass the turn on.
     with nullcontext() if model.streaming.streamer.whole_blocks else turns.taken():
-        return with_less(model, lambda: executor(*args, **kwargs))
+        return with_less(model, lambda: _guessed(model, lambda: executor(*args, **kwargs)))
 
 
 def _by_name(
@@ -55,6 +55,20 @@ def _by_name(
     Other packages' wrappers may give some of them by name.
     """
     return x, t, transformer_options or {}
+
+
+def _guessed(model: Any, forward: Callable[[], Any]) -> Any:
+    """The output of ``forward``. It runs again if it was not the forward for which modulation was computed ahead."""
+    if model.streaming.modulation is None:
+        return forward()
+    ahead = model.streaming.modulation.ahead
+    with ahead.guessing() as guesses:
+        output = forward()
+    if guesses.are_right():
+        return output
+    del output
+    ahead.was_wrong()
+    return forward()
 
 
 def with_less(model: Any, forward: Callable[[], Any]) -> Any:

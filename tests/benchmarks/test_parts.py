@@ -2,20 +2,23 @@
 
 import time
 from argparse import ArgumentTypeError
+from types import SimpleNamespace
 
 import diffusers
 import gguf
 import pytest
 import torch
+import turn
 from arguments import pattern, positive
 from bitsandbytes.nn import Linear4bit
 from bus import PaddedCopies
 from cases import CASES, Case, matching
 from contenders import CONTENDERS
 from diffusers_model import DiffusersModel, quantise_blocks
+from memory import Use
 from results import Row, table
 from timing import least_disturbed
-from turn import Difference, Figures
+from turn import Difference, Effort, Figures
 from weights import quantise_q4_0
 from worker import Failure, Request, Worker
 
@@ -45,6 +48,18 @@ def test_a_row_has_the_times_of_the_turn_that_was_disturbed_least():
     for ms, sampling_s in (([9.0, 7.0, 8.0], []), ([3.0, 20.0, 4.0], [2.0, 1.0, 5.0]), ([6.0], [3.0])):
         row.add(Figures(ms, sampling_s))
     assert (row.ms, row.sampling_s) == (4.0, 2.0)
+
+
+def test_timed_calls_are_those_of_a_sampling_and_the_output_is_of_one_call():
+    calls = []
+    model = SimpleNamespace(
+        device=HOST, step=lambda: calls.append("step"), forward=lambda: calls.append("forward") or torch.ones(1)
+    )
+    figures = Figures()
+    output = turn._measure_calls(model, Effort(calls=4, seconds=60.0), figures, Use(0, 0))
+    assert calls == [*["step"] * 6, "forward"], "two tell how long one takes"
+    assert len(figures.ms) == 4
+    assert output == 1
 
 
 def test_q4_0_is_what_the_gguf_package_makes():

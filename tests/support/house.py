@@ -5,13 +5,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-BELOW_ALL = frozenset({"memory", "families", "low_rank"})
+BELOW_ALL = frozenset({"memory", "families", "with_triton", "low_rank"})
 PACKAGES = frozenset({"nf4_loader", "offload"})
 
 MAY_IMPORT = {
     "memory": frozenset(),
     "families": frozenset({"memory"}),
-    "low_rank": frozenset({"memory"}),
+    "with_triton": frozenset({"memory"}),
+    "low_rank": frozenset({"memory", "with_triton"}),
     "nf4_loader": BELOW_ALL,
     "offload": BELOW_ALL,
     "checkpoints": BELOW_ALL | PACKAGES,
@@ -31,7 +32,7 @@ ROOMS = {
 """What each room of ``nf4_loader`` may import beside itself."""
 
 WITHOUT_TORCH = ("offload.plan", "offload.ring", "families")
-WITHOUT_COMFYUI = ("offload", "nf4_loader.checkpoint", "families", "memory")
+WITHOUT_COMFYUI = ("offload", "nf4_loader.checkpoint", "families", "memory", "low_rank", "with_triton")
 COMFYUI_IN_OFFLOAD = "offload.comfyui"
 COMFYUI = frozenset({"comfy", "comfy_api", "folder_paths", "nodes", "server", "execution"})
 LOWEST = "nf4_loader.checkpoint.errors"

@@ -40,15 +40,28 @@ class World:
 
     def forward(self, vector):
         """Whether the outputs are right, and how many inputs each layer has seen since the last forward."""
-        vector = vector.clone()
-        self.ahead.begin()
-        with torch.inference_mode():
-            outputs = [layer(vector) for layer in self.layers]
+        vector, outputs = self.outputs(vector)
         counts = [len(layer.inputs) for layer in self.layers]
         for layer, output in zip(self.layers, outputs, strict=True):
             layer.inputs.clear()
             assert torch.equal(output, vector * layer.weight)
         return counts
+
+    def outputs(self, vector):
+        vector = vector.clone()
+        self.ahead.begin()
+        with torch.inference_mode():
+            return vector, [layer(vector) for layer in self.layers]
+
+    def guessed(self, vector):
+        """Of a forward that may guess: whether it has, whether it was right, and whether the outputs are."""
+        with self.ahead.guessing() as guesses:
+            vector, outputs = self.outputs(vector)
+        is_right, has_guessed = guesses.are_right(), bool(guesses._answers)
+        if not is_right:
+            self.ahead.was_wrong()
+        right = [torch.equal(output, vector * layer.weight) for layer, output in zip(self.layers, outputs, strict=True)]
+        return has_guessed, is_right, all(right)
 
 
 @pytest.fixture
@@ -150,6 +163,57 @@ def test_what_outlives_a_forward_is_in_lasting_memory_and_the_callers_own_is_not
 class _Nothing(list):
     def append(self, _):
         """Keep nothing."""
+
+
+WAITED, GUESSED, MISTAKEN = (False, True, True), (True, True, True), (True, False, False)
+
+
+def test_after_two_forwards_as_expected_the_host_guesses(world):
+    found = [world.guessed(vector) for vector in world.schedule[:AHEAD]]
+    assert found == 3 * [WAITED] + (AHEAD - 3) * [GUESSED]
+    assert world.guessed(world.schedule[AHEAD]) == WAITED, "the next is not foretold yet"
+    assert [world.guessed(vector) for vector in world.schedule[AHEAD + 1 :][:3]] == [WAITED, WAITED, GUESSED]
+
+
+def test_a_wrong_guess_is_told_and_is_the_last_until_it_forgets(world):
+    for vector in world.schedule[:4]:
+        world.guessed(vector)
+    assert world.guessed(world.schedule[9]) == MISTAKEN
+    assert world.guessed(world.schedule[9]) == WAITED
+    assert [world.guessed(vector) for vector in world.schedule[5:9]] == 4 * [WAITED]
+    world.ahead.forget()
+    assert [world.guessed(vector) for vector in world.schedule[:4]] == [*3 * [WAITED], GUESSED]
+
+
+@pytest.mark.parametrize("indices", [(0, 1, 1, 2, 2, 3, 3, 4), (0, 2, 1, 3, 2, 4, 3), (0, 0, 0, 0, 0)], ids=str)
+def test_of_forwards_that_come_otherwise_none_is_guessed(indices, world):
+    assert [world.guessed(world.schedule[index]) for index in indices] == len(indices) * [WAITED]
+
+
+def test_two_prompts_in_turn_are_guessed_each(world):
+    other = [vector + 1 for vector in world.schedule]
+    schedules, world.foretell = (world.schedule, other), None
+    world.ahead._foretell = lambda vector, most: next(
+        one[index + 1 :][:most] for one in schedules for index, each in enumerate(one) if torch.equal(each, vector)
+    )
+    found = [world.guessed(vector) for both in zip(*schedules, strict=True) for vector in both]
+    assert found[:8] == [WAITED] * 4 + [GUESSED] * 4
+    assert all(is_right and fits for _, is_right, fits in found)
+
+
+def test_a_forward_that_cannot_run_again_guesses_nothing(world):
+    for vector in world.schedule[:4]:
+        world.guessed(vector)
+    for layer in world.layers:
+        layer.inputs.clear()
+    assert world.forward(world.schedule[7]) == [0, 0]
+
+
+def test_the_host_does_not_ask_while_it_guesses(world, monkeypatch):
+    for vector in world.schedule[:4]:
+        world.guessed(vector)
+    monkeypatch.setattr(world.ahead, "_find", lambda *_: pytest.fail("the host waits here"))
+    assert world.guessed(world.schedule[4]) == GUESSED
 
 
 def test_where_the_weights_stay_each_forward_computes_its_own(world, monkeypatch):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flux_nf4.nf4_loader.linear.launch import launch
+from flux_nf4.with_triton.launch import launch
 
 GRID, NUMBERS, DTYPE = (3, 2, 1), (16, 0, 12), torch.bfloat16
 
@@ -43,7 +43,7 @@ class Compiled:
 
 @pytest.fixture
 def tensors(monkeypatch):
-    monkeypatch.setattr("flux_nf4.nf4_loader.linear.launch._compiled", {})
+    monkeypatch.setattr("flux_nf4.with_triton.launch._compiled", {})
     return [torch.zeros(64) for _ in range(4)]
 
 

@@ -1,0 +1,1 @@
+"""What all Triton kernels of this package share: ``trial`` tells whether one can be used, ``launch`` runs it."""
