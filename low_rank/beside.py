@@ -26,10 +26,9 @@ MOST_RANKS = 64
 _LEAST_ROWS = 256
 """With fewer, the host takes longer than the device."""
 
-_DOWN_ROWS, _DOWN_COLUMNS, _PROGRAMS, _MOST_SPLITS = 64, 64, 512, 16
-_UP_ROWS, _UP_COLUMNS = 64, 128
-_WARPS = 4
-"""Tiles, and about how many programs share out the input. The best of eight settings each, on an H200."""
+_DOWN_ROWS, _DOWN_COLUMNS, _DOWN_WARPS, _PROGRAMS, _MOST_SPLITS = 64, 64, 4, 264, 16
+_UP_ROWS, _UP_COLUMNS, _UP_WARPS = 32, 256, 4
+"""Tiles, and about how many programs share out the input. The best of eight settings each (H200, Flux at 1024x1024)."""
 
 
 class Piece(NamedTuple):
@@ -74,7 +73,7 @@ def add(
     sums = torch.empty(splits * rows * width, dtype=torch.float32, device=input.device)
     sizes = (rows, columns, -(-tiles // splits) * _DOWN_COLUMNS, ranks, width, _DOWN_ROWS, _DOWN_COLUMNS)
     with current(input.device):
-        options = {"num_warps": _WARPS, "num_stages": 4}
+        options = {"num_warps": _DOWN_WARPS, "num_stages": 4}
         launch(down_kernel, (row_tiles, splits, 1), (input, down, sums), sizes, input.dtype, **options)
         for start, up, first in pieces:
             own_columns, own_ranks = up.shape
@@ -82,7 +81,7 @@ def add(
             of_piece = (rows, own_columns, output.stride(0), first, width, splits, own_ranks, padded(own_ranks))
             grid = (-(-own_columns // _UP_COLUMNS), -(-rows // _UP_ROWS), 1)
             numbers = (*of_piece, _UP_ROWS, _UP_COLUMNS)
-            launch(up_kernel, grid, (sums, up, scale, to), numbers, input.dtype, num_warps=_WARPS)
+            launch(up_kernel, grid, (sums, up, scale, to), numbers, input.dtype, num_warps=_UP_WARPS)
 
 
 def padded(ranks: int) -> int:

@@ -66,16 +66,16 @@ def up_kernel(  # type: ignore[no-untyped-def]
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     rank = tl.arange(0, PADDED)
     is_rank = rank < RANKS
-    parts = sums + (row % rows).to(tl.int64)[:, None] * WIDTH + (first + rank)[None, :]
-    hidden = tl.load(parts, mask=is_rank[None, :], other=0.0)
-    for split in tl.static_range(1, SPLITS):
-        hidden += tl.load(parts + tl.cast(rows, tl.int64) * WIDTH * split, mask=is_rank[None, :], other=0.0)
-    hidden *= tl.load(scale + first + rank, mask=is_rank, other=0.0)[None, :]
-
+    # The output first: it arrives while the factors are multiplied.
     is_there = (row < rows)[:, None] & (column < columns)[None, :]
     to = output + row.to(tl.int64)[:, None] * row_stride + column[None, :]
     before = tl.load(to, mask=is_there, other=0.0)
     is_factor = (column < columns)[None, :] & is_rank[:, None]
     ups = tl.load(up + column[None, :] * RANKS + rank[:, None], mask=is_factor, other=0.0)
+
+    split = tl.arange(0, SPLITS).to(tl.int64) * rows
+    parts = sums + (split[:, None, None] + (row % rows)[None, :, None]) * WIDTH + (first + rank)[None, None, :]
+    hidden = tl.sum(tl.load(parts, mask=is_rank[None, None, :], other=0.0), 0)
+    hidden *= tl.load(scale + first + rank, mask=is_rank, other=0.0)[None, :]
     after = before.to(tl.float32) + tl.dot(hidden.to(up.dtype.element_ty), ups)
     tl.store(to, after.to(output.dtype.element_ty), mask=is_there)
