@@ -160,8 +160,7 @@ def _read(model: comfy.model_base.BaseModel, catalogue: Catalogue, source: _Sour
     groups = block_groups(model)
     blocks = [block for group in groups.values() for block in group]
     device = comfy.model_management.get_torch_device()
-    dtype = model.manual_cast_dtype or model.get_dtype()
-    warming_up = Thread(target=warm_up, args=(device, dtype))
+    warming_up = Thread(target=warm_up, args=(device,))
     warming_up.start()
     try:
         parts = [*modulation_in(model, blocks), *blocks]

@@ -1,7 +1,7 @@
 """What the Triton kernels of the package (`low_rank.beside`) win over torch where a LoRA is computed beside a matmul.
 
     COMFYUI_PATH=~/ComfyUI python benchmarks/low_rank_kernels.py
-    COMFYUI_PATH=~/ComfyUI python benchmarks/low_rank_kernels.py --rank 32 --pixels 1024
+    COMFYUI_PATH=~/ComfyUI python benchmarks/low_rank_kernels.py --rank 4 --pixels 1024
 
 For each shape of Flux's Linears, at the rows that pictures of so many pixels a side have, it prints what the LoRA takes
 on the device by torch and by the kernels, the time to move the same bytes as fast as this GPU copies, and how far both
@@ -70,7 +70,7 @@ class Branch:
     def _by_triton(self, output: torch.Tensor, input: torch.Tensor) -> None:
         from flux_nf4.low_rank import beside
 
-        beside.add(output, input, self._down, self._scale, [beside.Piece(0, self._up, 0)])
+        beside.add(output, input, self._down, self._up, self._scale)
 
     def errors(self, output: torch.Tensor, input: torch.Tensor) -> dict[str, float]:
         """Of what each way adds to a copy of ``output``, the rounding of the sum included, against fp32."""
@@ -106,10 +106,12 @@ def bytes_of(rows: int, shape: tuple[int, int], rank: int) -> int:
 def measure(rank: int, pixels: Sequence[int], repeats: int) -> list[Row]:
     """
     Raises:
-        SystemExit: the kernels cannot be used here.
+        SystemExit: the kernels cannot be used here, or not for this rank.
     """
     from flux_nf4.low_rank import beside
 
+    if rank > beside.MOST_RANKS:
+        sys.exit(f"the kernels are for ranks up to {beside.MOST_RANKS}")
     if problem := beside.problem_on(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16):
         sys.exit(f"the kernels cannot be used: {problem}")
     torch.manual_seed(0)

@@ -190,15 +190,12 @@ ROWS = (
     Row(
         "int8",
         "int8 where faster against exact, the whole model",
-        "compare.py",
-        (
-            *("--cases", "512", "1024", "1536", "--calls", "8", "--seconds", "2"),
-            *("--only", "streamed-resident", "streamed-0-0", "streamed-resident-int8", "streamed-0-0-int8"),
-        ),
+        "int8_model.py",
+        (),
         figures.int8,
         seconds=150,
         files=(NF4,),
-        takes=_COMPARE,
+        takes=(),
     ),
     Row(
         "flux2",

@@ -50,18 +50,13 @@ def up_kernel(  # type: ignore[no-untyped-def]
     rows,
     columns,
     row_stride,
-    first,
-    WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,
     RANKS: tl.constexpr,
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """``output += (sums[0] + sums[1] + ...)[:, first:][:, :RANKS] * scale @ up.T`` for ROWS rows and COLUMNS columns.
-
-    A row of ``sums`` has WIDTH values. RANKS are at most PADDED.
-    """
+    """``output += (sums[0] + sums[1] + ...) * scale @ up.T`` for ROWS rows and COLUMNS columns."""
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     rank = tl.arange(0, PADDED)
@@ -74,8 +69,8 @@ def up_kernel(  # type: ignore[no-untyped-def]
     ups = tl.load(up + column[None, :] * RANKS + rank[:, None], mask=is_factor, other=0.0)
 
     split = tl.arange(0, SPLITS).to(tl.int64) * rows
-    parts = sums + (split[:, None, None] + (row % rows)[None, :, None]) * WIDTH + (first + rank)[None, None, :]
-    hidden = tl.sum(tl.load(parts, mask=is_rank[None, None, :], other=0.0), 0)
-    hidden *= tl.load(scale + first + rank, mask=is_rank, other=0.0)[None, :]
+    # Of all splits at once: one after the other, each would be brought to the layout of the matmul by itself.
+    parts = sums + (split[:, None, None] + (row % rows)[None, :, None]) * PADDED + rank[None, None, :]
+    hidden = tl.sum(tl.load(parts), 0) * tl.load(scale + rank, mask=is_rank, other=0.0)[None, :]
     after = before.to(tl.float32) + tl.dot(hidden.to(up.dtype.element_ty), ups)
     tl.store(to, after.to(output.dtype.element_ty), mask=is_there)

@@ -128,9 +128,9 @@ class LowRank:
     def add_to(self, output: torch.Tensor, input: torch.Tensor, tensors: Mapping[str, Any]) -> None:
         """Add the branch of ``input`` (n, in) to ``output`` (n, out)."""
         down = tensors["lora_down"]
-        if not torch.compiler.is_compiling() and beside.takes(output, input, down):
-            pieces = [beside.Piece(one.rows.start, tensors[one.name], one.ranks.start) for one in self._pieces]
-            beside.add(output, input, down, tensors["lora_scale"], pieces)
+        if len(self._pieces) == 1 and not torch.compiler.is_compiling() and beside.takes(output, input, down):
+            (piece,) = self._pieces
+            beside.add(output[:, piece.rows], input, down, tensors[piece.name], tensors["lora_scale"])
             return
         hidden, scale = self._hidden(input, tensors)
         for piece in self._pieces:

@@ -5,14 +5,14 @@ bytes). The vectors of the coming forwards can be predicted, so a layer that is 
 them. Until these are used up, its weights take neither device memory nor the bus. Where the weights stay on the device
 (`Ahead.weights_stay`) nothing is gained by that, and each forward computes its own outputs.
 
-Each output is computed in a call of its own and is used only for a vector with the same bits and shape, so it has the
-bits that the layer would compute now. An output for a wrongly predicted vector is never used. If an output is missing,
-after an interrupt for instance, the layer computes it when it is called.
+Each output is computed in a call of its own and counts only for a vector with the same bits and shape, so it has the
+bits that the layer would compute now. If an output is missing, after an interrupt for instance, the layer computes it
+when it is called.
 
 Only the device knows which vector a forward has. If the host waits for that at the first layer, it also waits for all
 that the device still has to do, and then the device waits for the host. So where the last forwards were those that were
 expected, the host guesses, and learns at the end of the forward whether it was right (`Ahead.guessing`). If it was not,
-the forward has to run again, and until `Ahead.forget` the host waits.
+what the forward has given is thrown away, it runs again, and until `Ahead.forget` the host waits.
 """
 
 import weakref
@@ -30,9 +30,9 @@ AHEAD = 12
 MOST_ROWS = 4 * AHEAD
 """The most rows of vectors whose outputs are kept at once: two batches of 2, for instance."""
 
-ENOUGH = 2
+ENOUGH = 3
 """So many forwards in a row have to be as expected before the host guesses. Samplers that evaluate some steps twice, or
-between two steps, do not come so far."""
+between two steps, do not come so far: none of ComfyUI's 42 has a forward run again."""
 
 Foretell = Callable[[torch.Tensor, int], Sequence[torch.Tensor] | None]
 """Predicts from the vector of this forward at most so many vectors of the coming ones; None if it does not know it."""
@@ -199,9 +199,16 @@ class Ahead:
             self._guesses.add((run.bits[index] == bits_of(vector)).all())
             return self._reach(run, index)
         found = self._find(alike, vector)
-        if self._as_expected >= 0:
-            self._as_expected = self._as_expected + 1 if found is not None and found == expected else 0
+        self._count(found == expected, nothing_expected=found is None and expected is None)
         return self._new_run(vector) if found is None else self._reach(*found)
+
+    def _count(self, as_expected: bool, *, nothing_expected: bool) -> None:
+        if self._as_expected < 0:
+            return
+        if nothing_expected:  # a run is used up: the next forward may be another prompt's, whose run is used up, too
+            self._as_expected = min(self._as_expected, ENOUGH - 1)
+        else:
+            self._as_expected = self._as_expected + 1 if as_expected else 0
 
     def _find(self, runs: Sequence[_Run], vector: torch.Tensor) -> tuple[_Run, int] | None:
         """The forward of ``vector``: its run, and its index there. The host waits."""

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from threading import Event, Thread, current_thread, get_ident
+from threading import Event, Thread, current_thread
 
 import torch
 
@@ -37,10 +37,10 @@ class _Ahead(Thread):
         """Why it has ended early, as a clause; "" if it has not, or was told to."""
         self.ended = Event()
         """All is over, calls that were waiting for that (`when_over`) too."""
-        self._paused_by: list[int] = []
-        self._waited_for_by: list[int] = []
-        """Threads that want it to stand still, and threads that wait for it, which come first. Without a lock: the
-        garbage collector may have any thread wait at any time."""
+        self._paused: list[None] = []
+        self._awaited: list[None] = []
+        """As long as the threads are many that want it to stand still, and that wait for it, which come first. Without
+        a lock, by what is atomic: the garbage collector may have any thread wait at any time."""
         self._owner: object = owner
         self._left = deque(pieces)
         self._registrar = registrar
@@ -71,26 +71,26 @@ class _Ahead(Thread):
 
     def _may_go_on(self) -> bool:
         """Waits while it has to stand still. Returns False if it has to stop."""
-        while self._paused_by and not self._waited_for_by and not self.must_stop.wait(_LOOK_S):
+        while self._paused and not self._awaited and not self.must_stop.wait(_LOOK_S):
             pass
         return not self.must_stop.is_set()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """It begins no piece as long as this lasts, unless somebody waits for it."""
-        self._paused_by.append(get_ident())
+        self._paused.append(None)
         try:
             yield
         finally:
-            self._paused_by.pop()
+            self._paused.pop()
 
     def wait_for(self, event: Event) -> None:
         """Wait for what it does."""
-        self._waited_for_by.append(get_ident())
+        self._awaited.append(None)
         try:
             event.wait()
         finally:
-            self._waited_for_by.pop()
+            self._awaited.pop()
 
     def _leave_the_rest(self) -> None:
         """What is left does not count any more, and nobody waits for it."""
@@ -126,8 +126,8 @@ def until_registered(sources: Iterable[torch.Tensor]) -> None:
         return  # in all forwards but the first
     for source in sources:
         event, thread = _pending.get(source.untyped_storage().data_ptr()), _thread
-        if event is not None and thread is not None:
-            thread.wait_for(event)
+        if event is not None:
+            event.wait() if thread is None else thread.wait_for(event)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 
 _compiled: dict[tuple[object, ...], Any] = {}
 """Kernels as Triton has compiled them for tensors that begin at multiples of 16 bytes, each with the grid that it is
-launched on."""
+launched on. There are as many as layers of other sizes, and pictures and LoRAs of other sizes: a few dozen."""
 
 
 def launch(
@@ -32,7 +32,7 @@ def launch(
     """
     addresses = [tensor.data_ptr() for tensor in tensors]
     is_aligned = not any(address % 16 for address in addresses)
-    key = (kernel, tensors[0].device, dtype, numbers, grid, *options.values())
+    key = (kernel, tensors[0].device, dtype, numbers, grid, *options.items())
     known = _compiled.get(key) if is_aligned else None
     if known is not None:
         try:

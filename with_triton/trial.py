@@ -40,7 +40,7 @@ def problem_with(kernel: object | None, trial: Trial, device: torch.device, dtyp
 
 
 def log_problem(problem: str, consequence: str) -> None:
-    logger.info("NF4: %s, because Triton cannot be used here (%s)", consequence, problem)
+    logger.info("Triton cannot be used here (%s): %s", problem, consequence)
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:

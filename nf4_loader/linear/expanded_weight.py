@@ -36,11 +36,13 @@ _WORDS, _WARPS = 256, 4
 
 _CODES_OF_A_WORD = 8
 
+DTYPES = (torch.bfloat16, torch.float16)
+
 
 def takes(state: QuantState, dtype: torch.dtype) -> bool:
     """Whether the kernel can expand such a weight to ``dtype``."""
     whole = state.numel % _CODES_OF_A_WORD == 0 and state.numel < 2**31
-    return whole and dtype in (torch.bfloat16, torch.float16)
+    return whole and dtype in DTYPES
 
 
 def takes_nested(nested: Sequence[NestedAbsmax]) -> bool:
@@ -116,7 +118,7 @@ def works_on(device: torch.device, dtype: torch.dtype) -> bool:
     """
     problem = problem_on(device, dtype)
     if problem is not None and device.type != "cpu":
-        log_problem(problem, "bitsandbytes expands weights, which takes a few percent longer on fast GPUs")
+        log_problem(problem, "4-bit weights take a little longer to expand")
     return problem is None
 
 

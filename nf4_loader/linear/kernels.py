@@ -157,13 +157,13 @@ def gemm_4bit(
     return product
 
 
-def warm_up(device: torch.device, *dtypes: torch.dtype) -> None:
-    """Import bitsandbytes and try its kernels, and Triton's for these dtypes, on any thread, so that the first forward
-    need not wait (0.75 s)."""
+def warm_up(device: torch.device) -> None:
+    """Import bitsandbytes and try all kernels, on any thread, so that the first forward need not wait: 0.75 s, and as
+    long again when Triton compiles for the first time on a machine."""
     # The current device of a new thread is the first GPU.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), suppress(torch.OutOfMemoryError):
         _has_blockwise_kernel(device)
-        for dtype in dtypes:
+        for dtype in expanded_weight.DTYPES:
             _has_triton(device, dtype)
 
 

@@ -1,8 +1,8 @@
 """The vectors that a model's modulation will see in the coming steps of a sampling, computed before they come.
 
 ComfyUI tells the sigmas of all steps to each forward. The vector is a sum of embeddings: of the timestep, which follows
-from the sigma, and of what stays as it is in a sampling. Nothing here has to be right: what is foretold is used only
-where a step has the same bits (`Ahead`).
+from the sigma, and of what stays as it is in a sampling. Nothing here has to be right: no output is kept that was
+computed for other bits than those of its step (`Ahead`).
 """
 
 import sys
@@ -36,6 +36,8 @@ class ComingSteps:
     begin: weakref.WeakMethod[Callable[[], None]] | None = None
 
     def __init__(self, transformer: nn.Module, names: Modulation) -> None:
+        self.lists = tuple(names.layers)
+        """Names of the lists of blocks."""
         self._timestep: Any = transformer.get_submodule(names.timestep)
         self._embed: Callable[..., torch.Tensor] | None = getattr(
             sys.modules[type(transformer).__module__], names.embedding, None

@@ -25,7 +25,7 @@ _NEEDED = {
         "LowVramPatch",
     ),
     "comfy.float": ("stochastic_rounding",),
-    "comfy.patcher_extension": ("WrappersMP.APPLY_MODEL",),
+    "comfy.patcher_extension": ("WrappersMP.APPLY_MODEL", "WrappersMP.DIFFUSION_MODEL"),
     "comfy.model_management": (
         *("cast_to_device", "current_loaded_models", "get_free_memory", "get_torch_device", "unet_offload_device"),
     ),
@@ -36,8 +36,8 @@ _NEEDED = {
 
 _NEEDED_OF_PATCHERS = (
     *("backup", "callbacks", "current_hooks", "force_cast_weights", "forced_hooks", "hook_backup", "hook_patches"),
-    *("injections", "load_device", "model", "object_patches", "object_patches_backup", "offload_device", "parent"),
-    *("patches", "patches_uuid", "weight_wrapper_patches", "wrappers"),
+    *("injections", "load_device", "model", "model_options", "object_patches", "object_patches_backup"),
+    *("offload_device", "parent", "patches", "patches_uuid", "weight_wrapper_patches", "wrappers"),
     *("model.current_weight_patches_uuid", "model.device", "model.model_loaded_weight_memory", "model.model_lowvram"),
 )
 """Attributes of each ModelPatcher, and those that it gives its model: only an instance has them."""

@@ -12,6 +12,7 @@ from ...memory import is_out_of_memory
 from ..plan import ResidencyPlan, plan_for
 from ..turns import turns
 from .coming_steps import note_step
+from .company import has_company
 from .lasting import lasting_allocations
 from .streaming import Streaming
 
@@ -38,7 +39,7 @@ def retry_with_less(executor: Any, *args: Any, **kwargs: Any) -> Any:
         telemetry.picture = _picture_of(model, latent)
     # Compiled blocks run no hooks that would pass the turn on.
     with nullcontext() if model.streaming.streamer.whole_blocks else turns.taken():
-        return with_less(model, lambda: _guessed(model, lambda: executor(*args, **kwargs)))
+        return with_less(model, lambda: _guessed(model, options, lambda: executor(*args, **kwargs)))
 
 
 def _by_name(
@@ -57,9 +58,9 @@ def _by_name(
     return x, t, transformer_options or {}
 
 
-def _guessed(model: Any, forward: Callable[[], Any]) -> Any:
+def _guessed(model: Any, options: Mapping[str, Any], forward: Callable[[], Any]) -> Any:
     """The output of ``forward``. It runs again if it was not the forward for which modulation was computed ahead."""
-    if model.streaming.modulation is None:
+    if model.streaming.modulation is None or has_company(model, options):
         return forward()
     ahead = model.streaming.modulation.ahead
     with ahead.guessing() as guesses:

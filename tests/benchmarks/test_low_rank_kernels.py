@@ -8,11 +8,9 @@ from low_rank_kernels import TORCH, TRITON, Row
 from flux_nf4.low_rank import beside
 
 
-def add_by_torch(output, input, down, scale, pieces):
+def add_by_torch(output, input, down, up, scale):
     """In the kernels' place."""
-    for start, up, first in pieces:
-        hidden = input.float() @ down[first : first + up.shape[1]].float().t() * scale[first : first + up.shape[1]]
-        output[:, start : start + len(up)] += hidden @ up.float().t()
+    output += (input.float() @ down.float().t() * scale) @ up.float().t()
 
 
 @pytest.fixture
@@ -46,12 +44,14 @@ def test_each_layer_is_measured_at_its_rows():
 @pytest.mark.usefixtures("_on_a_cpu")
 def test_wrong_values_and_kernels_that_do_not_work_are_told(monkeypatch):
     with monkeypatch.context() as wrong:
-        wrong.setattr(beside, "add", lambda output, input, down, scale, pieces: None)
+        wrong.setattr(beside, "add", lambda *_: None)
         with torch.inference_mode():
             assert all(row.is_wrong for row in script.measure(16, [20], 1))
     monkeypatch.setattr(beside, "problem_on", lambda device, dtype: "no C compiler")
     with pytest.raises(SystemExit, match="the kernels cannot be used: no C compiler"):
         script.measure(16, [20], 1)
+    with pytest.raises(SystemExit, match="the kernels are for ranks up to 16"):
+        script.measure(17, [20], 1)
 
 
 def test_layers_are_summed_as_often_as_a_forward_has_them():

@@ -2,9 +2,7 @@
 
 import weakref
 
-import comfy.k_diffusion.sampling
 import comfy.ldm.flux.math
-import comfy.ldm.flux.model
 import comfy.model_detection
 import comfy.supported_models
 import pytest
@@ -19,7 +17,7 @@ from tiny_flux import tiny_config as config_of
 from flux_nf4.checkpoints import load_transformer, streamed
 from flux_nf4.nf4_loader.checkpoint.catalogue import read_catalogue
 from flux_nf4.offload import ahead as ahead_module
-from flux_nf4.offload.ahead import Ahead, Guesses
+from flux_nf4.offload.ahead import Ahead
 from flux_nf4.offload.plan import Residency
 
 DOUBLES, SINGLES = 2, 3
@@ -96,52 +94,6 @@ def test_latents_are_those_of_before(sampler, cfg, batch, load, sample, conditio
     conds = {"positive": conditioning(1), "negative": conditioning(2)}
     expected = as_before(lambda: sample(load(1, 1), **given, **conds))
     assert torch.equal(sample(load(), **given, **conds), expected)
-
-
-@pytest.fixture
-def guessed(monkeypatch):
-    """One item for each forward that has guessed."""
-    made, add = [], Guesses.add
-    monkeypatch.setattr(Guesses, "add", lambda guesses, is_right: made.append(1) or add(guesses, is_right))
-    return made
-
-
-@pytest.fixture
-def forwards(monkeypatch):
-    """One item for each forward of the transformer."""
-    made, forward = [], comfy.ldm.flux.model.Flux.forward
-    monkeypatch.setattr(comfy.ldm.flux.model.Flux, "forward", lambda *a, **k: made.append(1) or forward(*a, **k))
-    return made
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_no_forward_of_a_sampler_runs_twice(sampler, load, sample, copies, guessed, forwards):
-    given = {"sampler": sampler, "steps": 8}
-    expected = as_before(lambda: sample(load(1, 1), **given))
-    count = len(forwards)
-    assert not guessed
-    assert torch.equal(sample(load(), **given), expected)
-    assert len(forwards) == 2 * count
-    if sampler == "euler":
-        assert len(guessed) == 8 - 3
-
-
-def test_a_forward_for_which_another_was_taken_runs_again(load, sample, copies, guessed, forwards, monkeypatch):
-    steps = (0, 1, 2, 3, 6, 7, 8)
-
-    def with_a_leap(model, x, sigmas, extra_args=None, **_):
-        for i in steps:
-            denoised = model(x, sigmas[i] * x.new_ones(len(x)), **(extra_args or {}))
-            x = x + (x - denoised) / sigmas[i] * (sigmas[i + 1] - sigmas[i])
-        return x
-
-    monkeypatch.setattr(comfy.k_diffusion.sampling, "sample_euler", with_a_leap)
-    expected = as_before(lambda: sample(load(1, 1), steps=9))
-    assert len(forwards) == len(steps)
-    for number in (1, 2):  # the next sampling guesses again
-        assert torch.equal(sample(load(), steps=9), expected)
-        assert len(guessed) == 2 * number, "step 3, and step 4 where there was none"
-        assert len(forwards) == len(steps) + number * (len(steps) + 1)
 
 
 @pytest.mark.parametrize("has_room", [False, True])

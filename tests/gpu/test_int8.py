@@ -8,6 +8,7 @@ from flux_nf4.nf4_loader.checkpoint.quant_state import QuantState
 from flux_nf4.nf4_loader.linear import int8_weight, kernels, kitchen, measured
 from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
 from flux_nf4.nodes_compute import choose
+from flux_nf4.with_triton import launch
 
 DTYPE = torch.bfloat16
 FASTER = "int8 where faster"
@@ -68,7 +69,7 @@ def test_kernels_that_are_called_directly_give_comfy_kitchens_bits(shape, has_bi
 
 def test_compiled_kernels_are_kept_and_write_the_same_rows(monkeypatch):
     """A Triton that calls them otherwise than expected would launch all by its own, slower way."""
-    monkeypatch.setattr(int8_weight, "_compiled", {})
+    monkeypatch.setattr(launch, "_compiled", {})
     layer = layer_of((3072, 3072))
     scale = torch.zeros(3072, device=DEVICE)
     found = []
@@ -78,8 +79,8 @@ def test_compiled_kernels_are_kept_and_write_the_same_rows(monkeypatch):
         found.append(rows)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
-    assert len(int8_weight._compiled) == 2
-    assert None not in int8_weight._compiled.values()
+    assert len(launch._compiled) == 2
+    assert None not in launch._compiled.values()
 
 
 def test_a_weight_that_begins_at_any_byte_gives_the_same_rows():

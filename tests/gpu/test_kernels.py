@@ -9,9 +9,11 @@ import pytest
 import torch
 from gpu_models import DEVICE, TINY
 
-from flux_nf4.nf4_loader.checkpoint.quant_state import QuantState
-from flux_nf4.nf4_loader.linear import patched_weight
+from flux_nf4.low_rank import beside
+from flux_nf4.nf4_loader.checkpoint.quant_state import NestedAbsmax, NestedTables, QuantState
+from flux_nf4.nf4_loader.linear import expanded_weight, kernels, patched_weight
 from flux_nf4.nf4_loader.linear.linear4bit import Linear4bit
+from flux_nf4.with_triton import launch
 
 FORMATS = {
     "nf4": {},
@@ -118,6 +120,52 @@ def test_a_layer_with_a_lora_computes_what_its_values_and_factors_say(rows, rank
     expected = without + strength * (input.double() @ down.to(DEVICE).double().T) @ up.to(DEVICE).double().T
     assert relative(expected, without) > 0.02, "the LoRA changes too little to prove anything"
     assert relative(found, expected) < 2**-7
+
+
+@pytest.mark.parametrize("shape", [(9216, 3072), (3072, 12288), (21504, 3072), (40, 328)], ids=str)
+@pytest.mark.parametrize("is_nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_a_weight_is_expanded_to_the_bits_of_bitsandbytes(quant_type, is_nested, shape, monkeypatch):
+    monkeypatch.setattr(launch, "_compiled", {})
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    state = QuantState(quant_type, 64, shape)
+    packed = torch.randint(256, (state.packed_bytes,), dtype=torch.uint8, device=DEVICE, generator=generator)
+    absmax, tables = torch.rand(state.absmax_count, device=DEVICE, generator=generator), None
+    if is_nested:
+        state = replace(state, nested=(NestedAbsmax(state.absmax_count, 256),))
+        absmax = (255 * absmax).to(torch.uint8)
+        sizes = NestedTables.shapes(state.nested).values()
+        tables = NestedTables(*(torch.rand(size, device=DEVICE, generator=generator) for size in sizes))
+    for dtype in (torch.bfloat16, torch.float16):
+        expected = torch.ops.bitsandbytes.dequantize_4bit.default(
+            packed, kernels.fp32_absmax(state, absmax, tables), 64, quant_type, shape, dtype
+        )
+        for _ in range(2):
+            assert torch.equal(expanded_weight.expand(packed, absmax, state, dtype, tables), expected)
+    assert launch._compiled
+    assert None not in launch._compiled.values()
+
+
+@pytest.mark.parametrize("rank", [1, 4, 16])
+@pytest.mark.parametrize(("rows", "columns", "out"), [(512, 3072, 9216), (4608, 3072, 21504), (4099, 15360, 3080)])
+def test_a_lora_is_added_to_an_output_within_rounding(rows, columns, out, rank, monkeypatch):
+    monkeypatch.setattr(launch, "_compiled", {})
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator, device=DEVICE)
+
+    output, input, down, up = (
+        random(*shape).bfloat16() for shape in ((rows, out), (rows, columns), (rank, columns), (out, rank))
+    )
+    down, scale = down / columns**0.5, random(rank).abs()
+    assert beside.works_on(DEVICE, torch.bfloat16), "Triton does not work here"
+    expected = output.double() + (input.double() @ down.double().T * scale) @ up.double().T
+    for _ in range(2):
+        found = output.clone()
+        beside.add(found, input, down, up, scale)
+        assert relative(found, expected) < 2**-8
+    assert None not in launch._compiled.values()
 
 
 def test_many_rows_are_multiplied_with_the_patched_weight(wide, monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from computed_ahead import as_before
 from gpu_models import DEVICE, requested_bytes
 
-from flux_nf4.offload.ahead import Ahead
+from flux_nf4.offload.ahead import ENOUGH, Ahead, Guesses
 from flux_nf4.offload.plan import Residency
 
 
@@ -31,20 +31,28 @@ def test_a_lora_on_the_modulation_is_as_before(model):
         assert torch.equal(model.sample(patcher, steps=3), expected)
 
 
-def test_the_weights_pass_once_and_the_host_waits_once_a_forward(model, monkeypatch):
+def test_the_weights_pass_once_and_after_some_steps_no_forward_waits_for_the_one_before(model, monkeypatch):
     patcher = model.with_counts(0, 0)
     model.sample(patcher, steps=2)
     modulation = patcher.model.streaming.modulation
-    blocks, found = len(modulation.ahead.blocks), []
-    look, foretell = Ahead._run_of, modulation.steps.foretell
-    monkeypatch.setattr(Ahead, "_run_of", lambda ahead, vector: found.append("look") or look(ahead, vector))
-    computed = []
-    compute = Ahead._compute
+    blocks, found, computed = len(modulation.ahead.blocks), [], []
+    find, guess, foretell, compute = Ahead._find, Guesses.add, modulation.steps.foretell, Ahead._compute
+    monkeypatch.setattr(Ahead, "_find", lambda *given: found.append("waits") or find(*given))
+    monkeypatch.setattr(Guesses, "add", lambda *given: found.append("guesses") or guess(*given))
     monkeypatch.setattr(Ahead, "_compute", lambda *given: computed.append(1) or compute(*given))
-    model.sample(patcher, steps=6)
+    model.sample(patcher, steps=8)
     assert len(computed) == blocks
-    assert found == ["look"] * 6
+    assert found == ENOUGH * ["waits"] + (7 - ENOUGH) * ["guesses"]
     assert foretell(torch.zeros(1, 1, device=DEVICE), 1) is None  # nothing of the sampling is left
+
+
+def test_a_wrong_guess_is_told_and_a_right_one():
+    here, there = torch.zeros(8, device=DEVICE), torch.ones(8, device=DEVICE)
+    for is_right in (True, False):
+        guesses = Guesses()
+        torch.cuda._sleep(20_000_000)  # the answer is not there yet
+        guesses.add((here == (here if is_right else there)).all())
+        assert guesses.are_right() == is_right
 
 
 def test_what_is_computed_ahead_goes_with_the_sampling(model):

@@ -10,7 +10,7 @@ import pytest
 def interpreted(name="patched_weight"):
     """The module ``name`` of `nf4_loader.linear`, with its kernels interpreted.
 
-    In bf16 the interpreter multiplies wrongly: fp16 is for the tests.
+    In bf16 the interpreter multiplies wrongly: use fp16, or `corrected_interpreter`.
     """
     tl = pytest.importorskip("triton").language
     module = importlib.import_module(f"flux_nf4.nf4_loader.linear.{name}")

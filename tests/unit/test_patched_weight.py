@@ -110,7 +110,7 @@ def test_where_triton_fails_it_is_said_once_and_not_used(interpreted, monkeypatc
         assert not interpreted.works_on(*NEW)
         assert not interpreted.works_on(*NEW)
     assert [record.getMessage() for record in caplog.records] == [
-        "NF4: LoRA takes a few percent longer, because Triton cannot be used here (RuntimeError: no C compiler)"
+        "Triton cannot be used here (RuntimeError: no C compiler): LoRA takes a few percent longer"
     ]
 
 

@@ -83,7 +83,7 @@ def test_each_waits_for_its_own_piece_and_for_no_other(file):
 
 
 def test_it_stands_still_while_it_is_paused(file):
-    """By several threads at once, too."""
+    """As long as anybody wants it."""
     registrar = GatedRegistrar(let=1)
     arena = arena_of(file, registrar)
     arena.pin_ahead(ALL, DEVICE)
