@@ -37,9 +37,13 @@ def retry_with_less(executor: Any, *args: Any, **kwargs: Any) -> Any:
     telemetry = model.streaming.streamer.telemetry
     if telemetry is not None:
         telemetry.picture = _picture_of(model, latent)
-    # Compiled blocks run no hooks that would pass the turn on.
-    with nullcontext() if model.streaming.streamer.whole_blocks else turns.taken():
-        return with_less(model, lambda: _guessed(model, options, lambda: executor(*args, **kwargs)))
+
+    def forward() -> Any:
+        # Compiled blocks run no hooks that would pass the turn on.
+        with nullcontext() if model.streaming.streamer.whole_blocks else turns.taken():
+            return with_less(model, lambda: executor(*args, **kwargs))
+
+    return _guessed(model, options, forward)
 
 
 def _by_name(
@@ -65,7 +69,7 @@ def _guessed(model: Any, options: Mapping[str, Any], forward: Callable[[], Any])
     ahead = model.streaming.modulation.ahead
     with ahead.guessing() as guesses:
         output = forward()
-    if guesses.are_right():
+    if guesses.are_right():  # here the host waits, while other threads have the turn
         return output
     del output
     ahead.was_wrong()

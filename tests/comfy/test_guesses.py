@@ -12,6 +12,7 @@ from computed_ahead import as_before
 
 from flux_nf4.offload.ahead import ENOUGH, Guesses
 from flux_nf4.offload.comfyui.coming_steps import ComingSteps
+from flux_nf4.offload.turns import turns
 
 
 @pytest.fixture
@@ -165,6 +166,13 @@ def test_no_forward_runs_twice_where_others_may_keep_something_of_it(
     assert not guessed
     assert len(forwards) == 2 * len(LEAP)
     assert torch.equal(*found)
+
+
+def test_other_threads_have_the_turn_while_the_host_waits(load, sample, copies, monkeypatch):
+    has_turn, are_right = [], Guesses.are_right
+    monkeypatch.setattr(Guesses, "are_right", lambda guesses: has_turn.append(turns._has_it) or are_right(guesses))
+    sample(load(), steps=6)
+    assert has_turn == [False] * 6
 
 
 def test_easycache_gives_what_it_gives_without_looking_ahead(load, sample, copies, guessed):
