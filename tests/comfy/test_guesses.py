@@ -85,6 +85,12 @@ def with_a_patch_in_a_block(patcher, _):
     patcher.set_model_patch_replace(lambda args, extra: {"img": args["img"] * counting()}, "dit", "single_block", 1)
 
 
+def with_a_patch(patcher, _):
+    if not hasattr(patcher, "set_model_post_input_patch"):
+        pytest.skip("this ComfyUI has no such patches")
+    patcher.set_model_post_input_patch(lambda given: {**given, "img": given["img"] * counting()})
+
+
 def with_a_wrapper_of_the_function(patcher, _):
     patcher.set_model_unet_function_wrapper(
         lambda apply, given: apply(given["input"], given["timestep"], **given["c"]) * counting()
@@ -140,6 +146,7 @@ COMPANY = (
     with_a_wrapper_of_the_model,
     with_a_wrapper_of_the_transformer,
     with_a_patch_in_a_block,
+    with_a_patch,
     with_a_wrapper_of_the_function,
     with_another_forward,
     with_another_forward_of_this_model,
