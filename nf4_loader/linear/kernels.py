@@ -29,9 +29,9 @@ _WITH_BLOCKWISE_KERNEL = ("cpu", "cuda", "xpu")
 """Types of device. On others bitsandbytes compiles its generic code, anew for each shape."""
 
 
-MOST_FUSED_ROWS, _LEAST_EXPANDED = 512, 4 << 20
-"""With more rows of input, bitsandbytes 0.50 expands a weight of so many elements or more. Otherwise it may multiply
-with the packed weight, which rounds otherwise."""
+_MOST_FUSED_ROWS, _LEAST_EXPANDED = 256, 4 << 20
+"""With more rows of input, bitsandbytes 0.50 expands a weight of so many elements or more, on every GPU. Otherwise it
+may multiply with the packed weight, which rounds otherwise."""
 
 
 class Dequantise(Protocol):
@@ -139,7 +139,7 @@ def gemm_4bit(
         absmax: fp32, or uint8 if ``tables`` are given, which it is expanded with.
     """
     rows = input.numel() // state.shape[1]
-    if rows > MOST_FUSED_ROWS and state.numel >= _LEAST_EXPANDED and _by_triton(state, input.dtype, packed.device):
+    if rows > _MOST_FUSED_ROWS and state.numel >= _LEAST_EXPANDED and _by_triton(state, input.dtype, packed.device):
         return functional.linear(input, dequantise(packed, absmax, state, input.dtype, tables), bias)
     nested = {}
     if tables is not None:

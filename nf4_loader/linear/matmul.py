@@ -30,6 +30,9 @@ smaller weights slices cost more time and save nothing. An H200 gives the bits t
 does not where cuBLAS adds a bias, so layers with one are never cut.
 """
 
+_ROWS_OF_SLICES = 512
+"""Of the input; with fewer it was not tried whether slices have the bits of the whole."""
+
 
 class Way(NamedTuple):
     """One way to compute ``input @ weight.T + bias``.
@@ -101,7 +104,7 @@ def _is_large(layer: "Linear4bit", rows: int, dtype: torch.dtype, device: torch.
     state = layer.parts[0]
     return (
         layer.out_features * layer.in_features * dtype.itemsize > _LARGE_BYTES
-        and rows > kernels.MOST_FUSED_ROWS
+        and rows > _ROWS_OF_SLICES
         and layer.is_one_weight
         and layer.bias is None
         and isinstance(state, QuantState)

@@ -180,7 +180,7 @@ def test_absmax_is_expanded_before_if_the_kernel_cannot(launched, count, blocksi
 
 @pytest.mark.parametrize(
     ("rows", "shape", "expands"),
-    [(513, (2048, 2048), True), (512, (2048, 2048), False), (513, (2047, 2048), False)],
+    [(257, (2048, 2048), True), (256, (2048, 2048), False), (257, (2047, 2048), False)],
     ids=["as bitsandbytes does", "few rows", "a small weight"],
 )
 def test_a_weight_is_expanded_where_bitsandbytes_would_expand_it(launched, monkeypatch, rows, shape, expands):
@@ -189,6 +189,40 @@ def test_a_weight_is_expanded_where_bitsandbytes_would_expand_it(launched, monke
     layer = Linear4bit([QuantState("nf4", 64, shape)], bias=False, dtype=torch.bfloat16, device="meta")
     layer(torch.empty(rows, shape[1], dtype=torch.bfloat16, device="meta"))
     assert len(launched) == int(expands)
+
+
+GPUS = (
+    (40, 7, 5),
+    (108, 8, 0),
+    (28, 8, 6),
+    (84, 8, 6),
+    (128, 8, 9),
+    (24, 8, 9),
+    (132, 9, 0),
+    (148, 10, 0),
+    (170, 12, 0),
+)
+"""Multiprocessors and compute capability: a T4, A100, 3060, 3090, 4090, 4060, H100, B200 and 5090."""
+
+
+@pytest.mark.parametrize("gpu", [*GPUS, (20, 11, 0), (48, 12, 1)], ids=str)
+def test_bitsandbytes_expands_it_there_on_every_gpu(gpu, monkeypatch):
+    """What is installed: another version may choose otherwise, and then the bits would be others."""
+    cuda = pytest.importorskip("bitsandbytes.backends.cuda.ops")
+    monkeypatch.setattr(cuda, "_gpu_dispatch_props", lambda index: gpu)
+    uses_packed = cuda._gemm_4bit_use_custom_cuda.__wrapped__
+    for out, columns in (
+        (2048, 2048),
+        (3072, 3072),
+        (9216, 3072),
+        (21504, 3072),
+        (3072, 15360),
+        (64, 65536),
+        (65536, 64),
+    ):
+        for rows in (257, 300, 512, 513, 1024, 1536):
+            for dtype in expanded_weight.DTYPES:
+                assert not uses_packed(0, dtype, rows, out, columns), (rows, out, columns, dtype)
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
