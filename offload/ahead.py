@@ -31,8 +31,8 @@ MOST_ROWS = 4 * AHEAD
 """The most rows of vectors whose outputs are kept at once: two batches of 2, for instance."""
 
 ENOUGH = 3
-"""So many forwards in a row have to be as expected before the host guesses. Samplers that evaluate some steps twice, or
-between two steps, do not come so far: none of ComfyUI's 42 has a forward run again."""
+"""So many forwards in a row have to be as expected before the host guesses, of each prompt that runs by itself.
+Samplers that evaluate some steps twice, or between two steps, do not come so far."""
 
 Foretell = Callable[[torch.Tensor, int], Sequence[torch.Tensor] | None]
 """Predicts from the vector of this forward at most so many vectors of the coming ones; None if it does not know it."""
@@ -103,6 +103,10 @@ class Guesses:
             there.record(torch.accelerator.current_stream(is_right.device.index))
         self._answers.append((answer, there))
 
+    def clear(self) -> None:
+        """The forward has failed, and begins again."""
+        self._answers.clear()
+
     def are_right(self) -> bool:
         """Whether all are. The host waits until the device has come to the layers."""
         for _, there in self._answers:
@@ -131,6 +135,8 @@ class Ahead:
         self.weights_stay = False
         """The weights are on the device in any case: a forward computes its own outputs, and the host does not wait."""
         self._guesses: Guesses | None = None
+        self.company: tuple[int, bool] | None = None
+        """What a user of this has found out about a model, by its id, until `forget`: see `offload.comfyui.company`."""
         self.blocks = tuple(SeveralInputs(layer) for layer in layers)
         self.modules = frozenset(module for layer in layers for module in layer.modules())
         self._foretell = foretell
@@ -150,7 +156,13 @@ class Ahead:
         self._run: _Run | None = None
         self._as_expected = 0
         """How many forwards in a row were the ones that were expected; -1: none is guessed any more."""
+        self.company = None
         self.begin()
+
+    @property
+    def may_guess(self) -> bool:
+        """Whether the next forward might guess, if it may run again."""
+        return self._as_expected >= ENOUGH and not self.weights_stay
 
     @contextmanager
     def guessing(self) -> Iterator[Guesses]:
@@ -160,6 +172,11 @@ class Ahead:
             yield self._guesses
         finally:
             self._guesses = before
+
+    def begin_again(self) -> None:
+        """The forward has failed, and runs once more within the same `guessing`."""
+        if self._guesses is not None:
+            self._guesses.clear()
 
     def was_wrong(self) -> None:
         """A guess was wrong: there are no more until `forget`."""
@@ -194,7 +211,8 @@ class Ahead:
         if not alike:
             return self._new_run(vector)
         expected = None if alike[0].is_used_up else (alike[0], alike[0].now + 1)
-        if expected is not None and self._guesses is not None and self._as_expected >= ENOUGH and _can_wait(vector):
+        is_enough = self._as_expected >= ENOUGH * len(alike)
+        if expected is not None and self._guesses is not None and is_enough and _can_wait(vector):
             run, index = expected
             self._guesses.add((run.bits[index] == bits_of(vector)).all())
             return self._reach(run, index)

@@ -36,8 +36,6 @@ class ComingSteps:
     begin: weakref.WeakMethod[Callable[[], None]] | None = None
 
     def __init__(self, transformer: nn.Module, names: Modulation) -> None:
-        self.lists = tuple(names.layers)
-        """Names of the lists of blocks."""
         self._timestep: Any = transformer.get_submodule(names.timestep)
         self._embed: Callable[..., torch.Tensor] | None = getattr(
             sys.modules[type(transformer).__module__], names.embedding, None

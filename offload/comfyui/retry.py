@@ -12,7 +12,7 @@ from ...memory import is_out_of_memory
 from ..plan import ResidencyPlan, plan_for
 from ..turns import turns
 from .coming_steps import note_step
-from .company import has_company
+from .company import has_company, has_company_now
 from .lasting import lasting_allocations
 from .streaming import Streaming
 
@@ -64,9 +64,10 @@ def _by_name(
 
 def _guessed(model: Any, options: Mapping[str, Any], forward: Callable[[], Any]) -> Any:
     """The output of ``forward``. It runs again if it was not the forward for which modulation was computed ahead."""
-    if model.streaming.modulation is None or has_company(model, options):
+    modulation = model.streaming.modulation
+    if modulation is None or not modulation.ahead.may_guess or _has_company(model, options):
         return forward()
-    ahead = model.streaming.modulation.ahead
+    ahead = modulation.ahead
     with ahead.guessing() as guesses:
         output = forward()
     if guesses.are_right():  # here the host waits, while other threads have the turn
@@ -74,6 +75,13 @@ def _guessed(model: Any, options: Mapping[str, Any], forward: Callable[[], Any])
     del output
     ahead.was_wrong()
     return forward()
+
+
+def _has_company(model: Any, options: Mapping[str, Any]) -> bool:
+    ahead = model.streaming.modulation.ahead
+    if ahead.company is None or ahead.company[0] != id(model):  # once in a sampling
+        ahead.company = id(model), has_company(model)
+    return ahead.company[1] or has_company_now(model, options)
 
 
 def with_less(model: Any, forward: Callable[[], Any]) -> Any:
@@ -101,6 +109,8 @@ def with_less(model: Any, forward: Callable[[], Any]) -> Any:
         failure = error.with_traceback(None)
     # Outside of the handler, so that the traceback keeps none of the forward's tensors.
     streaming.forget()
+    if streaming.modulation is not None:
+        streaming.modulation.ahead.begin_again()
     try:
         given_up = _give_up(streaming, plan)
     finally:

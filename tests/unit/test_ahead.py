@@ -181,7 +181,7 @@ def test_a_wrong_guess_is_told_and_is_the_last_until_it_forgets(world):
         world.guessed(vector)
     assert world.guessed(world.schedule[10]) == MISTAKEN
     assert world.guessed(world.schedule[10]) == WAITED
-    assert [world.guessed(vector) for vector in world.schedule[6:10]] == 4 * [WAITED]
+    assert [world.guessed(vector) for vector in world.schedule[6:12]] == 6 * [WAITED]
     world.ahead.forget()
     assert [world.guessed(vector) for vector in world.schedule[: ENOUGH + 2]] == [*(ENOUGH + 1) * [WAITED], GUESSED]
 
@@ -203,8 +203,9 @@ def test_two_prompts_in_turn_are_guessed_each(world):
         one[index + 1 :][:most] for one in schedules for index, each in enumerate(one) if torch.equal(each, vector)
     )
     found = [world.guessed(vector) for both in zip(*schedules, strict=True) for vector in both]
-    assert found[:8] == [WAITED] * 5 + [GUESSED] * 3
-    assert found[2 * AHEAD :][:8] == [WAITED] * 5 + [GUESSED] * 3
+    first = 2 + 2 * ENOUGH
+    assert found[: first + 3] == [WAITED] * first + [GUESSED] * 3
+    assert found[2 * AHEAD :][: first + 3] == [WAITED] * first + [GUESSED] * 3
     assert all(is_right and fits for _, is_right, fits in found)
 
 
