@@ -66,13 +66,20 @@ def _of_module(module: nn.Module) -> Iterator[Callable[..., Any]]:
 
 
 def _of_class(kind: type) -> Iterator[Any]:
-    """The functions in a class itself, and whatever is there in the place of those that compute."""
+    """The functions in a class itself, and whatever is there in the place of those that compute.
+
+    Of torch's classes only the latter: transformers adds methods to `nn.Module`.
+    """
+    is_torchs = kind.__module__.startswith("torch.")
     for name, value in vars(kind).items():
-        if isinstance(value, FunctionType) or name in _METHODS:
+        if name in _METHODS or (isinstance(value, FunctionType) and not is_torchs):
             yield value
 
 
-_METHODS = ("forward", "forward_orig", "_forward", "apply_model", "_apply_model")
+_METHODS = (
+    *("forward", "forward_orig", "_forward", "apply_model", "_apply_model"),
+    *("__call__", "_call_impl", "_wrapped_call_impl"),
+)
 
 
 def _functions(values: Iterable[Any]) -> Iterator[Callable[..., Any]]:

@@ -99,6 +99,13 @@ def test_no_forward_runs_twice_where_others_may_keep_something_of_it(
     assert torch.equal(*found)
 
 
+def test_a_method_that_is_added_to_all_modules_is_no_company(load, sample, copies, guessed, monkeypatch):
+    """As transformers does when it loads a model."""
+    monkeypatch.setattr(torch.nn.Module, "smart_apply", begin_to_count, raising=False)
+    sample(load(), steps=7)
+    assert len(guessed) == 7 - (ENOUGH + 1)
+
+
 def test_a_compiled_model_guesses(load, sample, copies, guessed):
     patcher = load()
     set_torch_compile_wrapper(model=patcher, backend="eager", keys=["diffusion_model.single_blocks.0"])
